@@ -1,0 +1,37 @@
+# `make demo` and `make test` do everything from a fresh clone: the environment in .venv, the build, the run.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: demo test test-all bench lint clean
+
+demo: .venv/.built
+	$(BIN)/fastkd demo --out runs/demo
+
+test: .venv/.built
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: .venv/.built
+	$(BIN)/python -m pytest -q
+
+bench: .venv/.built
+	$(BIN)/python -m benchmarks
+
+lint: .venv/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build *.egg-info fastkd/*.so
+
+# The build must see the torch it will run with, hence no build isolation.
+.venv/.built: .venv/.installed $(SOURCES)
+	FASTKD_BUILD=1 $(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[train,bench,dev]"
+	touch $@
+
+.venv/.installed: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -U pip
+	$(BIN)/pip install -q -c constraints.txt torch torchvision triton numpy ninja "setuptools>=77"
+	touch $@

@@ -1,0 +1,42 @@
+"""FastKD: knowledge distillation losses for semantic segmentation as fused kernels.
+
+Importing this compiles nothing and needs torch alone; kernels are loaded at the first call that can use them.
+"""
+
+from .backends import BackendError, backend_info, use_backend
+from .functional import (
+    RDDOutput,
+    cwd_loss,
+    difficulty_mask,
+    kd_loss,
+    nfd_loss,
+    rdd_loss,
+    resized_cross_entropy,
+    resized_kd_loss,
+    teacher_confidence,
+)
+from ._version import __version__
+from .losses import CWDLoss, KDLoss, NFDLoss, RDDLoss, ResizedCrossEntropyLoss, ResizedKDLoss
+
+
+
+__all__ = [
+    "BackendError",
+    "CWDLoss",
+    "KDLoss",
+    "NFDLoss",
+    "RDDLoss",
+    "RDDOutput",
+    "ResizedCrossEntropyLoss",
+    "ResizedKDLoss",
+    "backend_info",
+    "cwd_loss",
+    "difficulty_mask",
+    "kd_loss",
+    "nfd_loss",
+    "rdd_loss",
+    "resized_cross_entropy",
+    "resized_kd_loss",
+    "teacher_confidence",
+    "use_backend",
+]

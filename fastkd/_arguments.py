@@ -1,0 +1,135 @@
+"""Checks and normal forms of the losses' arguments. Each error says what was got, what was expected, what to do."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_LABELS = (torch.uint8, torch.int32, torch.int64)
+
+
+def check_word(name: str, got: str, known: tuple[str, ...]) -> None:
+    if got not in known:
+        raise ValueError(f"{name}: got {got!r}, expected one of {', '.join(map(repr, known))}")
+
+
+def check_number(
+    name: str, got: float, *, minimum: float = -math.inf, above: float = -math.inf, maximum: float = math.inf
+) -> None:
+    if not (minimum <= got <= maximum and got > above):  # also refuses NaN
+        bounds = [f"> {above}"] if above > -math.inf else [f">= {minimum}"]
+        if maximum < math.inf:
+            bounds.append(f"<= {maximum}")
+        raise ValueError(f"{name}: got {got}, expected a number {' and '.join(bounds)}")
+
+
+def check_float(name: str, x: Tensor) -> None:
+    """(N, C, H, W) in one of the four floating-point dtypes."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected a torch.Tensor")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{name}: got dtype {x.dtype}, expected float32, float16, bfloat16 or float64; cast it first")
+    if x.dim() != 4:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected 4 dimensions (N, C, H, W)")
+
+
+def check_teacher(name: str, x: Tensor) -> None:
+    if x.requires_grad:
+        raise ValueError(
+            f"{name}: requires grad, but no gradient is computed for a teacher; pass {name}.detach() or run the teacher "
+            "under torch.no_grad()"
+        )
+
+
+def check_same(name: str, x: Tensor, other_name: str, other: Tensor, same_size: bool = True) -> None:
+    axes = "NCHW" if same_size else "NC"
+    for i, axis in enumerate(axes):
+        if x.shape[i] != other.shape[i]:
+            raise ValueError(
+                f"{name}: got shape {tuple(x.shape)}, expected the same {axis} as {other_name} {tuple(other.shape)}"
+                + ("; a 1x1 adapter can match C (NFDLoss has one)" if axis == "C" else "")
+                + ("; resize one to the other's size" if axis in "HW" else "")
+            )
+    check_device(name, x, other_name, other)
+
+
+def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name}: is on {x.device}, expected {other.device} like {other_name}; move it with .to()")
+
+
+def check_pair(student: Tensor, teacher: Tensor, same_size: bool = True) -> None:
+    check_float("student", student)
+    check_float("teacher", teacher)
+    check_same("teacher", teacher, "student", student, same_size)
+    check_teacher("teacher", teacher)
+
+
+def check_target(target: Tensor, logits: Tensor, shape: tuple[int | None, ...], ignore_index: int) -> None:
+    """Labels (N, H, W); a None in ``shape`` is any size. Values are checked on the CPU, where that costs no wait."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: got {type(target).__name__}, expected a torch.Tensor of labels (N, H, W)")
+    if target.dtype not in _LABELS:
+        raise TypeError(f"target: got dtype {target.dtype}, expected uint8, int32 or int64 labels")
+    _check_map("target", target, shape)
+    check_device("target", target, "the logits", logits)
+    # A branch on a value cannot be traced, and waits for a GPU.
+    if torch.compiler.is_compiling():
+        return
+    if target.device.type == "cpu" or os.environ.get("FASTKD_CHECK_LABELS") == "1":
+        _check_labels(target, logits.shape[1], ignore_index)
+
+
+def _check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
+    if target.numel() == 0:
+        return
+    low, high = target.aminmax()
+    if int(low) >= 0 and int(high) < classes:
+        return
+    target = target.long()  # uint8 would wrap the numbers it is compared with
+    bad = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
+    if bad.numel():
+        raise IndexError(
+            f"target: got label {int(bad[0])}, expected 0 to {classes - 1} (C = {classes}) or ignore_index {ignore_index}; "
+            "map the labels to class indices, or pass the ignore_index they use"
+        )
+
+
+def _check_map(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
+    expected = "(" + ", ".join(axis if size is None else str(size) for axis, size in zip("NHW", shape, strict=True)) + ")"
+    if x.dim() != 3 or any(want is not None and got != want for got, want in zip(x.shape, shape, strict=True)):
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {expected}")
+
+
+def as_pixel_weight(name: str, weight: Tensor, logits: Tensor, shape: tuple[int | None, ...]) -> Tensor:
+    """A constant map (N, H, W), contiguous, in the dtype the loss is computed in."""
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise TypeError(f"{name}: got {getattr(weight, 'dtype', type(weight))}, expected a floating-point tensor (N, H, W)")
+    if weight.requires_grad:
+        raise ValueError(f"{name}: requires grad, but it is taken as a constant; pass {name}.detach()")
+    _check_map(name, weight, shape)
+    check_device(name, weight, "the logits", logits)
+    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return weight.to(acc).contiguous()
+
+
+def check_class_weight(weight: Tensor, logits: Tensor) -> None:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise TypeError(f"class_weight: got {getattr(weight, 'dtype', type(weight))}, expected a floating-point tensor (C,)")
+    if weight.shape != (logits.shape[1],):
+        raise ValueError(f"class_weight: got shape {tuple(weight.shape)}, expected ({logits.shape[1]},), one per class")
+    check_device("class_weight", weight, "the logits", logits)
+
+
+def dense_pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in one dense layout (the student's if it has one), and both fp64 if one is; no copy in the usual case."""
+    if (student.dtype == torch.float64) != (teacher.dtype == torch.float64):
+        student, teacher = student.double(), teacher.double()
+    layout = torch.contiguous_format
+    if not student.is_contiguous() and student.is_contiguous(memory_format=torch.channels_last):
+        layout = torch.channels_last
+    return student.contiguous(memory_format=layout), teacher.contiguous(memory_format=layout)

@@ -1,0 +1,219 @@
+"""Which backend runs an operator, why, and how to force one.
+
+A backend is chosen per call from the device of the tensors: ``cpu`` (C++) for CPU tensors, ``triton`` for CUDA tensors,
+``reference`` (plain PyTorch, any device) where a kernel is missing. ``FASTKD_BACKEND`` or :class:`use_backend` forces
+one. Nothing is loaded or compiled before the first call that needs it.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .ops._registry import register_fakes
+
+NAMES = ("auto", "reference", "cpu", "triton", "cuda")
+
+# Operator -> the backends that have a kernel for it, the preferred one of a device first.
+KERNELS: dict[str, tuple[str, ...]] = {
+    "nfd": ("cpu", "triton"),
+    "kd": ("cpu", "triton"),
+    "cwd": ("cpu", "triton"),
+    "resized_cross_entropy": (),
+    "resized_kd": (),
+    "teacher_confidence": (),
+    "difficulty_mask": (),
+}
+_DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+_LIBRARY = "_cpu.abi3.so"
+
+_forced: str | None = None
+_why_not: dict[str, str | None] = {}
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run."""
+
+
+def _load_cpu() -> str | None:
+    path = Path(__file__).with_name(_LIBRARY)
+    if not path.is_file():
+        return "the C++ kernels were not built with this installation (no C++ compiler or no torch at build time); " \
+               "run `pip install --no-build-isolation .` where both are present"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"the C++ kernels could not be loaded from {path}: {error}"
+    register_fakes("cpu")
+    return None
+
+
+def _load_triton() -> str | None:
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); `pip install triton` gives it where there is a wheel"
+    interpreter = bool(triton.knobs.runtime.interpret)
+    if not interpreter and not torch.cuda.is_available():
+        return "torch finds no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter)"
+    importlib_kernels()
+    register_fakes("triton")
+    return None
+
+
+def importlib_kernels() -> None:
+    import fastkd.kernels  # noqa: F401  (importing it defines the operators)
+
+
+@torch.compiler.assume_constant_result
+def why_not(backend: str) -> str | None:
+    """None if ``backend`` is loaded and can run, otherwise the reason. Loads it at the first call."""
+    if backend not in _why_not:
+        _why_not[backend] = {
+            "cpu": _load_cpu,
+            "triton": _load_triton,
+            "cuda": lambda: "there are no CUDA C++ kernels in this version",
+        }[backend]()
+    return _why_not[backend]
+
+
+def requested() -> str:
+    """The backend forced by :class:`use_backend` or ``FASTKD_BACKEND``, else ``"auto"``."""
+    name = _forced or os.environ.get("FASTKD_BACKEND", "auto")
+    if name not in NAMES:
+        raise ValueError(f"FASTKD_BACKEND is {name!r}; expected one of {', '.join(NAMES)}")
+    return name
+
+
+def choose(op: str, device: torch.device) -> str:
+    """Backend for ``op`` on tensors of ``device``.
+
+    Operators that no backend has a kernel for yet run on ``reference`` whatever is forced.
+
+    Raises:
+        BackendError: a backend is forced that cannot run here or not on this device.
+    """
+    name = requested()
+    if name == "reference" or not KERNELS[op]:
+        return "reference"
+    if name != "auto":
+        reason = why_not(name)
+        if reason is None and op_backend_missing(op, name):
+            reason = f"it has no kernel for {op}"
+        if reason is None and not runs_on(name, device):
+            reason = f"it runs on {_DEVICE[name]} tensors and these are on {device.type}"
+        if reason is not None:
+            raise BackendError(f"backend {name!r} was forced but cannot run {op}: {reason}")
+        return name
+    for candidate in KERNELS[op]:
+        if _DEVICE[candidate] == device.type:
+            if why_not(candidate) is None:
+                return candidate
+            _warn_once(candidate, device.type)
+    return "reference"
+
+
+def op_backend_missing(op: str, backend: str) -> bool:
+    return backend not in KERNELS[op]
+
+
+def runs_on(backend: str, device: torch.device) -> bool:
+    """Whether a loaded ``backend`` takes tensors of ``device``; the interpreter takes CPU tensors too."""
+    if backend == "triton" and device.type == "cpu":
+        return _interpreting()
+    return _DEVICE[backend] == device.type
+
+
+@torch.compiler.assume_constant_result
+def _interpreting() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+_warned: set[str] = set()
+
+
+@torch.compiler.assume_constant_result
+def _warn_once(backend: str, device: str) -> None:
+    if backend not in _warned:
+        _warned.add(backend)
+        warnings.warn(
+            f"fastkd: no {backend} kernels for {device} tensors, using plain PyTorch instead: {_why_not[backend]}",
+            stacklevel=4,
+        )
+
+
+class use_backend:
+    """Context manager that forces a backend for every call inside it, in the whole process.
+
+    Args:
+        name: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: unknown name.
+        BackendError: the backend cannot run on this machine.
+    """
+
+    def __init__(self, name: str):
+        if name not in NAMES:
+            raise ValueError(f"use_backend: got {name!r}, expected one of {', '.join(NAMES)}")
+        if name not in ("auto", "reference") and (reason := why_not(name)) is not None:
+            raise BackendError(f"backend {name!r} cannot run: {reason}")
+        self.name = name
+
+    def __enter__(self) -> use_backend:
+        global _forced
+        self._outer, _forced = _forced, self.name
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        global _forced
+        _forced = self._outer
+
+
+def backend_info() -> dict[str, Any]:
+    """What is built, loaded and chosen, and why not.
+
+    Returns:
+        ``{"requested": name, "backends": {name: {"available": bool, "reason": str | None, "detail": str}},
+        "operators": {op: {"kernels": [...], "cpu": chosen on CPU, "cuda": chosen on CUDA or None without a GPU}}}``.
+    """
+    backends: dict[str, dict[str, Any]] = {
+        "reference": {"available": True, "reason": None, "detail": f"plain PyTorch {torch.__version__}"}
+    }
+    for name in ("cpu", "triton", "cuda"):
+        reason = why_not(name)
+        backends[name] = {"available": reason is None, "reason": reason, "detail": "" if reason else _detail(name)}
+    cuda = torch.cuda.is_available()
+    return {
+        "requested": requested(),
+        "backends": backends,
+        "operators": {
+            op: {
+                "kernels": list(kernels),
+                "cpu": _chosen(op, torch.device("cpu")),
+                "cuda": _chosen(op, torch.device("cuda")) if cuda else None,
+            }
+            for op, kernels in KERNELS.items()
+        },
+    }
+
+
+def _chosen(op: str, device: torch.device) -> str:
+    try:
+        return choose(op, device)
+    except BackendError as error:
+        return f"error: {error}"
+
+
+def _detail(name: str) -> str:
+    if name == "cpu":
+        return f"C++, {torch.ops.fastkd_cpu.isa()}, {torch.get_num_threads()} threads"
+    import triton
+
+    return f"Triton {triton.__version__}" + (", interpreter" if _interpreting() else "")

@@ -1,0 +1,480 @@
+"""The losses as functions: check the arguments, call the operator, reduce.
+
+Feature maps and logits are (N, C, H, W) in fp32, fp16, bf16 or fp64; student and teacher dtypes may differ. Arithmetic
+is fp32 (fp64 if an input is), and a loss is returned in that dtype; the gradient comes back in the student's dtype and
+memory format. The teacher is a constant. Labels are (N, H, W) of uint8, int32 or int64. ``docs/spec`` words for
+``reduction``: ``"mean"`` (over what is counted), ``"mean_all"`` (over all pixels), ``"sum"``, ``"batchmean"`` (sum / N)
+and ``"none"``. Where nothing is counted the loss and its gradient are 0.
+
+Raises, all functions:
+    ValueError: wrong rank or shape, devices that differ, an unknown word, a bad number, a teacher that requires grad.
+    TypeError: integer logits, labels that are not integers.
+    IndexError: a label outside [0, C) other than ``ignore_index`` (CPU; on a GPU only with FASTKD_CHECK_LABELS=1, else
+        such a pixel is ignored).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, reference
+from ._arguments import (
+    as_pixel_weight,
+    check_class_weight,
+    check_float,
+    check_number,
+    check_pair,
+    check_same,
+    check_target,
+    check_teacher,
+    check_word,
+    dense_pair,
+)
+from .ops.cwd import cwd as _cwd
+from .ops.kd import kd as _kd
+from .ops.nfd import nfd as _nfd
+
+PIXEL_REDUCTIONS = ("mean", "mean_all", "sum", "batchmean", "none")
+FEATURE_REDUCTIONS = ("mean", "sum", "batchmean", "none")
+SELECTIONS = ("xor", "or", "and", "student", "student_only")
+
+
+class RDDOutput(NamedTuple):
+    """What one RDD step gives.
+
+    ``loss`` = ``task`` + kd_weight * ``kd``, all 0-d and differentiable; ``stage`` is ``"tfe"`` or ``"tse"``;
+    ``selected`` is 0-d, the share of valid pixels that carry task loss, without gradient.
+    """
+
+    loss: Tensor
+    task: Tensor
+    kd: Tensor
+    stage: str
+    selected: Tensor
+
+
+class _Preset(NamedTuple):
+    """Where the paper and the released code disagree (docs/spec: RDD)."""
+
+    direction: str  # of TFE's divergence
+    confidence: str
+    threshold: float
+    min_kept: int
+    tse_reduction: str
+    aux_weight: float
+    align_corners: bool
+
+
+PRESETS = {
+    "paper": _Preset("main_aux", "max", 0.7, 0, "mean_all", 0.0, False),
+    "official": _Preset("aux_main", "label", 0.7, 100_000, "mean", 0.4, True),
+}
+
+
+def nfd_loss(
+    student: Tensor, teacher: Tensor, *, dims: str = "hw", eps: float = 1e-5, reduction: str = "mean"
+) -> Tensor:
+    """Normalised feature distillation: mean of (z(S) - z(T))^2 (arXiv 2207.05256, NFD as restated by later work).
+
+    Args:
+        student: (N, C, H, W).
+        teacher: the same shape; another C needs an adapter, another size a resize (:class:`fastkd.NFDLoss` does both).
+        dims: what a z-score is taken over: ``"hw"`` per sample and channel, ``"nhw"`` per channel over the batch,
+            ``"c"`` per pixel over the channels, ``"chw"`` per sample.
+        eps: added to the (biased) variance, >= 0.
+        reduction: ``"mean"`` over all elements, ``"sum"``, ``"batchmean"``, or ``"none"``: one mean per group, of shape
+            (N, C), (C,), (N, H, W), (N,) in the order of ``dims`` above.
+    """
+    check_pair(student, teacher)
+    check_word("dims", dims, ("hw", "nhw", "c", "chw"))
+    check_word("reduction", reduction, FEATURE_REDUCTIONS)
+    check_number("eps", eps, minimum=0)
+    backend = backends.choose("nfd", student.device)
+    if backend == "reference" or student.numel() == 0:
+        loss = reference.nfd(student, _constant(teacher), dims, eps)
+        if student.numel() == 0:
+            loss = torch.where(torch.isfinite(loss), loss, 0)
+    else:
+        loss = _nfd(*dense_pair(student, teacher), dims, eps, backend)
+    return _reduce_groups(loss, student, reduction)
+
+
+def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, reduction: str = "mean") -> Tensor:
+    """Channel-wise distillation: tau^2 / (N C) * sum of KL(softmax_HW(T / tau) || softmax_HW(S / tau)) (arXiv 2011.13256).
+
+    Args:
+        student, teacher: (N, C, H, W).
+        temperature: tau > 0.
+        reduction: ``"mean"`` over (N, C), ``"sum"``, ``"batchmean"``, or ``"none"``: (N, C).
+    """
+    check_pair(student, teacher)
+    check_word("reduction", reduction, FEATURE_REDUCTIONS)
+    check_number("temperature", temperature, above=0)
+    backend = backends.choose("cwd", student.device)
+    if backend == "reference" or student.numel() == 0:
+        loss = reference.cwd(student, _constant(teacher), temperature)
+    else:
+        loss = _cwd(*dense_pair(student, teacher), temperature, backend)
+    return loss if reduction == "none" else _reduce_cwd(loss, reduction)
+
+
+def kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 1.0,
+    target: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = 255,
+    reduction: str = "mean",
+) -> Tensor:
+    """Pixel-wise KL(softmax(T / tau) || softmax(S / tau)) * tau^2 over the classes (Hinton, arXiv 1503.02531).
+
+    Args:
+        student, teacher: logits (N, C, H, W).
+        temperature: tau > 0.
+        target: labels (N, H, W); pixels labelled ``ignore_index`` do not count. None: every pixel counts.
+        weight: (N, H, W), scales each pixel's term, never the count.
+        reduction: ``"mean"`` over valid pixels, ``"mean_all"``, ``"sum"``, ``"batchmean"``, ``"none"``: (N, H, W).
+    """
+    check_pair(student, teacher)
+    check_word("reduction", reduction, PIXEL_REDUCTIONS)
+    check_number("temperature", temperature, above=0)
+    n, classes, h, w = student.shape
+    if target is not None:
+        check_target(target, student, (n, h, w), ignore_index)
+    if weight is not None:
+        weight = as_pixel_weight("weight", weight, student, (n, h, w))
+    backend = backends.choose("kd", student.device)
+    if backend == "reference" or student.numel() == 0:
+        loss = reference.kd(student, _constant(teacher), temperature)
+        return _reduce_reference(loss, target, weight, classes, ignore_index, reduction)
+    labels = None if target is None else target.contiguous()
+    return _kd(*dense_pair(student, teacher), labels, weight, temperature, ignore_index, reduction, backend)
+
+
+def resized_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    class_weight: Tensor | None = None,
+    pixel_weight: Tensor | None = None,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy at label resolution of logits at their own: bilinear resize, then cross-entropy.
+
+    Args:
+        logits: (N, C, h, w).
+        target: labels (N, H, W).
+        class_weight: (C,); ``"mean"`` then divides by the summed weights of the counted pixels.
+        pixel_weight: (N, H, W), or (N, h', w') of another size, which is resized the same way; scales the terms only.
+        align_corners: the convention of the resize (True in CIRKD and RDD, False in torchvision).
+        reduction: ``"mean"`` over valid pixels, ``"mean_all"``, ``"sum"``, ``"batchmean"``, ``"none"``: (N, H, W).
+    """
+    check_float("logits", logits)
+    n, classes = logits.shape[:2]
+    check_word("reduction", reduction, PIXEL_REDUCTIONS)
+    check_target(target, logits, (n, None, None), ignore_index)
+    if class_weight is not None:
+        check_class_weight(class_weight, logits)
+    if pixel_weight is not None:
+        pixel_weight = as_pixel_weight("pixel_weight", pixel_weight, logits, (n, None, None))
+    backends.choose("resized_cross_entropy", logits.device)
+    size = tuple(target.shape[-2:])
+    if logits.numel() == 0 or target.numel() == 0:
+        return _nothing(logits, (n, *size), reduction)
+    resized = reference.resize(logits, size, align_corners)
+    loss, valid, weight = reference.cross_entropy(resized, target, class_weight, ignore_index)
+    if pixel_weight is not None:
+        loss = loss * reference.resize(pixel_weight, size, align_corners).to(loss.dtype)
+        loss = torch.where(valid, loss, 0)
+    return reference.reduce_pixels(loss, weight if class_weight is not None else valid, reduction)
+
+
+def resized_kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    size: tuple[int, int],
+    temperature: float = 1.0,
+    target: Tensor | None = None,
+    pixel_weight: Tensor | None = None,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """:func:`kd_loss` at ``size`` of logits at their own: both sides are resized bilinearly, then compared.
+
+    Args:
+        student: logits (N, C, h, w).
+        teacher: logits (N, C, h', w').
+        size: (H, W) of the labels.
+        target: labels (N, H, W) or None; pixel_weight: (N, H, W), or of another size, which is resized the same way.
+        temperature, ignore_index, align_corners, reduction: as in :func:`kd_loss` and :func:`resized_cross_entropy`.
+    """
+    check_pair(student, teacher, same_size=False)
+    check_word("reduction", reduction, PIXEL_REDUCTIONS)
+    check_number("temperature", temperature, above=0)
+    n, classes = student.shape[:2]
+    size = _size(size)
+    if target is not None:
+        check_target(target, student, (n, *size), ignore_index)
+    if pixel_weight is not None:
+        pixel_weight = as_pixel_weight("pixel_weight", pixel_weight, student, (n, None, None))
+    backends.choose("resized_kd", student.device)
+    if student.numel() == 0 or teacher.numel() == 0 or 0 in size:
+        return _nothing(student, (n, *size), reduction)
+    resized = [reference.resize(x, size, align_corners) for x in (student, _constant(teacher))]
+    if pixel_weight is not None:
+        pixel_weight = reference.resize(pixel_weight, size, align_corners)
+    loss = reference.kd(*resized, temperature)
+    return _reduce_reference(loss, target, pixel_weight, classes, ignore_index, reduction)
+
+
+@torch.no_grad()
+def teacher_confidence(main: Tensor, aux: Tensor, *, direction: str = "aux_main") -> Tensor:
+    """RDD's TFE map: exp(-D), D the per-pixel KL between the teacher's own two heads (arXiv 2407.03719).
+
+    Args:
+        main, aux: the teacher's logits (N, C, h, w).
+        direction: ``"aux_main"`` for D = KL(aux || main) (released code), ``"main_aux"`` for KL(main || aux) (paper).
+
+    Returns:
+        (N, h, w) in (0, 1], without gradient.
+    """
+    check_float("main", main)
+    check_float("aux", aux)
+    check_same("aux", aux, "main", main)
+    check_teacher("main", main)
+    check_teacher("aux", aux)
+    check_word("direction", direction, ("aux_main", "main_aux"))
+    backends.choose("teacher_confidence", main.device)
+    return reference.teacher_confidence(main, aux, direction)
+
+
+@torch.no_grad()
+def difficulty_mask(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    *,
+    threshold: float = 0.7,
+    min_kept: int = 0,
+    confidence: str = "max",
+    select: str = "xor",
+    ignore_index: int = 255,
+    align_corners: bool = False,
+) -> Tensor:
+    """RDD's TSE mask: valid pixels that are hard for one network and easy for the other (arXiv 2407.03719).
+
+    Hard means confidence <= max(threshold, the k-th smallest confidence of the batch), k = min(min_kept, pixels).
+
+    Args:
+        student, teacher: logits (N, C, h, w), resized to the labels inside.
+        target: labels (N, H, W).
+        threshold: in [0, 1]. min_kept: >= 0; 0 leaves the threshold as it is.
+        confidence: probability of the largest (``"max"``) or of the labelled class (``"label"``); 1 where ignored.
+        select: ``"xor"``, ``"or"``, ``"and"``, ``"student"`` (plain OHEM), ``"student_only"`` (student hard, teacher easy).
+
+    Returns:
+        bool (N, H, W), False where ignored, without gradient.
+    """
+    check_pair(student, teacher, same_size=False)
+    n, _, _, _ = student.shape
+    check_target(target, student, (n, None, None), ignore_index)
+    check_number("threshold", threshold, minimum=0)
+    check_number("min_kept", min_kept, minimum=0)
+    check_word("confidence", confidence, ("max", "label"))
+    check_word("select", select, SELECTIONS)
+    backends.choose("difficulty_mask", student.device)
+    if student.numel() == 0 or target.numel() == 0:
+        return torch.zeros_like(target, dtype=torch.bool)
+    return reference.difficulty_mask(
+        student, teacher, target, threshold, min_kept, confidence, select, ignore_index, align_corners
+    )
+
+
+def rdd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    *,
+    stage: str,
+    teacher_aux: Tensor | None = None,
+    student_aux: Tensor | None = None,
+    preset: str = "paper",
+    kd_weight: float = 1.0,
+    temperature: float = 1.0,
+    threshold: float | None = None,
+    min_kept: int | None = None,
+    select: str = "xor",
+    class_weight: Tensor | None = None,
+    aux_weight: float | None = None,
+    ignore_index: int = 255,
+    align_corners: bool | None = None,
+    blend: float | None = None,
+) -> RDDOutput:
+    """Relative difficulty distillation (arXiv 2407.03719): task loss weighted by relative difficulty, plus KD.
+
+    TFE: mean over all pixels of exp(-D) * CE(S), D the KL between the teacher's two heads. TSE: CE(S) over the pixels
+    :func:`difficulty_mask` selects. KD is :func:`kd_loss` at logit size over all pixels.
+
+    Args:
+        student, teacher: main logits (N, C, h, w).
+        target: labels (N, H, W).
+        stage: ``"tfe"`` or ``"tse"``.
+        teacher_aux: the teacher's auxiliary logits (N, C, h, w); needed by TFE, by ``blend`` and by ``student_aux`` in TSE.
+        student_aux: the student's auxiliary logits; gets ``aux_weight`` times the same term, with its own mask.
+        preset: ``"paper"`` or ``"official"`` (the released code); gives every argument left at None.
+        class_weight: (C,), used in TSE only.
+        blend: in TSE, the share of the TFE term: task = (1 - blend) * TSE + blend * TFE.
+
+    Raises:
+        ValueError: as in this module, and: TFE without ``teacher_aux``; an auxiliary term without both auxiliary heads.
+    """
+    check_word("stage", stage, ("tfe", "tse"))
+    check_word("preset", preset, tuple(PRESETS))
+    check_word("select", select, SELECTIONS)
+    p = PRESETS[preset]
+    align = p.align_corners if align_corners is None else align_corners
+    if aux_weight is None:
+        aux_weight = p.aux_weight if student_aux is not None else 0.0
+    check_number("aux_weight", aux_weight, minimum=0)
+    if aux_weight > 0 and student_aux is None:
+        raise ValueError(
+            f"rdd_loss: aux_weight is {aux_weight} but student_aux is None; pass the student's auxiliary logits or "
+            "aux_weight=0"
+        )
+    if blend is not None:
+        check_number("blend", blend, minimum=0, maximum=1)
+    check_number("kd_weight", kd_weight, minimum=0)
+    with_tfe = stage == "tfe" or blend is not None
+    if with_tfe and teacher_aux is None:
+        raise ValueError(
+            "rdd_loss: the TFE stage compares the teacher's main and auxiliary logits, but teacher_aux is None; pass "
+            'teacher_aux, or leave TFE out (tfe_steps=0 in RDDLoss, stage="tse" here)'
+        )
+    if stage == "tse" and aux_weight > 0 and teacher_aux is None:
+        raise ValueError(
+            "rdd_loss: the mask of the auxiliary term compares both auxiliary heads, but teacher_aux is None; pass it or "
+            "aux_weight=0"
+        )
+
+    heads = [(student, teacher, 1.0)]
+    if aux_weight > 0:
+        heads.append((student_aux, teacher_aux, aux_weight))
+    kd = kd_loss(student, teacher, temperature=temperature)
+    tfe = tse = None
+    valid = reference.valid_pixels(target, student.shape[1], ignore_index)
+    if with_tfe:
+        weight = teacher_confidence(teacher, teacher_aux, direction=p.direction)
+        tfe = _sum(
+            factor
+            * resized_cross_entropy(
+                s,
+                target,
+                pixel_weight=weight,
+                ignore_index=ignore_index,
+                align_corners=align,
+                reduction="mean_all",
+            )
+            for s, _, factor in heads
+        )
+        selected = valid.any().to(kd.dtype)
+    if stage == "tse":
+        terms = []
+        for s, t, factor in heads:
+            mask = difficulty_mask(
+                s,
+                t,
+                target,
+                threshold=p.threshold if threshold is None else threshold,
+                min_kept=p.min_kept if min_kept is None else min_kept,
+                confidence=p.confidence,
+                select=select,
+                ignore_index=ignore_index,
+                align_corners=align,
+            )
+            loss = resized_cross_entropy(
+                s,
+                torch.where(mask, target.long(), ignore_index),
+                class_weight=class_weight,
+                ignore_index=ignore_index,
+                align_corners=align,
+                reduction=p.tse_reduction,
+            )
+            terms.append(factor * loss)
+            if s is student:
+                selected = mask.sum() / valid.sum().clamp(min=1)
+        tse = _sum(terms)
+    if tse is None:
+        task = tfe
+    elif tfe is None:
+        task = tse
+    else:
+        task = (1 - blend) * tse + blend * tfe
+    return RDDOutput(task + kd_weight * kd, task, kd, stage, selected)
+
+
+def _constant(teacher: Tensor) -> Tensor:
+    """Plain autograd cannot save an inference tensor; a copy can be saved."""
+    if torch.compiler.is_compiling():  # tracing has no is_inference()
+        return teacher
+    return teacher.clone() if teacher.is_inference() else teacher
+
+
+def _size(size: tuple[int, int]) -> tuple[int, int]:
+    if len(size) != 2 or any(int(v) != v or v < 0 for v in size):
+        raise ValueError(f"size: got {size!r}, expected (height, width) of the labels")
+    return int(size[0]), int(size[1])
+
+
+def _sum(terms) -> Tensor:
+    first, *rest = terms
+    for term in rest:
+        first = first + term
+    return first
+
+
+def _nothing(logits: Tensor, pixels: tuple[int, ...], reduction: str) -> Tensor:
+    """The loss where there is nothing to count: 0, with a gradient of 0."""
+    zero = (logits * 0).nan_to_num(0).to(reference.accumulate_in(logits)).sum()
+    return zero.expand(pixels) if reduction == "none" else zero
+
+
+def _reduce_groups(loss: Tensor, student: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss
+    if loss.numel() == 0:
+        return loss.sum()
+    if reduction == "mean":
+        return loss.mean()
+    elements = student.numel() // loss.numel()
+    return loss.sum() * (elements if reduction == "sum" else elements / student.shape[0])
+
+
+def _reduce_cwd(loss: Tensor, reduction: str) -> Tensor:
+    if reduction == "sum" or loss.numel() == 0:
+        return loss.sum()
+    return loss.mean() if reduction == "mean" else loss.sum() / loss.shape[0]
+
+
+def _reduce_reference(
+    loss: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    classes: int,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    valid = None if target is None else reference.valid_pixels(target, classes, ignore_index)
+    if weight is not None:
+        loss = loss * weight.to(loss.dtype)
+    if valid is not None:
+        loss = torch.where(valid, loss, 0)
+    return reference.reduce_pixels(loss, valid, reduction)

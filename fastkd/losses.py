@@ -1,0 +1,294 @@
+"""The losses as drop-in ``nn.Module``s: they hold options and adapters and call :mod:`fastkd.functional`.
+
+Constructor keywords are those of the function of the same name, plus ``loss_weight``, which multiplies the result.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn, tensor
+
+from . import functional
+from ._arguments import check_number, check_word
+from .functional import FEATURE_REDUCTIONS, PIXEL_REDUCTIONS, PRESETS, SELECTIONS, RDDOutput
+
+CITYSCAPES_CLASS_WEIGHTS = (
+    0.8373, 0.918, 0.866, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023, 0.9539, 0.9843, 1.1116, 0.9037, 1.0865,
+    1.0955, 1.0865, 1.1529, 1.0507,
+)  # fmt: skip
+"""Weights of the 19 Cityscapes classes as the released RDD code uses them in TSE."""
+
+
+class NFDLoss(nn.Module):
+    """:func:`fastkd.nfd_loss` of two feature maps that may differ in channels and size.
+
+    With ``in_channels`` and ``teacher_channels`` the student first passes a trained 1x1 convolution (``adapter``, no
+    bias: a constant per channel cancels in the z-score); give its parameters to the optimiser. A teacher of another
+    H, W is resized bilinearly to the student's.
+    """
+
+    def __init__(
+        self,
+        in_channels: int | None = None,
+        teacher_channels: int | None = None,
+        *,
+        dims: str = "hw",
+        eps: float = 1e-5,
+        reduction: str = "mean",
+        loss_weight: float = 1.0,
+    ):
+        super().__init__()
+        if (in_channels is None) != (teacher_channels is None):
+            raise ValueError(
+                f"NFDLoss: got in_channels={in_channels}, teacher_channels={teacher_channels}; give both for an adapter, or "
+                "neither"
+            )
+        check_word("dims", dims, ("hw", "nhw", "c", "chw"))
+        check_word("reduction", reduction, FEATURE_REDUCTIONS)
+        check_number("eps", eps, minimum=0)
+        self.adapter = (
+            nn.Identity() if in_channels is None else nn.Conv2d(in_channels, teacher_channels, kernel_size=1, bias=False)
+        )
+        self.dims, self.eps, self.reduction, self.loss_weight = dims, eps, reduction, loss_weight
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        student = self.adapter(student)
+        if teacher.dim() == 4 and student.dim() == 4 and teacher.shape[2:] != student.shape[2:]:
+            teacher = F.interpolate(teacher, student.shape[2:], mode="bilinear", align_corners=False)
+        return self.loss_weight * functional.nfd_loss(
+            student, teacher, dims=self.dims, eps=self.eps, reduction=self.reduction
+        )
+
+    def extra_repr(self) -> str:
+        return f"dims={self.dims!r}, eps={self.eps}, reduction={self.reduction!r}, loss_weight={self.loss_weight}"
+
+
+class CWDLoss(nn.Module):
+    """:func:`fastkd.cwd_loss`."""
+
+    def __init__(self, *, temperature: float = 4.0, reduction: str = "mean", loss_weight: float = 1.0):
+        super().__init__()
+        check_number("temperature", temperature, above=0)
+        check_word("reduction", reduction, FEATURE_REDUCTIONS)
+        self.temperature, self.reduction, self.loss_weight = temperature, reduction, loss_weight
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return self.loss_weight * functional.cwd_loss(
+            student, teacher, temperature=self.temperature, reduction=self.reduction
+        )
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, reduction={self.reduction!r}, loss_weight={self.loss_weight}"
+
+
+class KDLoss(nn.Module):
+    """:func:`fastkd.kd_loss`."""
+
+    def __init__(
+        self, *, temperature: float = 1.0, ignore_index: int = 255, reduction: str = "mean", loss_weight: float = 1.0
+    ):
+        super().__init__()
+        check_number("temperature", temperature, above=0)
+        check_word("reduction", reduction, PIXEL_REDUCTIONS)
+        self.temperature, self.ignore_index = temperature, ignore_index
+        self.reduction, self.loss_weight = reduction, loss_weight
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, weight: Tensor | None = None
+    ) -> Tensor:
+        return self.loss_weight * functional.kd_loss(
+            student,
+            teacher,
+            temperature=self.temperature,
+            target=target,
+            weight=weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, reduction={self.reduction!r}, loss_weight={self.loss_weight}"
+
+
+class ResizedCrossEntropyLoss(nn.Module):
+    """:func:`fastkd.resized_cross_entropy`; ``class_weight`` (a tensor or a sequence) becomes a buffer."""
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        class_weight: Tensor | None = None,
+        ignore_index: int = 255,
+        align_corners: bool = False,
+        reduction: str = "mean",
+        loss_weight: float = 1.0,
+    ):
+        super().__init__()
+        check_word("reduction", reduction, PIXEL_REDUCTIONS)
+        self.register_buffer("class_weight", _buffer(class_weight), persistent=False)
+        self.ignore_index, self.align_corners = ignore_index, align_corners
+        self.reduction, self.loss_weight = reduction, loss_weight
+
+    def forward(self, logits: Tensor, target: Tensor, *, pixel_weight: Tensor | None = None) -> Tensor:
+        return self.loss_weight * functional.resized_cross_entropy(
+            logits,
+            target,
+            class_weight=self.class_weight,
+            pixel_weight=pixel_weight,
+            ignore_index=self.ignore_index,
+            align_corners=self.align_corners,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        return f"align_corners={self.align_corners}, reduction={self.reduction!r}, loss_weight={self.loss_weight}"
+
+
+class ResizedKDLoss(nn.Module):
+    """:func:`fastkd.resized_kd_loss`; ``size`` defaults to that of the labels given to ``forward``."""
+
+    def __init__(
+        self,
+        *,
+        size: tuple[int, int] | None = None,
+        temperature: float = 1.0,
+        ignore_index: int = 255,
+        align_corners: bool = False,
+        reduction: str = "mean",
+        loss_weight: float = 1.0,
+    ):
+        super().__init__()
+        check_number("temperature", temperature, above=0)
+        check_word("reduction", reduction, PIXEL_REDUCTIONS)
+        self.size, self.temperature, self.ignore_index = size, temperature, ignore_index
+        self.align_corners, self.reduction, self.loss_weight = align_corners, reduction, loss_weight
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, pixel_weight: Tensor | None = None
+    ) -> Tensor:
+        size = self.size
+        if size is None:
+            if target is None:
+                raise ValueError("ResizedKDLoss: got neither size nor target; pass size=(H, W) to the constructor or labels")
+            size = (target.shape[-2], target.shape[-1])
+        return self.loss_weight * functional.resized_kd_loss(
+            student,
+            teacher,
+            size=size,
+            temperature=self.temperature,
+            target=target,
+            pixel_weight=pixel_weight,
+            ignore_index=self.ignore_index,
+            align_corners=self.align_corners,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, temperature={self.temperature}, loss_weight={self.loss_weight}"
+
+
+class RDDLoss(nn.Module):
+    """:func:`fastkd.rdd_loss` over a run: TFE for the first ``tfe_steps`` steps, TSE for the rest.
+
+    Args:
+        total_steps: optimiser steps of the run, > 0.
+        preset: ``"paper"`` or ``"official"`` (the released code).
+        tfe_steps: default 10 % of the run (both presets; the released code's 4000 of 40 000); 0 leaves TFE out, and with
+            it the need for an auxiliary head of the teacher.
+        blend: after TFE, task = (1 - l) * TSE + l * TFE with l = (total - step) / (total - tfe_steps), as in the
+            released code. Needs ``teacher_aux`` at every step.
+        loss_weight: multiplies ``loss``, ``task`` and ``kd``.
+        The rest: as in :func:`fastkd.rdd_loss`; ``class_weight`` may be a sequence and becomes a buffer.
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        preset: str = "paper",
+        tfe_steps: int | None = None,
+        kd_weight: float = 1.0,
+        temperature: float = 1.0,
+        threshold: float | None = None,
+        min_kept: int | None = None,
+        select: str = "xor",
+        class_weight: Tensor | None = None,
+        aux_weight: float | None = None,
+        ignore_index: int = 255,
+        align_corners: bool | None = None,
+        blend: bool = False,
+        loss_weight: float = 1.0,
+    ):
+        super().__init__()
+        check_word("preset", preset, tuple(PRESETS))
+        check_word("select", select, SELECTIONS)
+        check_number("total_steps", total_steps, minimum=1)
+        check_number("temperature", temperature, above=0)
+        self.tfe_steps = round(0.1 * total_steps) if tfe_steps is None else tfe_steps
+        check_number("tfe_steps", self.tfe_steps, minimum=0, maximum=total_steps)
+        if min_kept is not None:
+            check_number("min_kept", min_kept, minimum=0)
+        if threshold is not None:
+            check_number("threshold", threshold, minimum=0)
+        self.register_buffer("class_weight", _buffer(class_weight), persistent=False)
+        self.total_steps, self.preset, self.select, self.blend = total_steps, preset, select, blend
+        self.kd_weight, self.temperature, self.threshold, self.min_kept = kd_weight, temperature, threshold, min_kept
+        self.aux_weight, self.ignore_index, self.align_corners = aux_weight, ignore_index, align_corners
+        self.loss_weight = loss_weight
+
+    def stage(self, step: int) -> str:
+        """``"tfe"`` or ``"tse"``: the stage of optimiser step ``step`` (from 0)."""
+        return "tfe" if step < self.tfe_steps else "tse"
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor,
+        *,
+        step: int,
+        teacher_aux: Tensor | None = None,
+        student_aux: Tensor | None = None,
+    ) -> RDDOutput:
+        stage = self.stage(step)
+        blend = None
+        if self.blend and stage == "tse":
+            blend = max(0.0, (self.total_steps - step) / max(self.total_steps - self.tfe_steps, 1))
+        out = functional.rdd_loss(
+            student,
+            teacher,
+            target,
+            stage=stage,
+            teacher_aux=teacher_aux,
+            student_aux=student_aux,
+            preset=self.preset,
+            kd_weight=self.kd_weight,
+            temperature=self.temperature,
+            threshold=self.threshold,
+            min_kept=self.min_kept,
+            select=self.select,
+            class_weight=self.class_weight,
+            aux_weight=self.aux_weight,
+            ignore_index=self.ignore_index,
+            align_corners=self.align_corners,
+            blend=blend,
+        )
+        if self.loss_weight == 1.0:
+            return out
+        w = self.loss_weight
+        return RDDOutput(w * out.loss, w * out.task, w * out.kd, out.stage, out.selected)
+
+    def extra_repr(self) -> str:
+        return (
+            f"preset={self.preset!r}, tfe_steps={self.tfe_steps} of {self.total_steps}, select={self.select!r}, "
+            f"kd_weight={self.kd_weight}, loss_weight={self.loss_weight}"
+        )
+
+
+def _buffer(class_weight) -> Tensor | None:
+    if class_weight is None or isinstance(class_weight, Tensor):
+        return class_weight
+    return tensor(class_weight)

@@ -1,0 +1,46 @@
+"""What the operator families share: finding a backend's operators, and keeping tensors for the backward."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+FAMILIES = ("nfd", "kd", "cwd")
+
+
+def families() -> list[ModuleType]:
+    return [importlib.import_module(f".{name}", __package__) for name in FAMILIES]
+
+
+def operators(backend: str):
+    """The namespace that holds ``backend``'s operators, e.g. ``torch.ops.fastkd_cpu``."""
+    return torch.ops.fastkd_cpu if backend == "cpu" else torch.ops.fastkd_triton
+
+
+def register_fakes(backend: str) -> None:
+    """Tells torch the output shapes of ``backend``'s operators, which must be defined already."""
+    for family in families():
+        for schema, fake in ((family.FORWARD, family.forward_fake), (family.BACKWARD, family.backward_fake)):
+            torch.library.register_fake(f"fastkd_{backend}::{schema.partition('(')[0]}", fake)
+
+
+class Saved:
+    """Tensors kept for the backward.
+
+    Autograd refuses to save inference tensors, which is what a teacher run under ``torch.inference_mode`` gives. They
+    are constants, so holding them is enough; all others go through ``save_for_backward`` and its checks.
+    """
+
+    def __init__(self, ctx, *tensors: Tensor | None):
+        if torch.compiler.is_compiling():  # tracing has no is_inference()
+            inference = [False] * len(tensors)
+        else:
+            inference = [t is not None and t.is_inference() for t in tensors]
+        self.held = [t if i else None for t, i in zip(tensors, inference, strict=True)]
+        ctx.save_for_backward(*(None if i else t for t, i in zip(tensors, inference, strict=True)))
+
+    def tensors(self, ctx) -> list[Tensor | None]:
+        return [s if h is None else h for s, h in zip(ctx.saved_tensors, self.held, strict=True)]
