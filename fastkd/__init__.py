@@ -3,6 +3,7 @@
 Importing this compiles nothing and needs torch alone; kernels are loaded at the first call that can use them.
 """
 
+from ._version import __version__ as __version__
 from .backends import BackendError, backend_info, use_backend
 from .functional import (
     RDDOutput,
@@ -15,10 +16,7 @@ from .functional import (
     resized_kd_loss,
     teacher_confidence,
 )
-from ._version import __version__
 from .losses import CWDLoss, KDLoss, NFDLoss, RDDLoss, ResizedCrossEntropyLoss, ResizedKDLoss
-
-
 
 __all__ = [
     "BackendError",

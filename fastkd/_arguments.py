@@ -100,26 +100,30 @@ def _check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
 
 
 def _check_map(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
-    expected = "(" + ", ".join(axis if size is None else str(size) for axis, size in zip("NHW", shape, strict=True)) + ")"
+    expected = (
+        "(" + ", ".join(axis if size is None else str(size) for axis, size in zip("NHW", shape, strict=True)) + ")"
+    )
     if x.dim() != 3 or any(want is not None and got != want for got, want in zip(x.shape, shape, strict=True)):
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {expected}")
 
 
-def as_pixel_weight(name: str, weight: Tensor, logits: Tensor, shape: tuple[int | None, ...]) -> Tensor:
-    """A constant map (N, H, W), contiguous, in the dtype the loss is computed in."""
+def check_pixel_weight(name: str, weight: Tensor, logits: Tensor, shape: tuple[int | None, ...]) -> None:
+    """A constant map (N, H, W); a None in ``shape`` is any size."""
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise TypeError(f"{name}: got {getattr(weight, 'dtype', type(weight))}, expected a floating-point tensor (N, H, W)")
+        raise TypeError(
+            f"{name}: got {getattr(weight, 'dtype', type(weight))}, expected a floating-point tensor (N, H, W)"
+        )
     if weight.requires_grad:
         raise ValueError(f"{name}: requires grad, but it is taken as a constant; pass {name}.detach()")
     _check_map(name, weight, shape)
     check_device(name, weight, "the logits", logits)
-    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return weight.to(acc).contiguous()
 
 
 def check_class_weight(weight: Tensor, logits: Tensor) -> None:
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise TypeError(f"class_weight: got {getattr(weight, 'dtype', type(weight))}, expected a floating-point tensor (C,)")
+        raise TypeError(
+            f"class_weight: got {getattr(weight, 'dtype', type(weight))}, expected a floating-point tensor (C,)"
+        )
     if weight.shape != (logits.shape[1],):
         raise ValueError(f"class_weight: got shape {tuple(weight.shape)}, expected ({logits.shape[1]},), one per class")
     check_device("class_weight", weight, "the logits", logits)

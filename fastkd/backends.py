@@ -7,10 +7,12 @@ one. Nothing is loaded or compiled before the first call that needs it.
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,10 +31,17 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "difficulty_mask": (),
 }
 _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
-_LIBRARY = "_cpu.abi3.so"
+_LIBRARY = "_cpu.so"
 
+_T = TypeVar("_T")
 _forced: str | None = None
 _why_not: dict[str, str | None] = {}
+
+
+def _constant_when_traced(fn: Callable[..., _T]) -> Callable[..., _T]:
+    """``torch.compiler.assume_constant_result`` without its import of the whole compiler."""
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
 
 
 class BackendError(RuntimeError):
@@ -42,8 +51,10 @@ class BackendError(RuntimeError):
 def _load_cpu() -> str | None:
     path = Path(__file__).with_name(_LIBRARY)
     if not path.is_file():
-        return "the C++ kernels were not built with this installation (no C++ compiler or no torch at build time); " \
-               "run `pip install --no-build-isolation .` where both are present"
+        return (
+            "the C++ kernels were not built with this installation (no C++ compiler or no torch at build time); "
+            "run `pip install --no-build-isolation .` where both are present"
+        )
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -60,16 +71,12 @@ def _load_triton() -> str | None:
     interpreter = bool(triton.knobs.runtime.interpret)
     if not interpreter and not torch.cuda.is_available():
         return "torch finds no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter)"
-    importlib_kernels()
+    importlib.import_module("fastkd.kernels")  # defines the operators
     register_fakes("triton")
     return None
 
 
-def importlib_kernels() -> None:
-    import fastkd.kernels  # noqa: F401  (importing it defines the operators)
-
-
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def why_not(backend: str) -> str | None:
     """None if ``backend`` is loaded and can run, otherwise the reason. Loads it at the first call."""
     if backend not in _why_not:
@@ -128,7 +135,7 @@ def runs_on(backend: str, device: torch.device) -> bool:
     return _DEVICE[backend] == device.type
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def _interpreting() -> bool:
     import triton
 
@@ -138,7 +145,7 @@ def _interpreting() -> bool:
 _warned: set[str] = set()
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def _warn_once(backend: str, device: str) -> None:
     if backend not in _warned:
         _warned.add(backend)

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from . import backends, reference
 from ._arguments import (
-    as_pixel_weight,
     check_class_weight,
     check_float,
     check_number,
     check_pair,
+    check_pixel_weight,
     check_same,
     check_target,
     check_teacher,
@@ -147,13 +147,17 @@ def kd_loss(
     if target is not None:
         check_target(target, student, (n, h, w), ignore_index)
     if weight is not None:
-        weight = as_pixel_weight("weight", weight, student, (n, h, w))
+        check_pixel_weight("weight", weight, student, (n, h, w))
     backend = backends.choose("kd", student.device)
     if backend == "reference" or student.numel() == 0:
         loss = reference.kd(student, _constant(teacher), temperature)
         return _reduce_reference(loss, target, weight, classes, ignore_index, reduction)
-    labels = None if target is None else target.contiguous()
-    return _kd(*dense_pair(student, teacher), labels, weight, temperature, ignore_index, reduction, backend)
+    student, teacher = dense_pair(student, teacher)
+    if target is not None:
+        target = target.contiguous()
+    if weight is not None:
+        weight = weight.to(reference.accumulate_in(student)).contiguous()
+    return _kd(student, teacher, target, weight, temperature, ignore_index, reduction, backend)
 
 
 def resized_cross_entropy(
@@ -177,15 +181,15 @@ def resized_cross_entropy(
         reduction: ``"mean"`` over valid pixels, ``"mean_all"``, ``"sum"``, ``"batchmean"``, ``"none"``: (N, H, W).
     """
     check_float("logits", logits)
-    n, classes = logits.shape[:2]
+    n = logits.shape[0]
     check_word("reduction", reduction, PIXEL_REDUCTIONS)
     check_target(target, logits, (n, None, None), ignore_index)
     if class_weight is not None:
         check_class_weight(class_weight, logits)
     if pixel_weight is not None:
-        pixel_weight = as_pixel_weight("pixel_weight", pixel_weight, logits, (n, None, None))
+        check_pixel_weight("pixel_weight", pixel_weight, logits, (n, None, None))
     backends.choose("resized_cross_entropy", logits.device)
-    size = tuple(target.shape[-2:])
+    size = (target.shape[-2], target.shape[-1])
     if logits.numel() == 0 or target.numel() == 0:
         return _nothing(logits, (n, *size), reduction)
     resized = reference.resize(logits, size, align_corners)
@@ -225,14 +229,14 @@ def resized_kd_loss(
     if target is not None:
         check_target(target, student, (n, *size), ignore_index)
     if pixel_weight is not None:
-        pixel_weight = as_pixel_weight("pixel_weight", pixel_weight, student, (n, None, None))
+        check_pixel_weight("pixel_weight", pixel_weight, student, (n, None, None))
     backends.choose("resized_kd", student.device)
     if student.numel() == 0 or teacher.numel() == 0 or 0 in size:
         return _nothing(student, (n, *size), reduction)
-    resized = [reference.resize(x, size, align_corners) for x in (student, _constant(teacher))]
+    student, teacher = (reference.resize(x, size, align_corners) for x in (student, _constant(teacher)))
     if pixel_weight is not None:
         pixel_weight = reference.resize(pixel_weight, size, align_corners)
-    loss = reference.kd(*resized, temperature)
+    loss = reference.kd(student, teacher, temperature)
     return _reduce_reference(loss, target, pixel_weight, classes, ignore_index, reduction)
 
 
@@ -345,50 +349,39 @@ def rdd_loss(
     if aux_weight is None:
         aux_weight = p.aux_weight if student_aux is not None else 0.0
     check_number("aux_weight", aux_weight, minimum=0)
+    check_number("kd_weight", kd_weight, minimum=0)
+    if blend is not None:
+        check_number("blend", blend, minimum=0, maximum=1)
     if aux_weight > 0 and student_aux is None:
         raise ValueError(
             f"rdd_loss: aux_weight is {aux_weight} but student_aux is None; pass the student's auxiliary logits or "
             "aux_weight=0"
         )
-    if blend is not None:
-        check_number("blend", blend, minimum=0, maximum=1)
-    check_number("kd_weight", kd_weight, minimum=0)
-    with_tfe = stage == "tfe" or blend is not None
-    if with_tfe and teacher_aux is None:
-        raise ValueError(
-            "rdd_loss: the TFE stage compares the teacher's main and auxiliary logits, but teacher_aux is None; pass "
-            'teacher_aux, or leave TFE out (tfe_steps=0 in RDDLoss, stage="tse" here)'
-        )
-    if stage == "tse" and aux_weight > 0 and teacher_aux is None:
-        raise ValueError(
-            "rdd_loss: the mask of the auxiliary term compares both auxiliary heads, but teacher_aux is None; pass it or "
-            "aux_weight=0"
-        )
 
-    heads = [(student, teacher, 1.0)]
-    if aux_weight > 0:
-        heads.append((student_aux, teacher_aux, aux_weight))
-    kd = kd_loss(student, teacher, temperature=temperature)
-    tfe = tse = None
-    valid = reference.valid_pixels(target, student.shape[1], ignore_index)
-    if with_tfe:
+    def tfe() -> Tensor:
+        if teacher_aux is None:
+            raise ValueError(
+                "rdd_loss: the TFE stage compares the teacher's main and auxiliary logits, but teacher_aux is None; pass "
+                'teacher_aux, or leave TFE out (tfe_steps=0 in RDDLoss, stage="tse" here)'
+            )
         weight = teacher_confidence(teacher, teacher_aux, direction=p.direction)
-        tfe = _sum(
-            factor
-            * resized_cross_entropy(
-                s,
+
+        def term(logits: Tensor) -> Tensor:
+            return resized_cross_entropy(
+                logits,
                 target,
                 pixel_weight=weight,
                 ignore_index=ignore_index,
                 align_corners=align,
                 reduction="mean_all",
             )
-            for s, _, factor in heads
+
+        return (
+            term(student) if student_aux is None or aux_weight == 0 else term(student) + aux_weight * term(student_aux)
         )
-        selected = valid.any().to(kd.dtype)
-    if stage == "tse":
-        terms = []
-        for s, t, factor in heads:
+
+    def tse() -> tuple[Tensor, Tensor]:
+        def term(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             mask = difficulty_mask(
                 s,
                 t,
@@ -408,16 +401,27 @@ def rdd_loss(
                 align_corners=align,
                 reduction=p.tse_reduction,
             )
-            terms.append(factor * loss)
-            if s is student:
-                selected = mask.sum() / valid.sum().clamp(min=1)
-        tse = _sum(terms)
-    if tse is None:
-        task = tfe
-    elif tfe is None:
-        task = tse
+            return loss, mask
+
+        task, mask = term(student, teacher)
+        if student_aux is not None and aux_weight > 0:
+            if teacher_aux is None:
+                raise ValueError(
+                    "rdd_loss: the mask of the auxiliary term compares both auxiliary heads, but teacher_aux is None; pass "
+                    "it or aux_weight=0"
+                )
+            task = task + aux_weight * term(student_aux, teacher_aux)[0]
+        return task, mask
+
+    kd = kd_loss(student, teacher, temperature=temperature)
+    valid = reference.valid_pixels(target, student.shape[1], ignore_index)
+    if stage == "tfe":
+        task, selected = tfe(), valid.any().to(kd.dtype)
     else:
-        task = (1 - blend) * tse + blend * tfe
+        task, mask = tse()
+        selected = (mask.sum() / valid.sum().clamp(min=1)).to(kd.dtype)
+        if blend is not None:
+            task = (1 - blend) * task + blend * tfe()
     return RDDOutput(task + kd_weight * kd, task, kd, stage, selected)
 
 
@@ -432,13 +436,6 @@ def _size(size: tuple[int, int]) -> tuple[int, int]:
     if len(size) != 2 or any(int(v) != v or v < 0 for v in size):
         raise ValueError(f"size: got {size!r}, expected (height, width) of the labels")
     return int(size[0]), int(size[1])
-
-
-def _sum(terms) -> Tensor:
-    first, *rest = terms
-    for term in rest:
-        first = first + term
-    return first
 
 
 def _nothing(logits: Tensor, pixels: tuple[int, ...], reduction: str) -> Tensor:

@@ -47,7 +47,9 @@ class NFDLoss(nn.Module):
         check_word("reduction", reduction, FEATURE_REDUCTIONS)
         check_number("eps", eps, minimum=0)
         self.adapter = (
-            nn.Identity() if in_channels is None else nn.Conv2d(in_channels, teacher_channels, kernel_size=1, bias=False)
+            nn.Identity()
+            if in_channels is None
+            else nn.Conv2d(in_channels, teacher_channels, kernel_size=1, bias=False)
         )
         self.dims, self.eps, self.reduction, self.loss_weight = dims, eps, reduction, loss_weight
 
@@ -170,7 +172,9 @@ class ResizedKDLoss(nn.Module):
         size = self.size
         if size is None:
             if target is None:
-                raise ValueError("ResizedKDLoss: got neither size nor target; pass size=(H, W) to the constructor or labels")
+                raise ValueError(
+                    "ResizedKDLoss: got neither size nor target; pass size=(H, W) to the constructor or labels"
+                )
             size = (target.shape[-2], target.shape[-1])
         return self.loss_weight * functional.resized_kd_loss(
             student,

@@ -105,13 +105,13 @@ def teacher_confidence(main: Tensor, aux: Tensor, direction: str) -> Tensor:
 
 def confidence(logits: Tensor, target: Tensor, kind: str, ignore_index: int, align_corners: bool) -> Tensor:
     """Probability of the largest (``"max"``) or the labelled (``"label"``) class at label size; 1 where ignored."""
-    probability = F.softmax(resize(logits, target.shape[-2:], align_corners), 1)
+    size = (target.shape[-2], target.shape[-1])
+    probability = F.softmax(resize(logits, size, align_corners), 1)
     valid = valid_pixels(target, logits.shape[1], ignore_index)
     if kind == "max":
-        value = probability.amax(1)
-    else:
-        value = probability.gather(1, torch.where(valid, target, 0).long()[:, None])[:, 0]
-    return torch.where(valid, value, 1)
+        return torch.where(valid, probability.amax(1), 1)
+    label = torch.where(valid, target, 0).long()
+    return torch.where(valid, probability.gather(1, label[:, None])[:, 0], 1)
 
 
 def hard_pixels(confidence: Tensor, threshold: float, min_kept: int) -> Tensor:

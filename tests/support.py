@@ -27,7 +27,9 @@ def kernel_backends() -> list:
     if os.environ.get("TRITON_INTERPRET") == "1":
         names = ("triton",)
     return [
-        pytest.param(name, marks=[pytest.mark.skip(reason=f"{name}: {reason}")] if (reason := backends.why_not(name)) else [])
+        pytest.param(
+            name, marks=[pytest.mark.skip(reason=f"{name}: {reason}")] if (reason := backends.why_not(name)) else []
+        )
         for name in names
     ]
 
@@ -126,8 +128,11 @@ def assert_within_budget(loss, student: Tensor, teacher: Tensor, backend: str, g
     assert ours[0].shape == true[0].shape
     assert ours[1].dtype == student.dtype
     assert ours[1].shape == student.shape
-    for name, got, plain, want, scale in zip(("loss", "gradient"), ours, eager, true, (1.0, gradient_scale), strict=True):
-        rounding = torch.finfo(got.dtype).eps
+    for name, got, plain, want, scale in zip(
+        ("loss", "gradient"), ours, eager, true, (1.0, gradient_scale), strict=True
+    ):
+        # In float64 the formula is no better than the kernel; they need only agree far beyond fp32.
+        rounding = max(torch.finfo(got.dtype).eps, 1e-12)
         error, eager_error = ((x.double() - want).norm().item() for x in (got, plain))
         noise = 8 * max(rounding, torch.finfo(acc).eps) * (want.norm().item() + scale * want.numel() ** 0.5)
         assert error <= 2 * eager_error + noise, f"{name}: error {error:.3e}, plain PyTorch's {eager_error:.3e}"

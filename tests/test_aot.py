@@ -1,7 +1,7 @@
 """Every Triton kernel, compiled ahead of time for each GPU generation with no GPU, must keep its registers.
 
-The launchers run on meta tensors with a stand-in for ``launch`` that compiles: so what is compiled is what they would run,
-at the blocks, types and argument specialisations they pick. The toolchain in Triton's wheel reports the spills.
+The launchers run on meta tensors with a stand-in for ``launch`` that compiles: so what is compiled is what they would
+run, at the blocks, types and argument specialisations they pick. The toolchain in Triton's wheel reports the spills.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels cannot be compiled in the interpreter", allow_module_level=True)
 
+from fastkd.kernels import cwd, kd, nfd
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-
-from fastkd.kernels import cwd, kd, nfd
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

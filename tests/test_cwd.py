@@ -13,9 +13,7 @@ from .support import DEVICE, assert_within_budget, each_backend, each_kernel, lo
 
 
 @each_kernel
-@given(
-    problem=problems(), reduction=st.sampled_from(FEATURE_REDUCTIONS), temperature=st.sampled_from([0.5, 1.0, 4.0])
-)
+@given(problem=problems(), reduction=st.sampled_from(FEATURE_REDUCTIONS), temperature=st.sampled_from([0.5, 1.0, 4.0]))
 def test_within_eagers_error(backend, problem, reduction, temperature):
     student, teacher = problem.tensors()
     n, c, h, w = student.shape

@@ -37,9 +37,7 @@ def test_within_eagers_error(backend, problem, reduction, temperature, ignored, 
     weight = torch.rand(n, h, w, device=DEVICE) if weighted else None
     # One rounding of a logit is |logit| * eps in a log-probability.
     assert_within_budget(
-        lambda s, t: fastkd.kd_loss(
-            s, t, temperature=temperature, target=target, weight=weight, reduction=reduction
-        ),
+        lambda s, t: fastkd.kd_loss(s, t, temperature=temperature, target=target, weight=weight, reduction=reduction),
         student,
         teacher,
         backend,
@@ -179,7 +177,8 @@ def test_gradcheck(backend, reduction):
     target, weight = labels((2, 4, 5), 3, 0.3, torch.int64, 2), torch.rand(2, 4, 5, dtype=torch.float64, device=DEVICE)
     with fastkd.use_backend(backend):
         torch.autograd.gradcheck(
-            lambda s: fastkd.kd_loss(s, teacher, temperature=2.0, target=target, weight=weight, reduction=reduction), student
+            lambda s: fastkd.kd_loss(s, teacher, temperature=2.0, target=target, weight=weight, reduction=reduction),
+            student,
         )
 
 

@@ -37,7 +37,11 @@ def test_within_eagers_error(backend, dims, problem, reduction):
     scale = 1 / smallest_std(student, dims) / (group if reduction == "none" else 1)
     offset = 1 + abs(problem.offset) / smallest_std(student, dims)
     assert_within_budget(
-        lambda s, t: fastkd.nfd_loss(s, t, dims=dims, reduction=reduction), student, teacher, backend, scale * min(offset, 4)
+        lambda s, t: fastkd.nfd_loss(s, t, dims=dims, reduction=reduction),
+        student,
+        teacher,
+        backend,
+        scale * min(offset, 4),
     )
 
 

@@ -173,7 +173,8 @@ def test_all_ignored(heads):
 def test_blend(heads, blend):
     student, teacher, _, teacher_aux, target = heads
     both = {
-        stage: fastkd.rdd_loss(student, teacher, target, stage=stage, teacher_aux=teacher_aux) for stage in ("tfe", "tse")
+        stage: fastkd.rdd_loss(student, teacher, target, stage=stage, teacher_aux=teacher_aux)
+        for stage in ("tfe", "tse")
     }
     out = fastkd.rdd_loss(student, teacher, target, stage="tse", teacher_aux=teacher_aux, blend=blend)
     torch.testing.assert_close(out.task, (1 - blend) * both["tse"].task + blend * both["tfe"].task)

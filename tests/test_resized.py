@@ -36,9 +36,7 @@ def test_cross_entropy_equals_interpolate_then_loss(size, classes, align_corners
         assert got == 0
         assert (logits.grad == 0).all()
         return
-    want = F.cross_entropy(
-        upsample(x, (height, width), align_corners), target, class_weight.double(), ignore_index=255
-    )
+    want = F.cross_entropy(upsample(x, (height, width), align_corners), target, class_weight.double(), ignore_index=255)
     want.backward()
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logits.grad.double(), x.grad, rtol=1e-4, atol=1e-6)
@@ -55,9 +53,7 @@ def test_kd_equals_interpolate_then_loss(size, align_corners, seed, temperature)
     )
     got.backward()
     x = student.detach().double().requires_grad_()
-    log_s, log_t = (
-        F.log_softmax(upsample(z, (height, width), align_corners) / temperature, 1) for z in (x, teacher)
-    )
+    log_s, log_t = (F.log_softmax(upsample(z, (height, width), align_corners) / temperature, 1) for z in (x, teacher))
     want = F.kl_div(log_s, log_t, log_target=True, reduction="sum") * temperature**2 / (2 * height * width)
     want.backward()
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
@@ -74,9 +70,10 @@ def test_pixel_weight_is_resized_and_never_counts(reduction, align_corners, weig
     got = fastkd.resized_cross_entropy(
         logits, target, pixel_weight=weight, align_corners=align_corners, reduction=reduction
     )
-    pixels = F.cross_entropy(
-        upsample(logits, (12, 10), align_corners), target.long(), ignore_index=255, reduction="none"
-    ) * upsample(weight[:, None], (12, 10), align_corners)[:, 0]
+    pixels = (
+        F.cross_entropy(upsample(logits, (12, 10), align_corners), target.long(), ignore_index=255, reduction="none")
+        * upsample(weight[:, None], (12, 10), align_corners)[:, 0]
+    )
     want = {
         "none": pixels,
         "mean": pixels.sum() / (target != 255).sum(),

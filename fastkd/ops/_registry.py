@@ -43,4 +43,11 @@ class Saved:
         ctx.save_for_backward(*(None if i else t for t, i in zip(tensors, inference, strict=True)))
 
     def tensors(self, ctx) -> list[Tensor | None]:
+        """What was kept, for a first derivative; a graph of this backward (``create_graph=True``) is refused, since the
+        second derivative would silently be missing from it."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "fastkd: double backward (create_graph=True) is not implemented by the kernels; use "
+                '`with fastkd.use_backend("reference"):` around the forward of this loss'
+            )
         return [s if h is None else h for s, h in zip(ctx.saved_tensors, self.held, strict=True)]

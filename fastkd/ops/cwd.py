@@ -11,9 +11,7 @@ from torch import Tensor
 from ._registry import Saved, operators
 
 FORWARD = "cwd_forward(Tensor student, Tensor teacher, float temperature) -> (Tensor loss, Tensor stats)"
-BACKWARD = (
-    "cwd_backward(Tensor grad, Tensor student, Tensor teacher, Tensor stats, float temperature) -> Tensor"
-)
+BACKWARD = "cwd_backward(Tensor grad, Tensor student, Tensor teacher, Tensor stats, float temperature) -> Tensor"
 
 
 def forward_fake(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -35,7 +33,6 @@ class _CWD(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         student, teacher, stats = ctx.saved.tensors(ctx)
         out = operators(ctx.backend).cwd_backward(grad.contiguous(), student, teacher, stats, ctx.temperature)

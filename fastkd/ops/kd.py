@@ -76,7 +76,6 @@ class _KD(torch.autograd.Function):
         return loss * scale
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         student, teacher, target, weight = ctx.saved.tensors(ctx)
         out = operators(ctx.backend).kd_backward(

@@ -39,7 +39,6 @@ class _NFD(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         student, teacher, stats = ctx.saved.tensors(ctx)
         out = operators(ctx.backend).nfd_backward(grad.contiguous(), student, teacher, stats, ctx.dims)

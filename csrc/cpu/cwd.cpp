@@ -1,0 +1,198 @@
+// CWD: per sample and channel tau^2 KL(softmax(T/tau) || softmax(S/tau)) over the pixels; gradient tau (p_s - p_t).
+//
+// Forward reads S and T once (online softmax over tiles, merged in fp64), backward reads each once and writes the
+// gradient from four numbers a channel.
+#include "softmax.h"
+#include "tile.h"
+
+namespace fastkd::FASTKD_ISA {
+namespace {
+
+constexpr int64_t kSpan = 2048;       // elements of each input that share the L1 cache
+constexpr int64_t kItem = 8 * kSpan;  // elements of a channel that one work item reduces
+constexpr int64_t kChannels = 128;    // channels_last: channels and pixels of one work item
+constexpr int64_t kPixels = 2048;
+constexpr int64_t kStats = 4;
+
+template <class Acc>
+void finish(const SoftmaxPair& m, double tau, Acc* loss, Acc* stats) {
+    const double kl = m.dot / m.sum_t + __builtin_log(m.sum_s / m.sum_t);
+    *loss = static_cast<Acc>((kl < 0 ? 0 : kl) * tau * tau);
+    const auto save = [&](double top, double sum, Acc* out) {
+        out[0] = static_cast<Acc>(top / tau);
+        // Relative to the rounded maximum as the backward reads it, so that the rounding cancels.
+        const Acc reference = out[0] * static_cast<Acc>(tau);
+        out[1] = static_cast<Acc>(__builtin_log(sum) + (top - static_cast<double>(reference)) / tau);
+    };
+    save(m.max_s, m.sum_s, stats);
+    save(m.max_t, m.sum_t, stats + 2);
+}
+
+// ---- forward ------------------------------------------------------------------------------------------------------
+
+// Merges the work items of each channel in order; partial is (n * c, items).
+template <class Acc>
+void finish_groups(const CwdForward& a, const SoftmaxPair* partial, int64_t items) {
+    parallel_items(a.in.parallel_for, a.in.n * a.in.c, items * 64, [&](int64_t begin, int64_t end) {
+        for (int64_t g = begin; g < end; ++g) {
+            SoftmaxPair m = partial[g * items];
+            for (int64_t i = 1; i < items; ++i) merge(m, partial[g * items + i], 1 / a.temperature);
+            finish(m, a.temperature, static_cast<Acc*>(a.loss) + g, static_cast<Acc*>(a.stats) + g * kStats);
+        }
+    });
+}
+
+template <class Acc>
+void forward_runs(const CwdForward& a) {
+    const Pair& in = a.in;
+    const int64_t items = ceil_div(in.hw, kItem);
+    const Scratch<SoftmaxPair> partial(in.n * in.c * items);
+    parallel_items(in.parallel_for, in.n * in.c * items, min(in.hw, kItem), [&](int64_t begin, int64_t end) {
+        alignas(64) Acc s_scratch[kSpan], t_scratch[kSpan];
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t g = item / items, first = item % items * kItem, last = min(in.hw, first + kItem);
+            SoftmaxPair m;
+            for (int64_t i = first; i < last; i += kSpan) {
+                const int64_t n = min(kSpan, last - i), offset = g * in.hw + i;
+                merge(m,
+                      span_softmax(view(in.student, in.student_type, offset, n, s_scratch),
+                                   view(in.teacher, in.teacher_type, offset, n, t_scratch), n,
+                                   static_cast<Acc>(1 / a.temperature)),
+                      1 / a.temperature);
+            }
+            partial[item] = m;
+        }
+    });
+    finish_groups<Acc>(a, partial, items);
+}
+
+// channels_last: lanes are channels, reduced over pixels.
+template <class Acc>
+void forward_channels(const CwdForward& a) {
+    constexpr int W = kLanes<Acc>;
+    constexpr int64_t kRows = 32;
+    const Pair& in = a.in;
+    const int64_t items = ceil_div(in.hw, kPixels), blocks = ceil_div(in.c, kChannels);
+    const Scratch<SoftmaxPair> partial(in.n * in.c * items);
+    parallel_items(in.parallel_for, in.n * items * blocks, min(in.hw, kPixels) * min(in.c, kChannels),
+                   [&](int64_t begin, int64_t end) {
+        const Scratch<Acc> s_tile(kRows * kChannels), t_tile(kRows * kChannels);
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t n = item / blocks / items, i = item / blocks % items;
+            const int64_t first = item % blocks * kChannels, lanes = min(kChannels, in.c - first);
+            LaneSoftmax<Acc> softmax[kChannels / W];
+            const int64_t last = min(in.hw, (i + 1) * kPixels);
+            for (int64_t p = i * kPixels; p < last; p += kRows) {
+                const int64_t rows = min(kRows, last - p), offset = (n * in.hw + p) * in.c + first;
+                load_tile<Acc>(in.student, in.student_type, offset, rows, in.c, lanes, s_tile);
+                load_tile<Acc>(in.teacher, in.teacher_type, offset, rows, in.c, lanes, t_tile);
+                for (int64_t l = 0; l < lanes; l += W)
+                    softmax[l / W].add(s_tile + l * rows, t_tile + l * rows, rows,
+                                       static_cast<Acc>(1 / a.temperature));
+            }
+            for (int64_t l = 0; l < lanes; ++l)
+                partial[(n * in.c + first + l) * items + i] = softmax[l / W].lane(static_cast<int>(l % W));
+        }
+    });
+    finish_groups<Acc>(a, partial, items);
+}
+
+// ---- backward -----------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Coefficients {
+    T ref_s, log_s, ref_t, log_t, scale;
+};
+
+template <class Acc>
+inline Coefficients<Acc> coefficients(const CwdBackward& a, int64_t group) {
+    const Acc* stats = static_cast<const Acc*>(a.stats) + group * kStats;
+    const Acc tau = static_cast<Acc>(a.temperature);
+    return {stats[0] * tau, stats[1], stats[2] * tau, stats[3], static_cast<const Acc*>(a.grad)[group] * tau};
+}
+
+template <class V, class Acc>
+inline V gradient(const Coefficients<V>& k, V s, V t, Acc inv_tau) {
+    return k.scale * (exp((s - k.ref_s) * inv_tau - k.log_s) - exp((t - k.ref_t) * inv_tau - k.log_t));
+}
+
+template <class Acc>
+void backward_runs(const CwdBackward& a) {
+    constexpr int W = kLanes<Acc>;
+    const Pair& in = a.in;
+    const Acc inv_tau = static_cast<Acc>(1 / a.temperature);
+    const int64_t items = ceil_div(in.hw, kSpan);
+    parallel_items(in.parallel_for, in.n * in.c * items, min(in.hw, kSpan), [&](int64_t begin, int64_t end) {
+        alignas(64) Acc s_scratch[kSpan], t_scratch[kSpan], out_scratch[kSpan];
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t g = item / items, first = item % items * kSpan, n = min(kSpan, in.hw - first);
+            const int64_t offset = g * in.hw + first;
+            const Coefficients<Acc> c = coefficients<Acc>(a, g);
+            const Coefficients<Vec<Acc>> k{set1(c.ref_s), set1(c.log_s), set1(c.ref_t), set1(c.log_t), set1(c.scale)};
+            const Acc* s = view(in.student, in.student_type, offset, n, s_scratch);
+            const Acc* t = view(in.teacher, in.teacher_type, offset, n, t_scratch);
+            Acc* out = target_span(a.out, in.student_type, offset, out_scratch);
+            int64_t i = 0;
+            for (; i + W <= n; i += W) store(out + i, gradient(k, load(s + i), load(t + i), inv_tau));
+            if (i < n)
+                store_part(out + i, n - i,
+                           gradient(k, load_part(s + i, n - i, Acc(0)), load_part(t + i, n - i, Acc(0)), inv_tau));
+            commit(a.out, in.student_type, offset, n, out);
+        }
+    });
+}
+
+template <class Acc>
+void backward_channels(const CwdBackward& a) {
+    constexpr int W = kLanes<Acc>;
+    const Pair& in = a.in;
+    const Acc inv_tau = static_cast<Acc>(1 / a.temperature);
+    const int64_t rows = min(in.hw, max(64, kItem / in.c)), items = ceil_div(in.hw, rows);
+    const int64_t padded = tile_size<Acc>(1, in.c);
+    parallel_items(in.parallel_for, in.n * items, rows * in.c, [&](int64_t begin, int64_t end) {
+        const Scratch<Acc> k(5 * padded), s_scratch(in.c), t_scratch(in.c), out_scratch(in.c);
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t n = item / items, first = item % items * rows, last = min(in.hw, first + rows);
+            for (int64_t l = 0; l < padded; ++l) {
+                const Coefficients<Acc> c = l < in.c ? coefficients<Acc>(a, n * in.c + l) : Coefficients<Acc>{};
+                const Acc fields[5] = {c.ref_s, c.log_s, c.ref_t, c.log_t, c.scale};
+                for (int f = 0; f < 5; ++f) k[f * padded + l] = fields[f];
+            }
+            for (int64_t p = first; p < last; ++p) {
+                const int64_t offset = (n * in.hw + p) * in.c;
+                const Acc* s = view(in.student, in.student_type, offset, in.c, static_cast<Acc*>(s_scratch));
+                const Acc* t = view(in.teacher, in.teacher_type, offset, in.c, static_cast<Acc*>(t_scratch));
+                Acc* out = target_span(a.out, in.student_type, offset, static_cast<Acc*>(out_scratch));
+                for (int64_t l = 0; l < in.c; l += W) {
+                    const Coefficients<Vec<Acc>> c{load(k + l), load(k + padded + l), load(k + 2 * padded + l),
+                                                   load(k + 3 * padded + l), load(k + 4 * padded + l)};
+                    if (l + W <= in.c)
+                        store(out + l, gradient(c, load(s + l), load(t + l), inv_tau));
+                    else
+                        store_part(out + l, in.c - l,
+                                   gradient(c, load_part(s + l, in.c - l, Acc(0)), load_part(t + l, in.c - l, Acc(0)),
+                                            inv_tau));
+                }
+                commit(a.out, in.student_type, offset, in.c, out);
+            }
+        }
+    });
+}
+
+}  // namespace
+
+void cwd_forward(const CwdForward& a) {
+    with_acc(a.in, [&](auto t) {
+        using Acc = typename decltype(t)::type;
+        a.in.channels_last ? forward_channels<Acc>(a) : forward_runs<Acc>(a);
+    });
+}
+
+void cwd_backward(const CwdBackward& a) {
+    with_acc(a.in, [&](auto t) {
+        using Acc = typename decltype(t)::type;
+        a.in.channels_last ? backward_channels<Acc>(a) : backward_runs<Acc>(a);
+    });
+}
+
+}  // namespace fastkd::FASTKD_ISA

@@ -1,0 +1,37 @@
+// The vector exponential on its own, so that its error bound can be tested and its speed measured; and the table of
+// kernels of this instruction set.
+#include "tile.h"
+
+namespace fastkd::FASTKD_ISA {
+
+void nfd_forward(const NfdForward&);
+void nfd_backward(const NfdBackward&);
+void kd_forward(const KdForward&);
+void kd_backward(const KdBackward&);
+void cwd_forward(const CwdForward&);
+void cwd_backward(const CwdBackward&);
+
+namespace {
+
+constexpr int64_t kSpan = 8192;
+
+void exp_all(const float* in, float* out, int64_t n, ParallelFor parallel_for) {
+    parallel_items(parallel_for, ceil_div(n, kSpan), kSpan, [&](int64_t begin, int64_t end) {
+        int64_t i = begin * kSpan;
+        const int64_t last = min(n, end * kSpan);
+        for (; i + kLanes<float> <= last; i += kLanes<float>) store(out + i, exp(load(in + i)));
+        if (i < last) store_part(out + i, last - i, exp(load_part(in + i, last - i, 0.0f)));
+    });
+}
+
+const char* name() {
+    return kVecBytes == 64 ? "avx512" : kVecBytes == 32 ? "avx2" : "baseline";
+}
+
+}  // namespace
+
+Kernels table() {
+    return {name(), nfd_forward, nfd_backward, kd_forward, kd_backward, cwd_forward, cwd_backward, exp_all};
+}
+
+}  // namespace fastkd::FASTKD_ISA

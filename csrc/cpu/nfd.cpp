@@ -1,0 +1,291 @@
+// NFD: mean of (z(S) - z(T))^2 per group of M elements, z the z-score of the group; d below is that mean.
+//
+//     d = vs is^2 + vt it^2 - 2 c is it,  is = (vs + eps)^-1/2,  it = (vt + eps)^-1/2
+//     dd/ds = A (s - mean_s) - B (t - mean_t),  A = 2/M is^2 (1 - vs is^2 + c is it),  B = 2/M is it
+//
+// Forward reads S and T once, backward reads each once and writes the gradient from six numbers a group. A mean is
+// kept as shift + remainder, since one fp32 number is not enough of it where |mean| >> std.
+#include "moments.h"
+#include "tile.h"
+
+namespace fastkd::FASTKD_ISA {
+namespace {
+
+constexpr int64_t kSpan = 2048;       // elements of each input that share the L1 cache
+constexpr int64_t kItem = 8 * kSpan;  // elements of a group that one work item reduces
+constexpr int64_t kChannels = 128;    // channels_last: channels and pixels of one work item
+constexpr int64_t kPixels = 2048;
+constexpr int64_t kStats = 6;
+
+template <class Acc>
+void finish(const Moments& m, double eps, Acc* loss, Acc* stats) {
+    const double vs = m.ss / m.n, vt = m.tt / m.n, c = m.st / m.n;
+    const double is = 1 / __builtin_sqrt(vs + eps), it = 1 / __builtin_sqrt(vt + eps);
+    const double own = vs * is * is, other = vt * it * it, both = c * is * it;
+    const double d = (own + other) - 2 * both;
+    *loss = static_cast<Acc>(d < 0 ? 0 : d);
+    stats[0] = static_cast<Acc>(m.mean_s);
+    stats[1] = static_cast<Acc>(m.mean_s - static_cast<double>(stats[0]));
+    stats[2] = static_cast<Acc>(m.mean_t);
+    stats[3] = static_cast<Acc>(m.mean_t - static_cast<double>(stats[2]));
+    stats[4] = static_cast<Acc>(2 / m.n * is * is * (1 - (own - both)));
+    stats[5] = static_cast<Acc>(2 / m.n * is * it);
+}
+
+// ---- forward ------------------------------------------------------------------------------------------------------
+
+// Merges the work items of each group in order; partial is (groups, items).
+template <class Acc>
+void finish_groups(const NfdForward& a, const Moments* partial, int64_t groups, int64_t items) {
+    parallel_items(a.in.parallel_for, groups, items * 16, [&](int64_t begin, int64_t end) {
+        for (int64_t g = begin; g < end; ++g) {
+            Moments m = partial[g * items];
+            for (int64_t i = 1; i < items; ++i) merge(m, partial[g * items + i]);
+            finish(m, a.eps, static_cast<Acc*>(a.loss) + g, static_cast<Acc*>(a.stats) + g * kStats);
+        }
+    });
+}
+
+// A group is `runs` contiguous runs; a work item is kItem elements of them, seen end to end.
+template <class Acc>
+void forward_runs(const NfdForward& a) {
+    const Pair& in = a.in;
+    const bool whole = a.group == Group::chw, batch = a.group == Group::nhw;
+    const int64_t length = whole ? in.c * in.hw : in.hw, runs = batch ? in.n : 1;
+    const int64_t groups = whole ? in.n : batch ? in.c : in.n * in.c;
+    const int64_t total = runs * length, items = ceil_div(total, kItem);
+    const Scratch<Moments> partial(items > 1 ? groups * items : 0);
+    parallel_items(in.parallel_for, groups * items, min(total, kItem), [&](int64_t begin, int64_t end) {
+        alignas(64) Acc s_scratch[kSpan], t_scratch[kSpan];
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t g = item / items, first = item % items * kItem, last = min(total, first + kItem);
+            Moments m;
+            for (int64_t i = first, n; i < last; i += n) {
+                const int64_t run = i / length, at = i % length, offset = (run * groups + g) * length + at;
+                n = min(kSpan, min(length - at, last - i));
+                merge(m, span_moments(view(in.student, in.student_type, offset, n, s_scratch),
+                                      view(in.teacher, in.teacher_type, offset, n, t_scratch), n));
+            }
+            if (items > 1)
+                partial[item] = m;
+            else
+                finish(m, a.eps, static_cast<Acc*>(a.loss) + g, static_cast<Acc*>(a.stats) + g * kStats);
+        }
+    });
+    if (items > 1) finish_groups<Acc>(a, partial, groups, items);
+}
+
+// channels_last, a group per channel: lanes are channels, reduced over pixels.
+template <class Acc>
+void forward_channels(const NfdForward& a) {
+    constexpr int W = kLanes<Acc>;
+    constexpr int64_t kRows = 32;
+    const Pair& in = a.in;
+    const int64_t outer = a.group == Group::hw ? in.n : 1, pixels = in.n * in.hw / outer;
+    const int64_t items = ceil_div(pixels, kPixels), blocks = ceil_div(in.c, kChannels);
+    const Scratch<Moments> partial(outer * in.c * items);
+    parallel_items(in.parallel_for, outer * items * blocks, min(pixels, kPixels) * min(in.c, kChannels),
+                   [&](int64_t begin, int64_t end) {
+        const Scratch<Acc> s_tile(kRows * kChannels), t_tile(kRows * kChannels);
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t o = item / blocks / items, i = item / blocks % items;
+            const int64_t first = item % blocks * kChannels, lanes = min(kChannels, in.c - first);
+            LaneMoments<Acc> moments[kChannels / W];
+            const int64_t last = min(pixels, (i + 1) * kPixels);
+            for (int64_t p = i * kPixels; p < last; p += kRows) {
+                const int64_t rows = min(kRows, last - p), offset = (o * pixels + p) * in.c + first;
+                load_tile<Acc>(in.student, in.student_type, offset, rows, in.c, lanes, s_tile);
+                load_tile<Acc>(in.teacher, in.teacher_type, offset, rows, in.c, lanes, t_tile);
+                for (int64_t l = 0; l < lanes; l += W) moments[l / W].add(s_tile + l * rows, t_tile + l * rows, rows);
+            }
+            for (int64_t l = 0; l < lanes; ++l)
+                partial[(o * in.c + first + l) * items + i] = moments[l / W].lane(static_cast<int>(l % W));
+        }
+    });
+    finish_groups<Acc>(a, partial, outer * in.c, items);
+}
+
+// A group per pixel: lanes are pixels, reduced over channels.
+template <class Acc>
+void forward_pixels(const NfdForward& a) {
+    constexpr int W = kLanes<Acc>;
+    constexpr int64_t kRows = 32;  // merged in fp64 after that many, so that fp32 sums stay short
+    const Pair& in = a.in;
+    const int64_t lanes = pixel_lanes(in.c), tiles = ceil_div(in.hw, lanes);
+    parallel_items(in.parallel_for, in.n * tiles, lanes * in.c, [&](int64_t begin, int64_t end) {
+        const int64_t size = tile_size<Acc>(in.c, lanes);
+        const Scratch<Acc> s_tile(size), t_tile(size), scratch(in.channels_last ? size : 0);
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t n = item / tiles, first = item % tiles * lanes, count = min(lanes, in.hw - first);
+            load_pixels<Acc>(in, in.student, in.student_type, n, first, count, s_tile, scratch);
+            load_pixels<Acc>(in, in.teacher, in.teacher_type, n, first, count, t_tile, scratch);
+            for (int64_t l = 0; l < count; l += W) {
+                LaneMoments<Acc> m;
+                for (int64_t r = 0; r < in.c; r += kRows)
+                    m.add(s_tile + l * in.c + r * W, t_tile + l * in.c + r * W, min(kRows, in.c - r));
+                for (int64_t i = 0; i < min(W, count - l); ++i) {
+                    const int64_t g = n * in.hw + first + l + i;
+                    finish(m.lane(static_cast<int>(i)), a.eps, static_cast<Acc*>(a.loss) + g,
+                           static_cast<Acc*>(a.stats) + g * kStats);
+                }
+            }
+        }
+    });
+}
+
+// ---- backward -----------------------------------------------------------------------------------------------------
+
+// grad * (A x - B y) = b (q x - y) with b = grad B, q = A / B: exactly 0 where student and teacher agree (q = 1).
+template <class T>
+struct Coefficients {
+    T shift_s, rem_s, shift_t, rem_t, q, b;
+};
+
+template <class Acc>
+inline Coefficients<Acc> coefficients(const NfdBackward& a, int64_t group) {
+    const Acc* stats = static_cast<const Acc*>(a.stats) + group * kStats;
+    const Acc grad = static_cast<const Acc*>(a.grad)[group];
+    return {stats[0], stats[1], stats[2], stats[3], stats[4] / stats[5], grad * stats[5]};
+}
+
+template <class V>
+inline V gradient(const Coefficients<V>& k, V s, V t) {
+    return k.b * (k.q * ((s - k.shift_s) - k.rem_s) - ((t - k.shift_t) - k.rem_t));
+}
+
+// n elements of one group.
+template <class Acc>
+inline void gradient_run(const Coefficients<Acc>& c, const Acc* s, const Acc* t, int64_t n, Acc* out) {
+    constexpr int W = kLanes<Acc>;
+    const Coefficients<Vec<Acc>> k{set1(c.shift_s), set1(c.rem_s), set1(c.shift_t),
+                                   set1(c.rem_t),   set1(c.q),     set1(c.b)};
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(out + i, gradient(k, load(s + i), load(t + i)));
+    for (; i < n; ++i) out[i] = gradient(c, s[i], t[i]);
+}
+
+// Every run of `length` elements of memory belongs to one group.
+template <class Acc>
+void backward_runs(const NfdBackward& a, int64_t length) {
+    const Pair& in = a.in;
+    const int64_t total = in.n * in.c * in.hw;
+    parallel_items(in.parallel_for, ceil_div(total, kSpan), kSpan, [&](int64_t begin, int64_t end) {
+        alignas(64) Acc s_scratch[kSpan], t_scratch[kSpan], out_scratch[kSpan];
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t offset = item * kSpan, count = min(kSpan, total - offset);
+            const Acc* s = view(in.student, in.student_type, offset, count, s_scratch);
+            const Acc* t = view(in.teacher, in.teacher_type, offset, count, t_scratch);
+            Acc* out = target_span(a.out, in.student_type, offset, out_scratch);
+            for (int64_t i = 0, n; i < count; i += n) {
+                const int64_t run = (offset + i) / length;
+                n = min(count - i, (run + 1) * length - offset - i);
+                const int64_t group = a.group == Group::nhw ? run % in.c : run;
+                gradient_run(coefficients<Acc>(a, group), s + i, t + i, n, out + i);
+            }
+            commit(a.out, in.student_type, offset, count, out);
+        }
+    });
+}
+
+// Memory as rows of `lanes`, lane l of every row in a group of its own; groups of lane 0 are base(row) apart.
+template <class Acc>
+struct LaneCoefficients {
+    explicit LaneCoefficients(int64_t lanes) : data(6 * lanes), lanes(lanes) {}
+
+    void set(const NfdBackward& a, int64_t first_group, int64_t count) {
+        for (int64_t l = 0; l < count; ++l) {
+            const Coefficients<Acc> k = coefficients<Acc>(a, first_group + l);
+            const Acc fields[6] = {k.shift_s, k.rem_s, k.shift_t, k.rem_t, k.q, k.b};
+            for (int f = 0; f < 6; ++f) data[f * lanes + l] = fields[f];
+        }
+    }
+
+    void gradient_row(const Acc* s, const Acc* t, int64_t n, Acc* out) const {
+        constexpr int W = kLanes<Acc>;
+        const Acc* k = data;
+        int64_t l = 0;
+        for (; l + W <= n; l += W) {
+            const Coefficients<Vec<Acc>> c{load(k + l),             load(k + lanes + l),     load(k + 2 * lanes + l),
+                                           load(k + 3 * lanes + l), load(k + 4 * lanes + l), load(k + 5 * lanes + l)};
+            store(out + l, gradient(c, load(s + l), load(t + l)));
+        }
+        for (; l < n; ++l) {
+            const Coefficients<Acc> c{k[l],             k[lanes + l],     k[2 * lanes + l],
+                                      k[3 * lanes + l], k[4 * lanes + l], k[5 * lanes + l]};
+            out[l] = gradient(c, s[l], t[l]);
+        }
+    }
+
+    const Scratch<Acc> data;
+    const int64_t lanes;
+};
+
+// Rows [first, first + rows) * stride + [0, lanes) of both inputs, with the coefficients of those lanes.
+template <class Acc>
+void gradient_rows(const NfdBackward& a, const LaneCoefficients<Acc>& k, int64_t offset, int64_t rows, int64_t stride,
+                   int64_t lanes, Acc* s_scratch, Acc* t_scratch, Acc* out_scratch) {
+    const Pair& in = a.in;
+    for (int64_t r = 0; r < rows; ++r, offset += stride) {
+        Acc* out = target_span(a.out, in.student_type, offset, out_scratch);
+        k.gradient_row(view(in.student, in.student_type, offset, lanes, s_scratch),
+                       view(in.teacher, in.teacher_type, offset, lanes, t_scratch), lanes, out);
+        commit(a.out, in.student_type, offset, lanes, out);
+    }
+}
+
+// channels_last with a group per channel: rows are pixels. NCHW with a group per pixel: rows are channels.
+template <class Acc>
+void backward_lanes(const NfdBackward& a) {
+    const Pair& in = a.in;
+    const bool per_channel = in.channels_last;
+    const int64_t lanes = per_channel ? in.c : min(in.hw, 512);
+    const int64_t rows = per_channel ? min(in.hw, max(64, kItem / in.c)) : in.c;
+    const int64_t items = per_channel ? ceil_div(in.hw, rows) : ceil_div(in.hw, lanes);
+    parallel_items(in.parallel_for, in.n * items, lanes * rows, [&](int64_t begin, int64_t end) {
+        LaneCoefficients<Acc> k(lanes);
+        const Scratch<Acc> s_scratch(lanes), t_scratch(lanes), out_scratch(lanes);
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t n = item / items, i = item % items;
+            if (per_channel) {
+                k.set(a, a.group == Group::hw ? n * in.c : 0, in.c);
+                gradient_rows(a, k, (n * in.hw + i * rows) * in.c, min(rows, in.hw - i * rows), in.c, in.c,
+                              static_cast<Acc*>(s_scratch), static_cast<Acc*>(t_scratch),
+                              static_cast<Acc*>(out_scratch));
+            } else {
+                const int64_t first = i * lanes, count = min(lanes, in.hw - first);
+                k.set(a, n * in.hw + first, count);
+                gradient_rows(a, k, n * in.c * in.hw + first, in.c, in.hw, count, static_cast<Acc*>(s_scratch),
+                              static_cast<Acc*>(t_scratch), static_cast<Acc*>(out_scratch));
+            }
+        }
+    });
+}
+
+}  // namespace
+
+void nfd_forward(const NfdForward& a) {
+    with_acc(a.in, [&](auto t) {
+        using Acc = typename decltype(t)::type;
+        if (a.group == Group::c)
+            forward_pixels<Acc>(a);
+        else if (a.in.channels_last && a.group != Group::chw)
+            forward_channels<Acc>(a);
+        else
+            forward_runs<Acc>(a);
+    });
+}
+
+void nfd_backward(const NfdBackward& a) {
+    with_acc(a.in, [&](auto t) {
+        using Acc = typename decltype(t)::type;
+        const Pair& in = a.in;
+        if (a.group == Group::chw)
+            backward_runs<Acc>(a, in.c * in.hw);
+        else if (in.channels_last == (a.group == Group::c))
+            backward_runs<Acc>(a, in.channels_last ? in.c : in.hw);
+        else
+            backward_lanes<Acc>(a);
+    });
+}
+
+}  // namespace fastkd::FASTKD_ISA

@@ -1,0 +1,249 @@
+// Rows and tiles: how a kernel reads its inputs in the type it computes in, whatever their dtype and memory format.
+//
+// A kernel works on spans or tiles of Acc that fit in the L1 or L2 cache. An input already in Acc is read in place
+// where the loop is linear; others are converted a span at a time into scratch. So a kernel exists once per Acc, not
+// once per pair of dtypes and memory format.
+#pragma once
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace fastkd::FASTKD_ISA {
+
+template <class T>
+struct Type {
+    using type = T;
+};
+
+template <class Acc, class F>
+inline void with_type(DType type, const F& f) {
+    if constexpr (sizeof(Acc) == sizeof(double)) {
+        f(Type<double>{});
+    } else {
+        switch (type) {
+            case DType::f16: f(Type<f16>{}); break;
+            case DType::bf16: f(Type<bf16>{}); break;
+            default: f(Type<float>{});
+        }
+    }
+}
+
+// Runs f(Type<Acc>) with the type the inputs are computed in.
+template <class F>
+inline void with_acc(const Pair& in, const F& f) {
+    if (in.student_type == DType::f64)
+        f(Type<double>{});
+    else
+        f(Type<float>{});
+}
+
+template <class Acc>
+inline bool in_place(DType type) {
+    return type == (sizeof(Acc) == sizeof(double) ? DType::f64 : DType::f32);
+}
+
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- threads -----------------------------------------------------------------------------------------------------
+
+// body(begin, end) for ranges of the items [0, items), each item of about `cost` elements. Items are independent and fixed by the
+// shape alone, so the result does not depend on the number of threads.
+template <class F>
+inline void parallel_items(ParallelFor parallel_for, int64_t items, int64_t cost, const F& body) {
+    const int64_t grain = cost >= 32768 ? 1 : 32768 / (cost > 0 ? cost : 1);
+    parallel_for(
+        0, items, grain,
+        [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
+        const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// ---- spans --------------------------------------------------------------------------------------------------------
+
+template <class T, class Acc>
+inline void convert(const T* in, int64_t n, Acc* out) {
+    constexpr int W = kLanes<Acc>;
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(out + i, load(in + i));
+    if (i < n) {
+        T part[W] = {};
+        __builtin_memcpy(part, in + i, (n - i) * sizeof(T));
+        store_part(out + i, n - i, load(part));
+    }
+}
+
+template <class T, class Acc>
+inline void convert_back(const Acc* in, int64_t n, T* out) {
+    constexpr int W = kLanes<Acc>;
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(out + i, load(in + i));
+    if (i < n) {
+        T part[W];
+        store(part, load_part(in + i, n - i, Acc(0)));
+        __builtin_memcpy(out + i, part, (n - i) * sizeof(T));
+    }
+}
+
+// Elements [offset, offset + n) as Acc: in place if they are, else converted into scratch (n elements).
+template <class Acc>
+inline const Acc* view(const void* data, DType type, int64_t offset, int64_t n, Acc* scratch) {
+    if (in_place<Acc>(type)) return static_cast<const Acc*>(data) + offset;
+    with_type<Acc>(type, [&](auto t) {
+        using T = typename decltype(t)::type;
+        convert(static_cast<const T*>(data) + offset, n, scratch);
+    });
+    return scratch;
+}
+
+// Where to write elements [offset, offset + n): the output itself, or scratch that commit() then converts.
+template <class Acc>
+inline Acc* target_span(void* data, DType type, int64_t offset, Acc* scratch) {
+    return in_place<Acc>(type) ? static_cast<Acc*>(data) + offset : scratch;
+}
+template <class Acc>
+inline void commit(void* data, DType type, int64_t offset, int64_t n, const Acc* scratch) {
+    if (in_place<Acc>(type)) return;
+    with_type<Acc>(type, [&](auto t) {
+        using T = typename decltype(t)::type;
+        convert_back(scratch, n, static_cast<T*>(data) + offset);
+    });
+}
+
+// ---- tiles --------------------------------------------------------------------------------------------------------
+// A tile of rows x lanes is kept as one block of (rows, W) per W lanes, so a kernel that reduces over the rows of a
+// block walks linear memory. Lanes that do not exist hold 0.
+
+template <class Acc>
+inline int64_t tile_size(int64_t rows, int64_t lanes) {
+    return ceil_div(lanes, kLanes<Acc>) * kLanes<Acc> * rows;
+}
+
+// Element (row, lane) is at offset + row * stride + lane.
+template <class Acc>
+inline void load_tile(const void* data, DType type, int64_t offset, int64_t rows, int64_t stride, int64_t lanes,
+                      Acc* tile) {
+    constexpr int W = kLanes<Acc>;
+    with_type<Acc>(type, [&](auto t) {
+        using T = typename decltype(t)::type;
+        const T* in = static_cast<const T*>(data) + offset;
+        for (int64_t r = 0; r < rows; ++r, in += stride) {
+            int64_t l = 0;
+            for (; l + W <= lanes; l += W) store(tile + l * rows + r * W, load(in + l));
+            if (l < lanes) {
+                T part[W] = {};
+                __builtin_memcpy(part, in + l, (lanes - l) * sizeof(T));
+                store(tile + l * rows + r * W, load(part));
+            }
+        }
+    });
+}
+
+template <class Acc>
+inline void store_tile(void* data, DType type, int64_t offset, int64_t rows, int64_t stride, int64_t lanes,
+                       const Acc* tile) {
+    constexpr int W = kLanes<Acc>;
+    with_type<Acc>(type, [&](auto t) {
+        using T = typename decltype(t)::type;
+        T* out = static_cast<T*>(data) + offset;
+        for (int64_t r = 0; r < rows; ++r, out += stride) {
+            int64_t l = 0;
+            for (; l + W <= lanes; l += W) store(out + l, load(tile + l * rows + r * W));
+            if (l < lanes) {
+                T part[W];
+                store(part, load(tile + l * rows + r * W));
+                __builtin_memcpy(out + l, part, (lanes - l) * sizeof(T));
+            }
+        }
+    });
+}
+
+typedef float Quad __attribute__((vector_size(16)));
+typedef int32_t QuadIndex __attribute__((vector_size(16)));
+
+template <int A, int B, int C, int D>
+inline Quad shuffle(Quad x, Quad y) {
+#if defined(__clang__)
+    return __builtin_shufflevector(x, y, A, B, C, D);
+#else
+    return __builtin_shuffle(x, y, QuadIndex{A, B, C, D});
+#endif
+}
+
+// out[j * out_stride + i] = in[i * in_stride + j] for i, j in 0..3
+inline void transpose4(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+    const Quad a = load_raw<Quad>(in), b = load_raw<Quad>(in + in_stride);
+    const Quad c = load_raw<Quad>(in + 2 * in_stride), d = load_raw<Quad>(in + 3 * in_stride);
+    const Quad ab0 = shuffle<0, 4, 1, 5>(a, b), ab1 = shuffle<2, 6, 3, 7>(a, b);
+    const Quad cd0 = shuffle<0, 4, 1, 5>(c, d), cd1 = shuffle<2, 6, 3, 7>(c, d);
+    store_raw(out, shuffle<0, 1, 4, 5>(ab0, cd0));
+    store_raw(out + out_stride, shuffle<2, 3, 6, 7>(ab0, cd0));
+    store_raw(out + 2 * out_stride, shuffle<0, 1, 4, 5>(ab1, cd1));
+    store_raw(out + 3 * out_stride, shuffle<2, 3, 6, 7>(ab1, cd1));
+}
+
+// in is (lanes, rows) in memory and becomes a tile of rows x lanes, and back.
+template <class Acc>
+inline void transpose_in(const Acc* in, int64_t rows, int64_t lanes, Acc* tile) {
+    constexpr int W = kLanes<Acc>;
+    int64_t l = 0;
+    if constexpr (sizeof(Acc) == sizeof(float)) {
+        if (rows >= 4)
+            for (; l + 4 <= lanes; l += 4) {
+                Acc* out = tile + (l / W) * W * rows + l % W;
+                const Acc* from = in + l * rows;
+                for (int64_t r = 0; r + 4 <= rows; r += 4) transpose4(from + r, rows, out + r * W, W);
+                if (rows % 4) transpose4(from + rows - 4, rows, out + (rows - 4) * W, W);  // overlaps: same values
+            }
+    }
+    for (; l < lanes; ++l)
+        for (int64_t r = 0; r < rows; ++r) tile[(l / W) * W * rows + r * W + l % W] = in[l * rows + r];
+    for (; l % W; ++l)
+        for (int64_t r = 0; r < rows; ++r) tile[(l / W) * W * rows + r * W + l % W] = 0;
+}
+
+template <class Acc>
+inline void transpose_out(const Acc* tile, int64_t rows, int64_t lanes, Acc* out) {
+    constexpr int W = kLanes<Acc>;
+    int64_t l = 0;
+    if constexpr (sizeof(Acc) == sizeof(float)) {
+        if (rows >= 4)
+            for (; l + 4 <= lanes; l += 4) {
+                const Acc* from = tile + (l / W) * W * rows + l % W;
+                Acc* to = out + l * rows;
+                for (int64_t r = 0; r + 4 <= rows; r += 4) transpose4(from + r * W, W, to + r, rows);
+                if (rows % 4) transpose4(from + (rows - 4) * W, W, to + rows - 4, rows);
+            }
+    }
+    for (; l < lanes; ++l)
+        for (int64_t r = 0; r < rows; ++r) out[l * rows + r] = tile[(l / W) * W * rows + r * W + l % W];
+}
+
+// ---- pixel tiles: rows are channels, lanes are pixels, in either memory format ------------------------------------
+
+// Pixels per tile: a tile of about 16 KB, so that student and teacher share the L1 cache when c allows it.
+inline int64_t pixel_lanes(int64_t c) { return max(16, min(256, 4096 / c / 16 * 16)); }
+
+template <class Acc>
+inline void load_pixels(const Pair& in, const void* data, DType type, int64_t n, int64_t first, int64_t lanes,
+                        Acc* tile, Acc* scratch) {
+    if (in.channels_last)
+        transpose_in(view(data, type, (n * in.hw + first) * in.c, lanes * in.c, scratch), in.c, lanes, tile);
+    else
+        load_tile(data, type, n * in.c * in.hw + first, in.c, in.hw, lanes, tile);
+}
+
+template <class Acc>
+inline void store_pixels(const Pair& in, void* data, DType type, int64_t n, int64_t first, int64_t lanes,
+                         const Acc* tile, Acc* scratch) {
+    if (in.channels_last) {
+        const int64_t offset = (n * in.hw + first) * in.c;
+        Acc* out = target_span(data, type, offset, scratch);
+        transpose_out(tile, in.c, lanes, out);
+        commit(data, type, offset, lanes * in.c, out);
+    } else {
+        store_tile(data, type, n * in.c * in.hw + first, in.c, in.hw, lanes, tile);
+    }
+}
+
+}  // namespace fastkd::FASTKD_ISA

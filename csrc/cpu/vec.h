@@ -1,0 +1,212 @@
+// One vector type for every instruction set: GCC and Clang vectors, as wide as the flags of this compilation allow.
+//
+// Everything lives in the namespace of the instruction set, and nothing here comes from a std:: template: the linker
+// may keep any one of several copies of an inline function, and the AVX-512 copy must not serve an older processor.
+#pragma once
+
+#include <cstdint>
+#include <new>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#ifndef FASTKD_ISA
+#error "compile with -DFASTKD_ISA=baseline, avx2 or avx512 (setup.py does)"
+#endif
+
+namespace fastkd::FASTKD_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVecBytes = 32;
+#else
+constexpr int kVecBytes = 16;
+#endif
+
+template <class T>
+struct VecOf {
+    typedef T type __attribute__((vector_size(kVecBytes)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+constexpr int kLanes = kVecBytes / static_cast<int>(sizeof(T));
+
+using Float = Vec<float>;
+using Double = Vec<double>;
+using Int = Vec<int32_t>;
+using Bits = Vec<uint32_t>;
+typedef uint16_t Half __attribute__((vector_size(kVecBytes / 2)));  // as many lanes as Float
+
+struct f16 {
+    uint16_t bits;
+};
+struct bf16 {
+    uint16_t bits;
+};
+
+template <class T>
+inline Vec<T> set1(T x) {
+    return x - Vec<T>{};
+}
+
+// ---- memory -------------------------------------------------------------------------------------------------------
+
+template <class V>
+inline V load_raw(const void* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class V>
+inline void store_raw(void* p, V v) {
+    __builtin_memcpy(p, &v, sizeof v);
+}
+
+inline Float load(const float* p) { return load_raw<Float>(p); }
+inline Double load(const double* p) { return load_raw<Double>(p); }
+inline void store(float* p, Float v) { store_raw(p, v); }
+inline void store(double* p, Double v) { store_raw(p, v); }
+
+inline Float load(const bf16* p) { return (Float)(__builtin_convertvector(load_raw<Half>(p), Bits) << 16); }
+
+// Round to nearest even; a NaN keeps its sign and stays a NaN.
+inline void store(bf16* p, Float v) {
+    const Bits b = (Bits)v;
+    const Bits rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+    const Bits nan = (b >> 16) | 0x40;
+    store_raw(p, __builtin_convertvector(v == v ? rounded : nan, Half));
+}
+
+// The processor's own conversion, rounding to nearest even. (maskz: GCC warns about the undefined operand of the plain one.)
+#if defined(__AVX512F__)
+inline Float load(const f16* p) { return (Float)_mm512_maskz_cvtph_ps(0xffff, load_raw<__m256i>(p)); }
+inline void store(f16* p, Float v) { store_raw(p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, 0)); }
+#elif defined(__F16C__)
+inline Float load(const f16* p) { return (Float)_mm256_cvtph_ps(load_raw<__m128i>(p)); }
+inline void store(f16* p, Float v) { store_raw(p, _mm256_cvtps_ph((__m256)v, 0)); }
+#else
+// Shift exponent and mantissa into place, then correct the exponent's bias by a multiplication, which also normalises
+// half subnormals; infinity and NaN get the exponent the multiplication cannot give them.
+inline Float load(const f16* p) {
+    const Bits h = __builtin_convertvector(load_raw<Half>(p), Bits);
+    const Bits body = (h & 0x7fff) << 13;
+    const Bits value = (Bits)((Float)body * set1(0x1p112f));
+    const Bits special = body | 0x7f800000;
+    return (Float)((body >= (0x7c00 << 13) ? special : value) | ((h & 0x8000) << 16));
+}
+// Round to nearest even on the integer bits; below the smallest normal half the addition of 0.5 aligns and rounds.
+inline void store(f16* p, Float v) {
+    const Bits b = (Bits)v & 0x7fffffff;
+    const Bits normal = (b + 0xfff + ((b >> 13) & 1) - (112u << 23)) >> 13;
+    const Bits tiny = (Bits)((Float)b + set1(0.5f)) - 0x3f000000;
+    const Bits big = b > 0x7f800000 ? Bits{} + 0x7e00 : Bits{} + 0x7c00;
+    const Bits h = b >= (143u << 23) ? big : b < (113u << 23) ? tiny : normal;
+    store_raw(p, __builtin_convertvector(h | (((Bits)v >> 16) & 0x8000), Half));
+}
+#endif
+
+// The first n < kLanes elements; the other lanes are fill.
+template <class T>
+inline Vec<T> load_part(const T* p, int64_t n, T fill) {
+    T lanes[kLanes<T>];
+    for (int i = 0; i < kLanes<T>; ++i) lanes[i] = i < n ? p[i] : fill;
+    return load(lanes);
+}
+template <class T>
+inline void store_part(T* p, int64_t n, Vec<T> v) {
+    T lanes[kLanes<T>];
+    store(lanes, v);
+    for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// ---- arithmetic ---------------------------------------------------------------------------------------------------
+
+template <class V>
+inline V max(V a, V b) {  // a NaN in b is kept, one in a is not: callers see NaN through their sums
+    return a > b ? a : b;
+}
+
+template <class T>
+inline T sum_lanes(Vec<T> v) {
+    T lanes[kLanes<T>];
+    store(lanes, v);
+    for (int w = kLanes<T> / 2; w; w /= 2)
+        for (int i = 0; i < w; ++i) lanes[i] += lanes[i + w];
+    return lanes[0];
+}
+template <class T>
+inline T max_lanes(Vec<T> v) {
+    T lanes[kLanes<T>];
+    store(lanes, v);
+    for (int w = kLanes<T> / 2; w; w /= 2)
+        for (int i = 0; i < w; ++i) lanes[i] = lanes[i] > lanes[i + w] ? lanes[i] : lanes[i + w];
+    return lanes[0];
+}
+
+// e^x for x <= 88, at most 2 ulp (1 with FMA); results below 2^-126 become 0; NaN stays NaN.
+// x = n ln2 + r, |r| <= ln2 / 2, with ln2 in two parts so that n ln2 is exact; a degree-6 minimax polynomial in r;
+// 2^n enters through the exponent bits.
+inline Float exp(Float x) {
+    const Float lowest = set1(-88.0f);
+    x = lowest > x ? lowest : x;
+    const Float shifter = set1(0x1.8p23f);  // adding it rounds to an integer and leaves that in the low bits
+    const Float shifted = x * set1(0x1.715476p0f) + shifter;
+    const Float n = shifted - shifter;
+    const Float r = (x - n * set1(0x1.63p-1f)) + n * set1(0x1.bd0106p-13f);
+    Float p = set1(0x1.6b6de6p-10f);
+    p = p * r + set1(0x1.123008p-7f);
+    p = p * r + set1(0x1.55568ap-5f);
+    p = p * r + set1(0x1.5554a2p-3f);
+    p = p * r + set1(0.5f);
+    p = p * r + set1(1.0f);
+    p = p * r + set1(1.0f);
+    return p * (Float)(((Bits)shifted + 127) << 23);
+}
+
+// ln x for a positive normal x, about 1 ulp; exactly 0 at 1; NaN stays NaN.
+// x = 2^e m, m in [sqrt(1/2), sqrt(2)); ln m = 2 atanh(f), f = (m - 1) / (m + 1), an odd series in f, |f| < 0.172.
+inline Float log(Float x) {
+    const Bits b = (Bits)x - 0x3f3504f3;
+    const Float e = __builtin_convertvector((Int)b >> 23, Float);
+    const Float m = (Float)((b & 0x7fffff) + 0x3f3504f3);
+    const Float d = m - set1(1.0f);
+    const Float f = d / (m + set1(1.0f));
+    const Float z = f * f;
+    Float p = set1(0.23584351f);
+    p = p * z + set1(0.28537204f);
+    p = p * z + set1(0.40000337f);
+    p = p * z + set1(0.66666667f);
+    const Float small = e * set1(-0x1.bd0106p-13f) + (d - f * (d - z * p));
+    return (e * set1(0x1.63p-1f) + small) + (x - x);
+}
+
+// fp64 serves exactness, not speed: the C library, lane by lane.
+inline Double exp(Double x) {
+    for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+    return x;
+}
+inline Double log(Double x) {
+    for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_log(x[i]);
+    return x;
+}
+
+// ---- scratch ------------------------------------------------------------------------------------------------------
+
+// n uninitialised elements, aligned to a cache line.
+template <class T>
+class Scratch {
+public:
+    explicit Scratch(int64_t n) : data_(static_cast<T*>(operator new(n * sizeof(T), std::align_val_t{64}))) {}
+    ~Scratch() { operator delete(data_, std::align_val_t{64}); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    operator T*() const { return data_; }
+
+private:
+    T* data_;
+};
+
+}  // namespace fastkd::FASTKD_ISA

@@ -1,0 +1,207 @@
+"""The command `fastkd`: train, eval, predict, demo, info.
+
+Only `info` works without the trainer's packages; the others say how to install them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+USAGE = """usage: fastkd COMMAND ...
+
+  train     train a network, alone or with a teacher         fastkd train --help
+  eval      score a checkpoint on a validation set           fastkd eval CHECKPOINT
+  predict   colour overlays for images                       fastkd predict CHECKPOINT IMAGE|FOLDER...
+  demo      teacher, student and distilled students compared fastkd demo --out runs/demo
+  info      kernels that are built, loaded and chosen        fastkd info
+"""
+INSTALL = 'this command needs the trainer; install it with: pip install "fastkd[train]"'
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status (0 done, 1 failed, 2 wrong arguments)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if words else 2
+    if words[0] == "--version":
+        from fastkd import __version__
+
+        print(__version__)
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"fastkd: no command {words[0]!r}\n\n{USAGE}", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[words[0]](words[1:])
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] == "fastkd":
+            raise
+        print(f"fastkd {words[0]}: no module {error.name!r}; {INSTALL}", file=sys.stderr)
+    except (ValueError, LookupError, OSError, FloatingPointError) as error:
+        print(f"fastkd {words[0]}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"\nfastkd {words[0]}: stopped", file=sys.stderr)
+        return 130
+    return 1
+
+
+def _train(words: list[str]) -> int:
+    from fastkd.train.config import parse
+
+    config, flags = parse(words)
+    from fastkd.train.engine import train
+
+    print(_summary(train(config, **flags)))
+    return 0
+
+
+def _eval(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="fastkd eval", description="Scores of a checkpoint on its validation set.")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--root", help="folder of the data set, if it is not where it was in training")
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("H", "W"), help="resize images to this before the network"
+    )
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--device", help="a torch device; default: an accelerator if there is one")
+    args = parser.parse_args(words)
+    from fastkd.train import checkpoint
+    from fastkd.train.config import Config, from_dict
+    from fastkd.train.data import build_dataset, eval_transform
+    from fastkd.train.evaluation import evaluate
+
+    network, state = checkpoint.load_network(args.checkpoint)
+    config = from_dict(Config, state["config"])
+    data = config.data
+    options = data.options | data.val_options
+    dataset = build_dataset(data.name, root=args.root or data.root, split="val", transform=eval_transform(), **options)
+    device = _device(args.device)
+    size = tuple(args.size) if args.size else config.eval.size
+    result = evaluate(
+        network.to(device), dataset, device=device, batch_size=args.batch_size, size=size, progress="validation"
+    )
+    width = max(map(len, result.class_iou))
+    for name, value in result.class_iou.items():
+        print(f"  {name:<{width}}  {'absent' if value is None else f'{100 * value:6.2f}'}")
+    print(f"mIoU {100 * result.miou:.2f} %, pixel accuracy {100 * result.pixel_accuracy:.2f} %, {len(dataset)} images")
+    return 0
+
+
+def _predict(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="fastkd predict", description="Writes each image with its segmentation laid over it."
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE|FOLDER")
+    parser.add_argument(
+        "--out", type=Path, default=Path("predictions"), help="folder to write to (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("H", "W"), help="resize images to this before the network"
+    )
+    parser.add_argument("--alpha", type=float, default=0.55, help="opacity of the colours (default: %(default)s)")
+    parser.add_argument("--device", help="a torch device; default: an accelerator if there is one")
+    args = parser.parse_args(words)
+    from fastkd.train.predict import predict
+
+    files = list(_image_files(args.images))
+    written = predict(args.checkpoint, files, args.out, size=args.size, alpha=args.alpha, device=_device(args.device))
+    print(f"{len(written)} images in {args.out}")
+    return 0
+
+
+def _image_files(paths: Sequence[Path]) -> list[Path]:
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES)
+            if not inside:
+                raise FileNotFoundError(f"{path} holds no image ({', '.join(IMAGES)})")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise FileNotFoundError(f"no image or folder {path}")
+    return files
+
+
+def _demo(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="fastkd demo",
+        description="Trains a teacher, a plain student and distilled students on generated street scenes.",
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write to (default: %(default)s)")
+    args = parser.parse_args(words)
+    from fastkd.train.demo import demo
+
+    print(f"report: {demo(args.out)}")
+    return 0
+
+
+def _info(words: list[str]) -> int:
+    argparse.ArgumentParser(
+        prog="fastkd info", description="Kernels that are built, loaded and chosen, and why."
+    ).parse_args(words)
+    import fastkd
+
+    print(_legible(fastkd.backend_info()))
+    return 0
+
+
+def _legible(value: object, indent: str = "") -> str:
+    """Nested mappings and sequences as indented lines."""
+    if isinstance(value, dict):
+        simple = {k: v for k, v in value.items() if not isinstance(v, (dict, list, tuple))}
+        width = max((len(str(k)) for k in simple), default=0)
+        lines = [f"{indent}{k!s:<{width}}  {_word(v)}" for k, v in simple.items()]
+        for key, inner in value.items():
+            if key not in simple:
+                lines.append(f"{indent}{key}")
+                lines.append(_legible(inner, indent + "  ") if inner else f"{indent}  none")
+        return "\n".join(lines)
+    if isinstance(value, (list, tuple)):
+        return "\n".join(
+            _legible(v, indent) if isinstance(v, (dict, list, tuple)) else f"{indent}{_word(v)}" for v in value
+        )
+    return f"{indent}{_word(value)}"
+
+
+def _word(value: object) -> str:
+    return (
+        {True: "yes", False: "no", None: "-"}.get(value, str(value))
+        if isinstance(value, (bool, type(None)))
+        else str(value)
+    )
+
+
+def _device(name: str | None) -> object:
+    import torch
+
+    if name is not None:
+        return torch.device(name)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+def _summary(result: dict) -> str:
+    return (
+        f"{result['name']}: mIoU {100 * result['miou']:.2f} %, pixel accuracy {100 * result['pixel_accuracy']:.2f} %, "
+        f"{result['steps']} steps, {result['seconds_per_step']:.3f} s a step, {100 * result['loss_share']:.1f} % of it in the losses"
+    )
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "eval": _eval,
+    "predict": _predict,
+    "demo": _demo,
+    "info": _info,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

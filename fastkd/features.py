@@ -1,0 +1,120 @@
+"""Named taps into any model: run it once, get its output and the tensors that chosen submodules returned.
+
+    tapped = Tapped(model, {"feat": "encoder[-1]", "logits": "segmentation_head.0"})
+    output, taps = tapped(images)            # taps["feat"], taps["logits"]
+
+A path is a submodule's name as in `model.named_modules()`; "" is the model itself. A part in square brackets after it picks
+one entry when that module returns several: `encoder[-1]` from a list or tuple, `backbone[out]` from a dict.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+__all__ = ["Tapped", "TappedOutput"]
+
+_PATH = re.compile(r"(?P<module>[^\[\]]*)(?:\[(?P<entry>[^\[\]]+)\])?")
+
+
+class TappedOutput(NamedTuple):
+    """What a `Tapped` model returns: the model's own `output` and the tapped tensors by name."""
+
+    output: Any
+    taps: dict[str, Tensor]
+
+
+class Tapped(nn.Module):
+    """Wraps `model`; calling it returns `TappedOutput(output, taps)`. Gradients flow through the taps.
+
+    The hooks exist only while a forward runs: the model used directly is untouched, nothing is kept between calls, and
+    the wrapper can be copied, pickled and moved. A module that runs several times in one forward is tapped at its last run.
+
+    Args:
+        model: any module.
+        taps: name -> path (see the module docstring).
+
+    Raises:
+        ValueError: a path is not well formed or names no submodule (close names are suggested).
+        RuntimeError: (on call) a tapped module did not run.
+        TypeError, LookupError: (on call) the bracket does not fit what the module returned, or the tap is not a tensor.
+    """
+
+    def __init__(self, model: nn.Module, taps: Mapping[str, str]):
+        super().__init__()
+        self.model = model
+        self.paths = dict(taps)
+        for name, path in self.paths.items():
+            _find(model, name, path)
+
+    def forward(self, *args: Any, **kwargs: Any) -> TappedOutput:
+        taps: dict[str, Tensor] = {}
+        handles = []
+        try:
+            for name, path in self.paths.items():
+                module, entry = _find(self.model, name, path)
+                handles.append(module.register_forward_hook(partial(_keep, taps, name, path, entry)))
+            output = self.model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if missing := [f"{name!r} ({self.paths[name]!r})" for name in self.paths if name not in taps]:
+            raise RuntimeError(
+                f"tap {', '.join(missing)} did not run in this forward; tap a module that the model calls"
+            )
+        return TappedOutput(output, {name: taps[name] for name in self.paths})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={path!r}" for name, path in self.paths.items())
+
+
+def _find(model: nn.Module, name: str, path: str) -> tuple[nn.Module, str | None]:
+    match = _PATH.fullmatch(path)
+    if match is None:
+        raise ValueError(f"tap {name!r}: cannot read the path {path!r}; expected 'module.name' or 'module.name[entry]'")
+    wanted = match["module"]
+    try:
+        return model.get_submodule(wanted), match["entry"]
+    except AttributeError:
+        names = [n for n, _ in model.named_modules() if n]
+        close = difflib.get_close_matches(wanted, names, n=5, cutoff=0.5)
+        close = close or [n for n in names if "." not in n]
+        hint = ", ".join(repr(n) for n in close)
+        raise ValueError(
+            f"tap {name!r}: {type(model).__name__} has no module {wanted!r}; did you mean {hint}?"
+        ) from None
+
+
+def _keep(
+    taps: dict[str, Tensor], name: str, path: str, entry: str | None, module: nn.Module, args: Any, out: Any
+) -> None:
+    where = f"tap {name!r} ({path!r})"
+    if entry is not None:
+        if isinstance(out, Mapping):
+            if entry not in out:
+                raise LookupError(f"{where}: no entry {entry!r}; the module returned the keys {sorted(map(str, out))}")
+            out = out[entry]
+        elif isinstance(out, (list, tuple)):
+            if not re.fullmatch(r"-?\d+", entry):
+                raise LookupError(f"{where}: the module returned a {type(out).__name__}, so the entry must be a number")
+            if not -len(out) <= int(entry) < len(out):
+                raise LookupError(f"{where}: no entry {entry}; the module returned {len(out)} entries")
+            out = out[int(entry)]
+        else:
+            raise TypeError(
+                f"{where}: the module returned a {type(out).__name__}, which has no entries; drop the brackets"
+            )
+    if not isinstance(out, Tensor):
+        if isinstance(out, Mapping):
+            which = f"choose one of its keys, as in '{path}[{next(iter(out), 'key')}]'"
+        elif isinstance(out, (list, tuple)):
+            which = f"it has {len(out)} entries: choose one, as in '{path}[-1]'"
+        else:
+            which = "tap a module that returns one"
+        raise TypeError(f"{where}: expected a tensor, got a {type(out).__name__}; {which}")
+    taps[name] = out

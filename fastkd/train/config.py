@@ -1,0 +1,308 @@
+"""Configuration of a training run: dataclasses, read from YAML and the command line by jsonargparse.
+
+    fastkd train --config run.yaml --method nfd --optim.lr 0.02
+
+Later arguments win. Every value of the resolved configuration is written to `<out>/config.yaml`, which is itself a valid
+`--config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+RECIPES = Path(__file__).parent / "recipes"
+METHODS = ("kd", "nfd", "cwd", "rdd")
+
+
+@dataclass
+class DataConfig:
+    """Data set and augmentation.
+
+    Args:
+        name: data set, "street_scenes" (generated) or "camvid".
+        root: folder of the data set; None for generated data.
+        options: further keywords of the data set, e.g. {"length": 800} for street_scenes.
+        val_options: the same for the validation split, over `options`.
+        crop: height and width of a training crop.
+        scale: range of the random resize before the crop.
+        flip: probability of a horizontal flip.
+        jitter: strength of the colour jitter, 0 for none.
+        workers: loader processes; 0 loads in the training process.
+    """
+
+    name: str = "street_scenes"
+    root: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    val_options: dict[str, Any] = field(default_factory=dict)
+    crop: tuple[int, int] = (256, 512)
+    scale: tuple[float, float] = (0.5, 2.0)
+    flip: float = 0.5
+    jitter: float = 0.0
+    workers: int = 0
+
+
+@dataclass
+class ModelConfig:
+    """One segmentation network.
+
+    Args:
+        library: "smp" (segmentation-models-pytorch) or "torchvision".
+        arch: class of smp (FPN, DeepLabV3Plus, Unet, ...) or function of torchvision.models.segmentation.
+        encoder: smp encoder; "tu-<name>" is any timm model. Not used by torchvision.
+        encoder_weights: file with the encoder's state dict (.safetensors, or a torch file); None: random start.
+        options: further keywords of the architecture.
+        logits: path of the module that returns the raw logits; None: the architecture's known one.
+        features: name -> path of the features that feature losses compare (see fastkd.features).
+        aux: path of the feature map that feeds an FCN auxiliary head, e.g. "encoder[-2]"; None: no such head.
+        mean: input mean, for images scaled to [0, 1].
+        std: input standard deviation.
+    """
+
+    library: Literal["smp", "torchvision"] = "smp"
+    arch: str = "DeepLabV3Plus"
+    encoder: str = "tu-mobilenetv3_small_100"
+    encoder_weights: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    logits: str | None = None
+    features: dict[str, str] = field(default_factory=lambda: {"encoder": "encoder[-1]"})
+    aux: str | None = None
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+@dataclass
+class KDConfig:
+    """Pixel-wise KD on the logits. resized: at label resolution instead of the logits' own."""
+
+    weight: float = 1.0
+    temperature: float = 1.0
+    resized: bool = False
+
+
+@dataclass
+class NFDConfig:
+    """Normalised feature distillation over every tapped feature that student and teacher share by name."""
+
+    weight: float = 5.0
+    dims: Literal["hw", "nhw", "c", "chw"] = "hw"
+
+
+@dataclass
+class CWDConfig:
+    """Channel-wise distillation on the logits ("logits") or on the tapped features ("features")."""
+
+    weight: float = 3.0
+    temperature: float = 4.0
+    on: Literal["logits", "features"] = "logits"
+
+
+@dataclass
+class RDDConfig:
+    """Relative difficulty distillation; None takes the preset's value (see fastkd.RDDLoss)."""
+
+    weight: float = 1.0
+    preset: Literal["paper", "official"] = "paper"
+    tfe_steps: int | None = None
+    kd_weight: float = 1.0
+    temperature: float = 1.0
+    threshold: float | None = None
+    min_kept: int | None = None
+    select: Literal["xor", "or", "and", "student", "student_only"] = "xor"
+
+
+@dataclass
+class LossConfig:
+    """Weights and options of the losses; `method` says which of them are summed. aux_weight: the student's auxiliary head."""
+
+    aux_weight: float = 0.4
+    kd: KDConfig = field(default_factory=KDConfig)
+    nfd: NFDConfig = field(default_factory=NFDConfig)
+    cwd: CWDConfig = field(default_factory=CWDConfig)
+    rdd: RDDConfig = field(default_factory=RDDConfig)
+
+
+@dataclass
+class OptimConfig:
+    """Optimiser and schedule: lr · (1 − step/steps)^power, after a linear warm-up of `warmup` steps.
+
+    `clip` bounds the gradient's norm (None: not); `momentum` is SGD's.
+    """
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    power: float = 0.9
+    warmup: int = 0
+    clip: float | None = None
+
+
+@dataclass
+class TrainConfig:
+    """Length and mechanics of a run. batch_size counts all processes; device "auto" takes an accelerator if there is one."""
+
+    steps: int = 1000
+    batch_size: int = 8
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    device: Literal["auto", "cpu"] = "auto"
+    channels_last: bool = True
+    log_every: int = 10
+    checkpoint_every: int = 200
+
+
+@dataclass
+class EvalConfig:
+    """Validation. size: images are resized to (height, width) before the model; scores are always at label resolution."""
+
+    every: int = 200
+    batch_size: int = 8
+    size: tuple[int, int] | None = None
+    limit: int | None = None
+
+
+@dataclass
+class Config:
+    """A run.
+
+    Args:
+        out: run directory.
+        name: name in reports; None: the directory's.
+        method: "none" or a sum of kd, nfd, cwd, rdd, e.g. "nfd+rdd".
+        teacher: checkpoint of a run of this trainer (best.pt or last.pt); None only with method "none".
+        seed: of everything; runs that differ in their method alone start from the same student and see the same crops.
+        data: data set and augmentation.
+        model: the network that is trained.
+        loss: weights and options of the losses.
+        optim: optimiser and schedule.
+        train: length and mechanics.
+        eval: validation.
+    """
+
+    out: str = "runs/default"
+    name: str | None = None
+    method: str = "none"
+    teacher: str | None = None
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def parse_method(method: str) -> tuple[str, ...]:
+    """The losses a method sums: "none" -> (), "nfd+rdd" -> ("nfd", "rdd"). ValueError for unknown or repeated words."""
+    if method == "none":
+        return ()
+    words = tuple(word.strip().lower() for word in method.split("+"))
+    for word in words:
+        if word not in METHODS:
+            raise ValueError(f"method {method!r}: unknown loss {word!r}; expected 'none' or a sum of {', '.join(METHODS)}")
+    if len(set(words)) != len(words):
+        raise ValueError(f"method {method!r} names a loss twice; set its weight instead, e.g. --loss.{words[0]}.weight 2")
+    return words
+
+
+def check(config: Config) -> None:
+    """ValueError where values do not fit each other."""
+    if parse_method(config.method) and config.teacher is None:
+        raise ValueError(f"method {config.method!r} needs a teacher; give --teacher CHECKPOINT, or --method none to train without")
+    for name, value in (
+        ("train.steps", config.train.steps),
+        ("train.batch_size", config.train.batch_size),
+        ("train.log_every", config.train.log_every),
+        ("train.checkpoint_every", config.train.checkpoint_every),
+        ("eval.every", config.eval.every),
+        ("eval.batch_size", config.eval.batch_size),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if config.optim.lr <= 0:
+        raise ValueError(f"optim.lr must be positive, got {config.optim.lr}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain dicts, lists, strings and numbers: what YAML and a checkpoint hold."""
+    return _plain(dataclasses.asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def from_dict(kind: type, values: dict[str, Any]) -> Any:
+    """The dataclass `kind` from `to_dict`'s output; values that are not given keep their default."""
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}; expected {', '.join(hints)}")
+    return kind(**{name: _typed(hints[name], value) for name, value in values.items()})
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    if value is None:
+        return None
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value)
+    return tuple(value) if typing.get_origin(hint) is tuple else value
+
+
+def _with_recipes(argv: list[str]) -> list[str]:
+    """`--config NAME` may name a recipe of the package instead of a file."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    for i, word in enumerate(words[:-1]):
+        recipe = RECIPES / f"{words[i + 1]}.yaml"
+        if word == "--config" and not Path(words[i + 1]).exists() and recipe.exists():
+            words[i + 1] = str(recipe)
+    return words
+
+
+def write_yaml(config: Config, path: Path) -> None:
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the values in which two `to_dict` outputs differ; where a run is kept and its name do not count."""
+    found = []
+    for key in sorted(set(a) | set(b)):
+        if not prefix and key in ("out", "name"):
+            continue
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            found.append(f"{prefix}{key}")
+    return found
+
+
+def parse(argv: list[str], *, prog: str = "fastkd train") -> tuple[Config, dict[str, bool]]:
+    """Configuration and flags (resume, overwrite) from command-line words; exits with a message where they are wrong."""
+    from jsonargparse import ArgumentParser
+
+    recipes = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    parser = ArgumentParser(prog=prog, usage="%(prog)s [--config FILE] [--NAME VALUE ...]", description="Train a segmentation network, with or without a teacher.")
+    parser.add_argument("--config", action="config", help=f"YAML file, or one of the recipes {recipes}")
+    parser.add_argument("--resume", action="store_true", help="go on from <out>/last.pt")
+    parser.add_argument("--overwrite", action="store_true", help="discard what an earlier run left in <out>")
+    parser.add_class_arguments(Config)
+    values = parser.instantiate(parser.parse_args(_with_recipes(argv)))
+    config = Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
+    try:
+        check(config)
+    except ValueError as error:
+        parser.error(str(error))
+    return config, {"resume": values.resume, "overwrite": values.overwrite}

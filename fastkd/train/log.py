@@ -1,0 +1,163 @@
+"""What a run writes about itself: log.jsonl, TensorBoard events, timings, versions."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "torchvision", "accelerate", "segmentation_models_pytorch", "timm", "torchmetrics")
+TIMES = ("step_s", "data_s", "loss_s")
+
+
+class RunLog:
+    """`log.jsonl`, one object a line {"step", "time", "split", ...}, and the same values as TensorBoard scalars."""
+
+    def __init__(self, out: Path, *, enabled: bool = True):
+        self.out, self.enabled = out, enabled
+        self.file = self.board = None
+
+    def open(self, *, keep_to: int) -> None:
+        """Keeps the lines of steps up to `keep_to` (0: none) and appends after them."""
+        if not self.enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.out.mkdir(parents=True, exist_ok=True)
+        path, board = self.out / "log.jsonl", self.out / "tensorboard"
+        kept = []
+        if keep_to and path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step(line) <= keep_to]
+        elif not keep_to:
+            shutil.rmtree(board, ignore_errors=True)
+            for stale in ("result.json", "last.pt", "best.pt"):
+                (self.out / stale).unlink(missing_ok=True)
+        path.write_text("".join(line + "\n" for line in kept))
+        self.file = path.open("a", buffering=1)
+        self.board = SummaryWriter(str(board), purge_step=keep_to + 1 if keep_to else None)
+
+    def write(self, step: int, seconds: float, split: str, values: dict[str, float]) -> None:
+        if not self.enabled:
+            return
+        line = {"step": step, "time": round(seconds, 3), "split": split} | {k: _round(v) for k, v in values.items()}
+        self.file.write(json.dumps(line) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        if self.enabled:
+            self.file.close()
+            self.board.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # a line cut short by a crash
+        return float("inf")
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+class Stopwatch:
+    """Seconds of a step, of waiting for its data, and of the losses (their forward and backward).
+
+    On a GPU the losses are timed by events that are read when `means` is called, so no step waits for the device.
+    """
+
+    def __init__(self, device: torch.device, totals: dict[str, float] | None = None):
+        self.cuda = device.type == "cuda"
+        self._totals = {name: 0.0 for name in ("steps", *TIMES)} | (totals or {})
+        self._clear()
+
+    def _clear(self) -> None:
+        self.sums, self.count, self.events = dict.fromkeys(TIMES, 0.0), 0, []
+
+    def begin(self) -> None:
+        self.start = time.perf_counter()
+
+    def data_ready(self) -> None:
+        self.sums["data_s"] += time.perf_counter() - self.start
+
+    def loss_begins(self) -> None:
+        self.mark = self._now()
+
+    def loss_ends(self) -> None:
+        if self.cuda:
+            self.events.append((self.mark, self._now()))
+        else:
+            self.sums["loss_s"] += self._now() - self.mark
+
+    def _now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def end(self) -> None:
+        self.sums["step_s"] += time.perf_counter() - self.start
+        self.count += 1
+
+    def _flush(self) -> dict[str, float]:
+        if self.events:
+            waiting = time.perf_counter()
+            torch.cuda.synchronize()
+            self.sums["step_s"] += time.perf_counter() - waiting
+            self.sums["loss_s"] += sum(a.elapsed_time(b) for a, b in self.events) / 1000
+        means = {name: self.sums[name] / max(self.count, 1) for name in TIMES}
+        self._totals["steps"] += self.count
+        for name in TIMES:
+            self._totals[name] += self.sums[name]
+        self._clear()
+        return means
+
+    def means(self) -> dict[str, float]:
+        """Means over the steps since the last call."""
+        return self._flush()
+
+    def totals(self) -> dict[str, float]:
+        """Sums over the run: steps, step_s, data_s, loss_s."""
+        if self.count:
+            self._flush()
+        return dict(self._totals)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what a run's numbers depend on; "git" is the commit of the working directory, if it is a repository."""
+    import fastkd
+
+    found: dict[str, str | None] = {"python": platform.python_version(), "fastkd": getattr(fastkd, "__version__", None)}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    found["git"] = _commit()
+    return found
+
+
+def _commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def write_json(values: dict[str, Any], path: Path) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,44 @@
+"""The online softmax shared by kd and cwd: one read of a row gives its peak, its sum, and a KL in log space.
+
+Peaks stay in units of the logits and are subtracted before the temperature divides, so no rounding of a large logit
+enters the exponent. A row that is empty so far has peak START and sum 0.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# The lowest fp32 and not -inf: -inf minus -inf would make NaN of a row that begins with masked classes.
+START = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def grow(x, inv_tau, peak, total):
+    """Takes x [rows, block], -inf where masked, into ``peak`` = max x and ``total`` = sum exp((x - peak) / tau)."""
+    higher = tl.maximum(peak, tl.max(x, 1))
+    more = tl.sum(tl.exp((x - higher[:, None]) * inv_tau), 1)
+    return higher, total * tl.exp((peak - higher) * inv_tau) + more
+
+
+@triton.jit
+def grow_cross(s, t, inv_tau, cross, total_t, peak_s, peak_t, higher_s, higher_t):
+    """Takes s and t into ``cross`` = sum exp((t - peak_t) / tau) * ((t - peak_t) - (s - peak_s)).
+
+    ``total_t`` and the peaks are those before the block, ``higher_*`` those after it. exp = 0 adds 0, whatever s is.
+    """
+    moved = (peak_t - higher_t) - (peak_s - higher_s)
+    s = s - higher_s[:, None]
+    t = t - higher_t[:, None]
+    e = tl.exp(t * inv_tau)
+    more = tl.sum(tl.where(e == 0, 0, e * (t - s)), 1)
+    return tl.exp((peak_t - higher_t) * inv_tau) * (cross + total_t * moved) + more
+
+
+@triton.jit
+def divergence(inv_tau, total_s, total_t, cross):
+    """KL(softmax(t / tau) || softmax(s / tau)); exactly 0 for equal s and t.
+
+    The logarithm of the ratio: a difference of logarithms near log(H*W) loses digits. Fast division may miss x/x = 1.
+    """
+    return cross * inv_tau / total_t + tl.where(total_s == total_t, 0, tl.log(total_s / total_t))

@@ -1,0 +1,131 @@
+"""Choosing, forcing and describing backends; importing stays cheap; the build left nothing out."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import fastkd
+from fastkd import backends
+from fastkd.ops._registry import families, operators
+
+S, T = torch.randn(2, 2, 4, 6, 6)
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, check=False
+    )
+
+
+@pytest.mark.skipif(os.environ.get("FASTKD_BUILD") == "0", reason="FASTKD_BUILD=0: built without the C++ kernels")
+def test_cpu_kernels_are_built():
+    """Everything else skips without them, so their absence must fail somewhere."""
+    assert backends.why_not("cpu") is None
+
+
+def test_schemas_are_the_same_everywhere():
+    assert backends.why_not("cpu") is None
+    for family in families():
+        for schema in (family.FORWARD, family.BACKWARD):
+            name = schema.partition("(")[0]
+            assert str(getattr(operators("cpu"), name).default._schema) == f"fastkd_cpu::{schema}"
+
+
+def test_import_is_light():
+    out = python(
+        "import sys, fastkd\n"
+        "heavy = {'triton', 'fastkd.kernels', 'fastkd.train', 'torchvision', 'accelerate', 'torch._dynamo'} & set(sys.modules)\n"
+        "print(sorted(heavy), [k for k in fastkd.backends._why_not])"
+    )
+    assert out.stdout.strip() == "[] []", out.stderr
+
+
+def test_public_names():
+    names = {
+        "nfd_loss", "kd_loss", "cwd_loss", "resized_cross_entropy", "resized_kd_loss", "teacher_confidence",
+        "difficulty_mask", "rdd_loss", "RDDOutput", "use_backend", "backend_info", "NFDLoss", "KDLoss", "CWDLoss",
+        "ResizedCrossEntropyLoss", "ResizedKDLoss", "RDDLoss",
+    }  # fmt: skip
+    assert names <= set(fastkd.__all__)
+    assert all(getattr(fastkd, name).__doc__ for name in names)
+
+
+def test_environment_forces():
+    code = "import torch, fastkd; print(fastkd.backends.choose('nfd', torch.device('cpu')))"
+    assert python(code, FASTKD_BACKEND="reference").stdout.strip() == "reference"
+    assert python(code, FASTKD_BACKEND="cpu").stdout.strip() == "cpu"
+    wrong = python(code, FASTKD_BACKEND="gpu")
+    assert "FASTKD_BACKEND is 'gpu'; expected one of auto, reference, cpu, triton, cuda" in wrong.stderr
+
+
+def test_forcing_what_cannot_run():
+    with pytest.raises(fastkd.BackendError, match="'cuda' cannot run: there are no CUDA C\\+\\+ kernels"):
+        fastkd.use_backend("cuda")
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        with pytest.raises(fastkd.BackendError, match="'triton' cannot run: torch finds no CUDA or ROCm device"):
+            fastkd.use_backend("triton")
+
+
+def test_nesting_and_exceptions():
+    with fastkd.use_backend("reference"):
+        with fastkd.use_backend("auto"):
+            assert backends.requested() == "auto"
+        with pytest.raises(ZeroDivisionError), fastkd.use_backend("cpu"):
+            raise ZeroDivisionError
+        assert backends.requested() == "reference"
+    assert backends.requested() == "auto"
+
+
+def test_backward_keeps_the_backend_of_the_forward():
+    student = S.clone().requires_grad_()
+    with fastkd.use_backend("cpu"):
+        loss = fastkd.kd_loss(student, T)
+    with fastkd.use_backend("reference"):
+        loss.backward()
+    assert student.grad.abs().sum() > 0
+
+
+def test_info():
+    info = fastkd.backend_info()
+    assert set(info["backends"]) == {"reference", "cpu", "triton", "cuda"}
+    for name, backend in info["backends"].items():
+        assert backend["available"] == (backend["reason"] is None), name
+    assert info["operators"]["nfd"]["cpu"] == "cpu"
+    assert info["operators"]["resized_kd"] == {
+        "kernels": [],
+        "cpu": "reference",
+        "cuda": info["operators"]["resized_kd"]["cuda"],
+    }
+
+
+def test_says_once_what_is_missing():
+    code = """
+import warnings, torch, fastkd
+fastkd.backends._LIBRARY = "missing.so"
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        fastkd.kd_loss(torch.randn(1, 2, 3, 3), torch.randn(1, 2, 3, 3))
+        fastkd.nfd_loss(torch.randn(1, 2, 3, 3), torch.randn(1, 2, 3, 3))
+print([str(w.message) for w in caught])
+"""
+    out = python(code).stdout
+    assert out.count("no cpu kernels for cpu tensors, using plain PyTorch instead") == 1
+    assert "were not built" in out
+
+
+def test_threads():
+    """Calls from many threads at once give what one thread gives."""
+    want = fastkd.nfd_loss(S, T)
+    got = []
+    threads = [threading.Thread(target=lambda: got.extend(fastkd.nfd_loss(S, T) for _ in range(20))) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(got) == 80
+    assert all(torch.equal(x, want) for x in got)

@@ -1,0 +1,297 @@
+"""The Triton kernels against the float64 formula, in Triton's interpreter on the CPU or on a GPU.
+
+The interpreter must be on before Triton is imported, so without a GPU the whole file runs in a process of its own, started
+by ``test_in_interpreter``. Errors are judged by those of plain PyTorch in fp32 (fp64 for fp64 maps).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETER else "cpu"
+needs_kernels = pytest.mark.skipif(not INTERPRETER and DEVICE == "cpu", reason="runs inside test_in_interpreter")
+
+if INTERPRETER or DEVICE == "cuda":
+    from fastkd.kernels import cwd, kd, nfd, tiles
+
+    from fastkd import reference
+
+NCHW, NHWC = torch.contiguous_format, torch.channels_last
+F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+DTYPES = [(F32, F32), (F16, F16), (BF16, BF16), (BF16, F32), (F32, F16), (F64, F64)]
+# Sizes around the tiles' (powers of two and WIDTH), one of everything, the channel and class counts of the field.
+SHAPES = [(2, 19, 5, 7), (3, 1, 9, 4), (1, 2, 1, 1), (2, 64, 4, 16), (1, 3, 53, 61), (2, 150, 3, 3), (1, 300, 2, 5)]
+# (TILE, WIDTH, PROGRAMS): as shipped; one long chunk of many tiles; a few chunks of several tiles each.
+CUTS = {"shipped": (2048, 64, 2048), "one chunk": (64, 8, 1), "chunks": (64, 8, 40)}
+
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+each_cut = pytest.mark.parametrize("cut", CUTS, indirect=True)
+each_dims = pytest.mark.parametrize("dims", ["hw", "nhw", "c", "chw"])
+
+
+@pytest.mark.skipif(INTERPRETER or DEVICE == "cuda", reason="this process runs the kernels itself")
+def test_in_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, env=env, text=True, capture_output=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.fixture
+def cut(request, monkeypatch):
+    for name, value in zip(("TILE", "WIDTH", "PROGRAMS"), CUTS[request.param], strict=True):
+        monkeypatch.setattr(tiles, name, value)
+    tiles._cut.cache_clear()
+    yield request.param
+    tiles._cut.cache_clear()
+
+
+def layouts(shape, seed=0):
+    """Dtypes and layout for each test, so that all pairs turn up without their product."""
+    return [(*d, NHWC if (i + seed) % 2 else NCHW) for i, d in enumerate(DTYPES)]
+
+
+def maps(shape, student=F32, teacher=F32, layout=NCHW, scale=1.0, offset=0.0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    s = torch.randn(shape, generator=g, dtype=F64)
+    t = 0.7 * s + 0.7 * torch.randn(shape, generator=g, dtype=F64)
+    return tuple((x * scale + offset).to(DEVICE, d).to(memory_format=layout) for x, d in ((s, student), (t, teacher)))
+
+
+def truth(formula, student: Tensor, teacher: Tensor, grad: Tensor, dtype) -> tuple[Tensor, Tensor]:
+    """Loss, and gradient of sum(grad * loss) for the student, of plain PyTorch in ``dtype``."""
+    s = student.to(dtype).requires_grad_()
+    loss = formula(s, teacher.to(dtype))
+    (gradient,) = torch.autograd.grad(loss, s, grad.to(dtype))
+    return loss.detach(), gradient
+
+
+def check(formula, student: Tensor, teacher: Tensor, grad: Tensor, loss: Tensor, gradient: Tensor) -> None:
+    """Both within twice plain PyTorch's own error, plus a few roundings of the largest value."""
+    acc = F64 if student.dtype == F64 else F32
+    assert (loss.dtype, gradient.dtype, gradient.stride()) == (acc, student.dtype, student.stride())
+    right = truth(formula, student, teacher, grad, F64)
+    eager = truth(formula, student, teacher, grad, acc)
+    for got, plain, want in zip((loss, gradient), eager, right, strict=True):
+        rounding = torch.finfo(got.dtype).eps * want.abs() + 8 * torch.finfo(acc).eps * want.abs().max()
+        error = (got.double() - want).abs()
+        allowed = 2 * (plain - want).abs().max() + rounding
+        # A subnormal fp16 gradient is rounded to a fixed step, and near 0 the NFD loss is a difference of numbers near 1.
+        floor = torch.finfo(got.dtype).smallest_normal if got.dtype == F16 else 0.0
+        assert got.shape == want.shape
+        assert (error <= allowed + floor + 4 * torch.finfo(acc).eps).all(), f"{error.max():.3e} > {allowed.max():.3e}"
+
+
+def run_nfd(student: Tensor, teacher: Tensor, dims: str, eps: float = 1e-5):
+    loss, stats = nfd.forward(student, teacher, dims, eps)
+    grad = torch.randn_like(loss)
+    return grad, loss, nfd.backward(grad, student, teacher, stats, dims)
+
+
+def run_cwd(student: Tensor, teacher: Tensor, temperature: float):
+    loss, stats = cwd.forward(student, teacher, temperature)
+    grad = torch.randn_like(loss)
+    return grad, loss, cwd.backward(grad, student, teacher, stats, temperature)
+
+
+def run_kd(student: Tensor, teacher: Tensor, temperature: float, target=None, weight=None, ignore_index=255):
+    """Per pixel; the sum and its count are checked against it on the way."""
+    options = (target, weight, temperature, ignore_index)
+    loss, count = kd.forward(student, teacher, *options, True)
+    total, same_count = kd.forward(student, teacher, *options, False)
+    torch.testing.assert_close(total, loss.double().sum().to(loss.dtype))
+    valid = torch.ones_like(loss, dtype=torch.bool)
+    if target is not None:
+        valid = reference.valid_pixels(target, student.shape[1], ignore_index)
+    assert count.dtype == torch.int64
+    assert count == same_count == valid.sum()
+    one = torch.tensor(1.7, dtype=loss.dtype, device=DEVICE)
+    everywhere = kd.backward(torch.full_like(loss, 1.7), student, teacher, *options)
+    assert torch.equal(kd.backward(one, student, teacher, *options), everywhere)
+    grad = torch.randn_like(loss)
+    return grad, loss, kd.backward(grad, student, teacher, *options)
+
+
+@needs_kernels
+@each_cut
+@each_dims
+@each_shape
+def test_nfd(shape, dims, cut):
+    for *dtypes, layout in layouts(shape, len(dims)):
+        s, t = maps(shape, *dtypes, layout)
+        check(lambda s, t: reference.nfd(s, t, dims, 1e-5), s, t, *run_nfd(s, t, dims))
+
+
+@needs_kernels
+@each_cut
+@each_shape
+def test_cwd(shape, cut):
+    for (*dtypes, layout), temperature in zip(layouts(shape), itertools.cycle([4.0, 1.0, 0.7]), strict=False):
+        s, t = maps(shape, *dtypes, layout, scale=3.0)
+        check(lambda s, t: reference.cwd(s, t, temperature), s, t, *run_cwd(s, t, temperature))
+
+
+@needs_kernels
+@each_cut
+@each_shape
+def test_kd(shape, cut):
+    n, c, h, w = shape
+    for i, (*dtypes, layout) in enumerate(layouts(shape, 1)):
+        s, t = maps(shape, *dtypes, layout, scale=3.0)
+        temperature = (1.0, 4.0, 0.7)[i % 3]
+        acc = F64 if s.dtype == F64 else F32
+        weight = torch.rand(n, h, w, dtype=acc, device=DEVICE) if i % 2 else None
+        target = None
+        if i:  # some labels are ignored, some belong to no class
+            target = torch.randint(0, c + 2, (n, h, w), device=DEVICE)
+            target[torch.rand(n, h, w, device=DEVICE) < 0.2] = 255
+            target = target.to((torch.uint8, torch.int32, torch.int64)[i % 3])
+
+        def formula(s, t, target=target, weight=weight, temperature=temperature):
+            loss = reference.kd(s, t, temperature) * (1 if weight is None else weight)
+            return loss if target is None else torch.where(reference.valid_pixels(target, c, 255), loss, 0)
+
+        check(formula, s, t, *run_kd(s, t, temperature, target, weight))
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("cut", CUTS, indirect=True)
+@each_dims
+def test_nfd_far_from_zero(dims, cut, layout):
+    """|mean| / std = 1e6: the gradient stays within 0.1 %."""
+    s, t = maps((2, 40, 8, 9), layout=layout, scale=1e-2, offset=1e4)
+    grad, loss, gradient = run_nfd(s, t, dims, 1e-12)
+    want, want_gradient = truth(lambda s, t: reference.nfd(s, t, dims, 1e-12), s, t, grad, F64)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-4, atol=1e-6)
+    assert (gradient.double() - want_gradient).norm() <= 1e-3 * want_gradient.norm()
+
+
+@needs_kernels
+@each_cut
+@each_dims
+def test_nfd_near_convergence(dims, cut):
+    """The loss is a difference of large numbers: its absolute error stays below 1e-6."""
+    s, _ = maps((2, 20, 8, 17), scale=100.0, offset=30.0)
+    for noise in (0.0, 1e-3, 1e-1):
+        t = 0.5 * s + noise * torch.randn_like(s)
+        loss, _ = nfd.forward(s, t, dims, 1e-5)
+        assert (loss - reference.nfd(s.double(), t.double(), dims, 1e-5)).abs().max() < 1e-6
+
+
+@needs_kernels
+@each_cut
+def test_outlier_first(cut):
+    """The value all means are kept relative to may be the one that is far from all others."""
+    s, t = maps((1, 2, 40, 50))
+    s[..., 0, 0] = 1e4
+    for dims in ("hw", "chw", "nhw"):
+        check(lambda s, t: reference.nfd(s, t, dims, 1e-5), s, t, *run_nfd(s, t, dims))  # noqa: B023
+
+
+@needs_kernels
+@each_cut
+@pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
+def test_masked_teacher(cut, layout):
+    """A teacher logit of -inf is probability 0: it adds 0, also where a whole tile or chunk is -inf."""
+    s, t = maps((2, 150, 9, 11), layout=layout)
+    t[:, :70] = -torch.inf
+    check(lambda s, t: reference.kd(s, t, 2.0), s, t, *run_kd(s, t, 2.0))
+    s, t = maps((2, 5, 40, 51), layout=layout)
+    t[:, :, :20] = -torch.inf
+    check(lambda s, t: reference.cwd(s, t, 2.0), s, t, *run_cwd(s, t, 2.0))
+
+
+@needs_kernels
+@each_cut
+@pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
+def test_same_maps(cut, layout):
+    """Equal maps have a divergence and a gradient of exactly 0, masked classes and far offsets included."""
+    s, _ = maps((2, 21, 15, 17), layout=layout, scale=30.0, offset=1e3)
+    for temperature in (1.0, 3.0):
+        for grad_loss_gradient in (run_kd(s, s, temperature), run_cwd(s, s, temperature)):
+            assert not any(x.any() for x in grad_loss_gradient[1:])
+    s[:, 3] = -torch.inf
+    assert not any(x.any() for x in run_kd(s, s, 2.0)[1:])
+
+
+@needs_kernels
+def test_kd_labels():
+    """Every label type; labels that are no class are ignored and lead to no read."""
+    s, t = maps((2, 4, 6, 7))
+    want = reference.kd(s.double(), t.double(), 1.0)
+    signed = {torch.int32: [-(2**31), -100, -1, 2**31 - 1], torch.int64: [-(2**63), -100, 2**40, 2**63 - 1]}
+    for dtype in (torch.uint8, torch.int32, torch.int64):
+        bad = [4, 200, 255, *signed.get(dtype, [])]
+        target = torch.arange(84, device=DEVICE).reshape(2, 6, 7) % 4
+        for i, label in enumerate(bad):
+            target.view(-1)[3 * i] = label
+        target = target.to(dtype)
+        for ignore_index in (255, 2, -100):
+            valid = (target >= 0) & (target < 4) & (target != ignore_index)
+            loss, count = kd.forward(s, t, target, None, 1.0, ignore_index, True)
+            assert count == valid.sum()
+            torch.testing.assert_close(loss.double(), torch.where(valid, want, 0), rtol=1e-5, atol=1e-6)
+            gradient = kd.backward(torch.ones_like(loss), s, t, target, None, 1.0, ignore_index)
+            assert not gradient.movedim(1, 3)[~valid].any()
+    target.fill_(255)
+    s[0, 0, 0, 0] = torch.nan  # an ignored pixel may hold anything
+    loss, count = kd.forward(s, t, target, None, 1.0, 255, False)
+    assert (loss, count) == (0, 0)
+    assert not kd.backward(loss, s, t, target, None, 1.0, 255).any()
+
+
+@needs_kernels
+def test_nan_propagates():
+    s, t = maps((2, 5, 7, 9))
+    s[1, 2, 3, 4] = torch.nan
+    assert torch.equal(nfd.forward(s, t, "hw", 1e-5)[0].isnan().nonzero(), torch.tensor([[1, 2]], device=DEVICE))
+    assert torch.equal(cwd.forward(s, t, 4.0)[0].isnan().nonzero(), torch.tensor([[1, 2]], device=DEVICE))
+    loss, _ = kd.forward(s, t, None, None, 1.0, 255, True)
+    assert torch.equal(loss.isnan().nonzero(), torch.tensor([[1, 3, 4]], device=DEVICE))
+
+
+@needs_kernels
+def test_constant_maps():
+    """No variance: the loss is 0 and eps keeps the gradient finite."""
+    s = torch.full((2, 3, 8, 9), 7.0, device=DEVICE)
+    for dims in ("hw", "nhw", "c", "chw"):
+        _, loss, gradient = run_nfd(s, s + 1, dims)
+        assert not loss.any()
+        assert not gradient.any()
+
+
+@needs_kernels
+@each_cut
+def test_same_bits_every_time(cut):
+    s, t = maps((2, 19, 23, 31), BF16, F32)
+
+    def everything():
+        torch.manual_seed(1)
+        target = torch.randint(0, 19, (2, 23, 31), device=DEVICE)
+        nfds = [x for dims in ("hw", "nhw", "c", "chw") for x in run_nfd(s, t, dims)]
+        total, _ = kd.forward(s, t, target, None, 2.0, 255, False)
+        return [*nfds, *run_cwd(s, t, 4.0), *run_kd(s, t, 2.0, target), total]
+
+    assert all(torch.equal(a, b) for a, b in zip(everything(), everything(), strict=True))
+
+
+@needs_kernels
+def test_registered():
+    """The operators are reachable with the schemas of ``fastkd.ops``, and the storage offset of a map is minded."""
+    s, t = (torch.cat([torch.zeros(1, device=DEVICE), x.flatten()])[1:].view(x.shape) for x in maps((1, 5, 6, 7)))
+    ops = torch.ops.fastkd_triton
+    assert torch.equal(ops.nfd_forward(s, t, "hw", 1e-5)[0], nfd.forward(s.clone(), t.clone(), "hw", 1e-5)[0])
+    assert torch.equal(ops.cwd_forward(s, t, 4.0)[1], cwd.forward(s.clone(), t.clone(), 4.0)[1])
+    loss, _ = ops.kd_forward(s, t, None, None, 2.0, 255, False)
+    gradient = ops.kd_backward(loss, s, t, None, None, 2.0, 255)
+    assert torch.equal(gradient, kd.backward(loss, s.clone(), t.clone(), None, None, 2.0, 255))

@@ -1,0 +1,84 @@
+"""Configuration: YAML, the command line over it, round trips, and messages."""
+
+import pytest
+
+pytest.importorskip("jsonargparse")
+
+from fastkd.train.config import (  # noqa: E402
+    RECIPES,
+    Config,
+    differences,
+    from_dict,
+    parse,
+    parse_method,
+    to_dict,
+    write_yaml,
+)
+
+
+def test_command_line_wins_over_yaml(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("seed: 7\noptim: {lr: 0.5, name: adamw}\ndata: {crop: [64, 96]}\nmodel: {features: {a: 'encoder[-2]'}}\n")
+    config, flags = parse(["--config", str(path), "--optim.lr", "0.25", "--eval.size", "[32, 64]", "--resume"])
+    assert (config.seed, config.optim.lr, config.optim.name) == (7, 0.25, "adamw")
+    assert config.data.crop == (64, 96) and config.eval.size == (32, 64)
+    assert config.model.features == {"a": "encoder[-2]"}
+    assert config.train == Config().train
+    assert flags == {"resume": True, "overwrite": False}
+
+
+def test_round_trip(tmp_path):
+    config, _ = parse(["--method", "nfd+rdd", "--teacher", "t.pt", "--data.options", '{"length": 8}', "--loss.rdd.tfe_steps", "0"])
+    assert from_dict(Config, to_dict(config)) == config
+    write_yaml(config, tmp_path / "config.yaml")
+    assert parse(["--config", str(tmp_path / "config.yaml")])[0] == config
+
+
+def test_from_dict_names_unknown_fields():
+    with pytest.raises(ValueError, match="OptimConfig has no field speed"):
+        from_dict(Config, {"optim": {"speed": 1}})
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_recipes_load_by_name(recipe):
+    config, _ = parse(["--config", recipe])
+    assert config.data.name == "camvid" and config.eval.size is not None
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--optim.lrr", "1"], "lrr"),
+        (["--optim.lr", "fast"], "optim.lr"),
+        (["--method", "kd+foo", "--teacher", "t.pt"], "unknown loss 'foo'"),
+        (["--method", "kd"], "needs a teacher"),
+        (["--train.steps", "0"], "train.steps must be at least 1"),
+    ],
+)
+def test_errors_name_the_option(words, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(words)
+    assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_yaml_runs_no_code(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"out: !!python/object/apply:os.mkdir [{tmp_path / 'made'}]\n")
+    with pytest.raises(SystemExit):
+        parse(["--config", str(path)])
+    assert not (tmp_path / "made").exists()
+
+
+def test_parse_method():
+    assert parse_method("none") == ()
+    assert parse_method("nfd+rdd") == ("nfd", "rdd")
+    with pytest.raises(ValueError, match="twice"):
+        parse_method("kd+kd")
+    with pytest.raises(ValueError, match="unknown loss"):
+        parse_method("none+kd")
+
+
+def test_differences_ignore_where_a_run_is_kept():
+    a, b = to_dict(Config()), to_dict(Config(out="elsewhere", name="x", seed=1))
+    b["optim"]["lr"] = 9
+    assert differences(a, b) == ["optim.lr", "seed"]

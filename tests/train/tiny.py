@@ -1,0 +1,62 @@
+"""A data set and configurations small enough to train in a test."""
+
+from __future__ import annotations
+
+import torch
+
+from fastkd.train.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
+
+CROP = (64, 64)
+
+
+class Patches:
+    """Squares of colour on noise: three classes that a network learns at once, a void frame, one label per item."""
+
+    classes = ("ground", "red", "blue")
+    palette = [[60, 60, 60], [220, 40, 40], [40, 40, 220]]
+    ignore_index = 255
+
+    def __init__(self, length: int = 8, noise: bool = True):
+        self.length, self.noise = length, noise
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int):
+        rng = torch.Generator().manual_seed(index)
+        image = torch.randint(90, 120, (3, *CROP), generator=rng)
+        label = torch.zeros(CROP, dtype=torch.uint8)
+        for kind, channel in ((1, 0), (2, 2)):
+            y, x = torch.randint(4, 36, (2,), generator=rng).tolist()
+            image[channel, y : y + 24, x : x + 24] += 120
+            label[y : y + 24, x : x + 24] = kind
+        if self.noise:  # drawn from torch's default generator, as augmentation is
+            image = image + torch.randint(0, 16, image.shape)
+        label[0] = 255
+        return image.clamp(0, 255).to(torch.uint8), label
+
+
+DATASETS = (Patches(), Patches(4, noise=False))
+
+
+def config(out, **changes) -> Config:
+    """A run of a few steps; `aux=True` gives the network an auxiliary head, `dims` the width of its decoder."""
+    aux = changes.pop("aux", False)
+    width = changes.pop("width", 32)
+    train = {"steps": 2, "batch_size": 4, "log_every": 1, "checkpoint_every": 2, "device": "cpu"} | changes.pop("train", {})
+    model = ModelConfig(
+        arch="FPN",
+        encoder="tu-mobilenetv3_small_050",
+        options={"decoder_pyramid_channels": width, "decoder_segmentation_channels": width},
+        features={"decoder": "decoder"},
+        aux="encoder[-2]" if aux else None,
+    )
+    return Config(
+        out=str(out),
+        data=DataConfig(crop=CROP),
+        model=changes.pop("model", model),
+        optim=changes.pop("optim", OptimConfig(lr=0.01)),
+        train=TrainConfig(**train),
+        eval=changes.pop("eval", EvalConfig(every=100, batch_size=2)),
+        **changes,
+    )
