@@ -46,11 +46,9 @@ class NFDLoss(nn.Module):
         check_word("dims", dims, ("hw", "nhw", "c", "chw"))
         check_word("reduction", reduction, FEATURE_REDUCTIONS)
         check_number("eps", eps, minimum=0)
-        self.adapter = (
-            nn.Identity()
-            if in_channels is None
-            else nn.Conv2d(in_channels, teacher_channels, kernel_size=1, bias=False)
-        )
+        self.adapter: nn.Module = nn.Identity()
+        if in_channels is not None and teacher_channels is not None:
+            self.adapter = nn.Conv2d(in_channels, teacher_channels, kernel_size=1, bias=False)
         self.dims, self.eps, self.reduction, self.loss_weight = dims, eps, reduction, loss_weight
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:

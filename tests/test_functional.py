@@ -185,7 +185,7 @@ def test_double_backward_is_refused(backend, name):
     student, teacher = S.to(DEVICE).clone().requires_grad_(), T.to(DEVICE)
     with fastkd.use_backend(backend):
         loss = PAIRWISE[name](student, teacher)
-    with pytest.raises(RuntimeError, match=r"double backward .* use_backend"):
+    with pytest.raises(RuntimeError, match=r"double backward .*use_backend"):
         torch.autograd.grad(loss, student, create_graph=True)
     with fastkd.use_backend("reference"):
         (gradient,) = torch.autograd.grad(PAIRWISE[name](student, teacher), student, create_graph=True)

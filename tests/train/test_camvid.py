@@ -32,10 +32,15 @@ def root(tmp_path):
 
 def test_items(root):
     dataset = CamVid(root, "train")
-    assert len(dataset) == 2 and len(dataset.classes) == 11 and dataset.palette.shape == (11, 3)
+    assert len(dataset) == 2
+    assert len(dataset.classes) == 11
+    assert dataset.palette.shape == (11, 3)
     image, mask = dataset[0]
-    assert type(image) is tv_tensors.Image and image.shape == (3, 24, 36) and image.dtype == torch.uint8
-    assert type(mask) is tv_tensors.Mask and mask.shape == (24, 36)
+    assert type(image) is tv_tensors.Image
+    assert image.shape == (3, 24, 36)
+    assert image.dtype == torch.uint8
+    assert type(mask) is tv_tensors.Mask
+    assert mask.shape == (24, 36)
     assert mask.unique().tolist() == [*range(11), 255]
     assert (mask[:, 33:] == 255).all()
 
@@ -51,13 +56,14 @@ def test_jpeg_palette_labels_and_transform(root):
     indexed.save(path)
     dataset = build_dataset("camvid", root=root, split="train", transform=lambda image, mask: (image + 1, mask))
     image, mask = dataset[0]
-    assert int(image.max()) == 1 and mask.unique().tolist() == [*range(11), 255]
+    assert int(image.max()) == 1
+    assert mask.unique().tolist() == [*range(11), 255]
 
 
 def test_missing_folders(root, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         CamVid(tmp_path / "nowhere", "train")
-    with pytest.raises(FileNotFoundError, match="test.*SegNet"):
+    with pytest.raises(FileNotFoundError, match=r"test.*SegNet"):
         CamVid(root, "test")
     for path in (root / "valannot").iterdir():
         path.unlink()
@@ -70,7 +76,7 @@ def test_no_images(root):
     for path in (root / "train").iterdir():
         path.unlink()
     (root / "train" / "readme.txt").write_text("x")
-    with pytest.raises(FileNotFoundError, match="no png or jpg images in .*train"):
+    with pytest.raises(FileNotFoundError, match=r"no png or jpg images in .*train"):
         CamVid(root, "train")
 
 
@@ -156,6 +162,7 @@ def test_real_camvid():
     for dataset in (train, val):
         for index in range(0, len(dataset), 40):
             image, mask = dataset[index]
-            assert image.shape == (3, 360, 480) and mask.shape == (360, 480)
+            assert image.shape == (3, 360, 480)
+            assert mask.shape == (360, 480)
             seen |= set(mask.unique().tolist())
     assert seen == {*range(11), 255}

@@ -6,6 +6,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")
 
+import torch.nn.functional as F  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from torchvision import tv_tensors  # noqa: E402
 
@@ -17,11 +18,16 @@ SMALL = (64, 128)
 def test_item_format():
     dataset = StreetScenes("train", size=SMALL)
     image, mask = dataset[0]
-    assert type(image) is tv_tensors.Image and type(mask) is tv_tensors.Mask
-    assert image.shape == (3, *SMALL) and image.dtype == torch.uint8
-    assert mask.shape == SMALL and mask.dtype == torch.uint8
-    assert len(dataset) == 2000 and len(StreetScenes("val")) == 200
-    assert dataset.palette.shape == (len(dataset.classes), 3) and dataset.palette.dtype == np.uint8
+    assert type(image) is tv_tensors.Image
+    assert type(mask) is tv_tensors.Mask
+    assert image.shape == (3, *SMALL)
+    assert image.dtype == torch.uint8
+    assert mask.shape == SMALL
+    assert mask.dtype == torch.uint8
+    assert len(dataset) == 2000
+    assert len(StreetScenes("val")) == 200
+    assert dataset.palette.shape == (len(dataset.classes), 3)
+    assert dataset.palette.dtype == np.uint8
     assert len({tuple(c) for c in dataset.palette.tolist()}) == len(dataset.classes)
 
 
@@ -30,7 +36,8 @@ def test_items_are_bitwise_reproducible_in_any_order():
     first = [one[i] for i in (0, 1, 2)]
     for i in (2, 0, 1):
         image, mask = two[i]
-        assert torch.equal(image, first[i][0]) and torch.equal(mask, first[i][1])
+        assert torch.equal(image, first[i][0])
+        assert torch.equal(mask, first[i][1])
 
 
 def test_items_splits_and_seeds_differ():
@@ -47,36 +54,33 @@ def test_length_does_not_change_an_item():
     assert torch.equal(StreetScenes("val", size=SMALL, length=3)[2][0], StreetScenes("val", size=SMALL)[2][0])
 
 
-def test_every_class_occurs_and_no_other_label():
-    dataset = StreetScenes("train", size=(96, 192), length=60)
-    seen, counts = np.zeros(256, dtype=int), np.zeros(256, dtype=np.int64)
-    for i in range(len(dataset)):
-        _, label = dataset.generate(i)
-        share = np.bincount(label.ravel(), minlength=256)
-        seen += share > 0
-        counts += share
-    classes = len(dataset.classes)
-    assert counts[classes:255].sum() == 0
-    assert (seen[:classes] >= 10).all(), dict(zip(dataset.classes, seen[:classes]))
-    assert seen[255] >= 10 and counts[255] < 0.1 * counts.sum()
+@pytest.fixture(scope="module")
+def scenes():
+    """40 scenes as (image (3, H, W), label (H, W))."""
+    dataset = StreetScenes("train", size=SMALL)
+    return [dataset.generate(i) for i in range(40)]
 
 
-def test_colour_alone_does_not_tell_the_class():
-    """The best guess from a pixel's colour (64 bins a channel's quarter) stays far from right, even on the data it is fitted to."""
-    dataset = StreetScenes("train", size=SMALL, length=60)
-    table = np.zeros((16**3, len(dataset.classes)), dtype=np.int64)
-    for i in range(len(dataset)):
-        image, label = dataset.generate(i)
+def test_every_class_occurs_and_no_other_label(scenes):
+    shares = np.array([np.bincount(label.ravel(), minlength=256) for _, label in scenes])
+    classes = len(StreetScenes.classes)
+    assert shares[:, classes:255].sum() == 0
+    seen = (shares > 0).sum(0)
+    assert (seen[:classes] >= 6).all(), dict(zip(StreetScenes.classes, seen[:classes], strict=True))
+    assert 0 < shares[:, 255].sum() < 0.1 * shares.sum()
+
+
+def test_colour_alone_does_not_tell_the_class(scenes):
+    """The best guess from a pixel's colour (16 steps a channel) stays far from right, even on the data it is fitted to."""
+    classes = len(StreetScenes.classes)
+    table = np.zeros((16**3, classes), dtype=np.int64)
+    for image, label in scenes:
         red, green, blue = (image >> 4).astype(int)
         valid = label != 255
         np.add.at(table, ((red * 256 + green * 16 + blue)[valid], label[valid]), 1)
-    guess = table.argmax(1)
-    hits = table[np.arange(len(table)), guess]
-    union = table.sum(0) + np.array([table[guess == c].sum() for c in range(table.shape[1])]) - np.array(
-        [hits[guess == c].sum() for c in range(table.shape[1])]
-    )
-    iou = np.array([hits[guess == c].sum() for c in range(table.shape[1])]) / union
-    assert iou.mean() < 0.25
+    guess = np.eye(classes, dtype=bool)[table.argmax(1)]
+    hits, guessed = (table * guess).sum(0), (guess * table.sum(1, keepdims=True)).sum(0)
+    assert (hits / (table.sum(0) + guessed - hits)).mean() < 0.25
 
 
 @pytest.mark.parametrize("size", [(16, 16), (33, 77), (160, 90), (1, 1), (64, 15)])
@@ -88,7 +92,8 @@ def test_any_size(size):
     dataset = StreetScenes("train", size=size)
     for i in range(8):
         image, mask = dataset[i]
-        assert image.shape == (3, *size) and mask.shape == size
+        assert image.shape == (3, *size)
+        assert mask.shape == size
 
 
 def test_a_scene_keeps_its_layout_when_the_size_changes():
@@ -110,7 +115,8 @@ def test_cache_gives_the_same_items_and_is_not_written_by_transforms():
     assert len(cached.cache) == 2
     cached[0]
     cached.transform = None
-    assert torch.equal(cached[0][0], plain[0][0]) and torch.equal(cached[0][1], plain[0][1])
+    assert torch.equal(cached[0][0], plain[0][0])
+    assert torch.equal(cached[0][1], plain[0][1])
     assert cached[-1][0].shape == (3, *SMALL)
     with pytest.raises(IndexError):
         cached[2]
@@ -134,10 +140,11 @@ def test_bad_arguments(options, words):
 
 def test_build_dataset():
     dataset = build_dataset("street_scenes", split="val", size=SMALL, length=2)
-    assert isinstance(dataset, StreetScenes) and len(dataset) == 2
+    assert isinstance(dataset, StreetScenes)
+    assert len(dataset) == 2
     with pytest.raises(ValueError, match="camvid, street_scenes"):
         build_dataset("cityscapes", split="train")
-    with pytest.raises(ValueError, match="no option sise.*size"):
+    with pytest.raises(ValueError, match=r"no option sise.*size"):
         build_dataset("street_scenes", split="train", sise=3)
     with pytest.raises(ValueError, match="leave root out"):
         build_dataset("street_scenes", split="train", root="/data")
@@ -167,14 +174,18 @@ def test_image_and_mask_stay_aligned(crop):
     for _ in range(12):
         image, mask = transform(*coded_pair())
         size = (crop, crop) if isinstance(crop, int) else crop
-        assert image.shape == (3, *size) and mask.shape == size
-        assert type(image) is tv_tensors.Image and type(mask) is tv_tensors.Mask
+        assert image.shape == (3, *size)
+        assert mask.shape == size
+        assert type(image) is tv_tensors.Image
+        assert type(mask) is tv_tensors.Mask
         valid = mask != 255
         padded += int((~valid).sum())
-        assert (image[:, ~valid] == 127).float().mean() > 0.9 if (~valid).any() else True
         distance = (image.long()[:, :, :, None] - COLOURS.long().T[:, None, None, :]).abs().sum(0)
-        right = distance.argmin(-1)[valid] == mask.long()[valid]
-        assert right.float().mean() > 0.93  # the rest are the blended edges
+        # Edges are blended in the image, so only pixels whose neighbours have the same label can be told.
+        near = mask.float()[None]
+        inside = (F.max_pool2d(near, 3, 1, 1) == -F.max_pool2d(-near, 3, 1, 1))[0]
+        assert torch.equal(distance.argmin(-1)[inside & valid], mask.long()[inside & valid])
+        assert (image[:, inside & ~valid] == 127).all()
     assert padded > 0 if crop == (96, 128) else True
 
 
@@ -187,8 +198,8 @@ def test_transform_is_reproducible_and_random():
         return [transform(*pair) for _ in range(3)]
 
     one, two, other = draw(1), draw(1), draw(2)
-    assert all(torch.equal(a, b) for x, y in zip(one, two) for a, b in zip(x, y))
-    assert not all(torch.equal(a[1], b[1]) for a, b in zip(one, other))
+    assert all(torch.equal(a, b) for x, y in zip(one, two, strict=True) for a, b in zip(x, y, strict=False))
+    assert not all(torch.equal(a[1], b[1]) for a, b in zip(one, other, strict=True))
 
 
 def test_loader_generator_decides_the_augmentation():
@@ -198,16 +209,19 @@ def test_loader_generator_decides_the_augmentation():
         return [x for x, _ in loader]
 
     one, two, other = batches(1), batches(1), batches(2)
-    assert all(torch.equal(a, b) for a, b in zip(one, two))
-    assert not all(torch.equal(a, b) for a, b in zip(one, other))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_eval_transform():
     image, mask = coded_pair()
     same_image, same_mask = eval_transform()(image, mask)
-    assert torch.equal(same_image, image) and torch.equal(same_mask, mask)
+    assert torch.equal(same_image, image)
+    assert torch.equal(same_mask, mask)
     image, mask = eval_transform((24, 32))(image, mask)
-    assert image.shape == (3, 24, 32) and mask.shape == (24, 32) and set(mask.unique().tolist()) <= set(range(5))
+    assert image.shape == (3, 24, 32)
+    assert mask.shape == (24, 32)
+    assert set(mask.unique().tolist()) <= set(range(5))
 
 
 @pytest.mark.parametrize(

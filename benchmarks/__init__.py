@@ -1,0 +1,1 @@
+"""Benchmarks of the losses: `python -m benchmarks` runs all, `python -m benchmarks.bench_nfd` one."""

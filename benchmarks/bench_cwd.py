@@ -1,0 +1,35 @@
+"""Channel-wise distillation, forward and backward. The floor is KD's: 5 transfers, 4 exponentials an element."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastkd
+
+from .bench_nfd import acc
+from .harness import Case, exp_pieces, main
+
+
+def plain(student: Tensor, teacher: Tensor) -> Tensor:
+    n, c, _, _ = student.shape
+    log_s = F.log_softmax(student.to(acc(student)).flatten(2) / 4, 2)
+    log_t = F.log_softmax(teacher.to(acc(teacher)).flatten(2) / 4, 2)
+    return F.kl_div(log_s, log_t, reduction="sum", log_target=True) * (16 / (n * c))
+
+
+CASES = [
+    Case(
+        "CWD",
+        (2, 256, 64, 128),
+        dtype,
+        fastkd.cwd_loss,
+        plain,
+        exp_pieces,
+        lambda t: max(t["add"] * 5 / 3, 4 * t["exp"]),
+        {"eager": 5, "compile": 1.5} if dtype == torch.float32 else {},
+    )
+    for dtype in (torch.float32, torch.bfloat16)
+]
+
+if __name__ == "__main__":
+    main(CASES)

@@ -1,0 +1,320 @@
+"""The report and the pictures in it, from run directories that are whole, cut short, or broken."""
+
+import base64
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("matplotlib")
+Image = pytest.importorskip("PIL.Image")
+
+from fastkd.train.panels import as_image, colourise, heatmap, overlay, panel  # noqa: E402
+from fastkd.train.report import load_runs, read_run, verdict, write_report  # noqa: E402
+
+CLASSES = ("road", "sky", "traffic sign")
+PALETTE = np.array([(128, 64, 128), (70, 130, 180), (220, 220, 0)], dtype=np.uint8)
+
+
+def make_run(root, name, method, miou, *, model="unet small", steps=40, seed=0, finished=True):
+    path = root / name
+    path.mkdir(parents=True)
+    with (path / "log.jsonl").open("w") as log:
+        for step in range(1, steps + 1):
+            loss = 2 * math.exp(-step / 10) + 0.1
+            log.write(json.dumps({"step": step, "time": 1.0 * step, "split": "train", "loss": loss, "lr": 0.1}) + "\n")
+            if step % 10 == 0:
+                log.write(
+                    json.dumps(
+                        {
+                            "step": step,
+                            "time": 1.0 * step,
+                            "split": "val",
+                            "miou": miou * step / steps,
+                            "pixel_accuracy": 0.8,
+                        }
+                    )
+                    + "\n"
+                )
+    (path / "config.yaml").write_text(f"name: {name}\nmethod: {method}\nseed: {seed}\n")
+    if finished:
+        result = {
+            "name": name, "method": method, "model": model, "params": 1_900_000, "steps": steps, "miou": miou,
+            "pixel_accuracy": 0.8, "class_iou": {"road": miou, "sky": 0.5, "traffic sign": None},
+            "seconds_per_step": 0.25, "loss_share": 0.07, "seconds": 10.0, "seed": seed, "versions": {"torch": "2.10"},
+        }  # fmt: skip
+        (path / "result.json").write_text(json.dumps(result))
+    return path
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return [
+        make_run(tmp_path, "teacher", "none", 0.70, model="unet large"),
+        make_run(tmp_path, "plain", "none", 0.50),
+        make_run(tmp_path, "nfd", "nfd", 0.55),
+        make_run(tmp_path, "rdd", "rdd", 0.502),
+        make_run(tmp_path, "cwd", "cwd", 0.45),
+    ]
+
+
+class Strict(HTMLParser):
+    """Checks that tags nest, and gathers what a page would load."""
+
+    VOID = ("meta", "img", "br", "path", "use", "link")
+
+    def __init__(self):
+        super().__init__()
+        self.stack, self.loads, self.ids = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in self.VOID:
+            self.stack.append(tag)
+        assert tag not in ("script", "link", "iframe")
+        self.loads += [v for k, v in attributes if k in ("src", "href", "xlink:href")]
+        self.ids += [v for k, v in attributes if k == "id"]
+
+    def handle_startendtag(self, tag, attributes):
+        self.loads += [v for k, v in attributes if k in ("src", "href", "xlink:href")]
+        self.ids += [v for k, v in attributes if k == "id"]
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.stack.pop() == tag
+
+
+def parse(page):
+    parser = Strict()
+    parser.feed(page)
+    assert parser.stack == []
+    return parser
+
+
+def test_page_is_whole_and_self_contained(runs, tmp_path):
+    picture = Image.new("RGB", (8, 4), (200, 10, 10))
+    picture.save(tmp_path / "p.png")
+    path = write_report(
+        tmp_path / "out", runs, title="A <title>", notes="First & only.\n\nSecond.",
+        panels=[picture, ("From a file", tmp_path / "p.png"), ("Gone", tmp_path / "none.png")],
+    )  # fmt: skip
+    page = path.read_text()
+    parser = parse(page)
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in parser.loads)
+    assert len(parser.ids) == len(set(parser.ids))
+    assert {link[1:] for link in parser.loads if link.startswith("#")} <= set(parser.ids)
+    assert not re.search(r"url\((?!#)|@import", page)
+    assert "A &lt;title&gt;" in page
+    assert "<title>A <title>" not in page
+    assert "First &amp; only." in page
+    assert "picture left out" in page
+    inside = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(inside) == 2
+    assert Image.open(io.BytesIO(base64.b64decode(inside[0]))).getpixel((0, 0)) == (200, 10, 10)
+    for text in ("55.0", "nfd", "1.90 M", "0.25", "7.0", "traffic sign", "method: rdd", "torch 2.10"):
+        assert text in page
+    assert page.count("<svg") == 2
+    assert Image.open(tmp_path / "out" / "curves.png").size[0] > 800
+
+
+def test_report_is_reproducible(runs, tmp_path):
+    one = write_report(tmp_path / "one", runs[:2], title="T").read_bytes()
+    assert one == write_report(tmp_path / "two", runs[:2], title="T").read_bytes()
+
+
+def test_markdown(runs, tmp_path):
+    write_report(tmp_path / "out", runs, title="T")
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| nfd | nfd | 55.0 | 80.0 | 0.25 | 7.0 | 1.90 M | 40 |" in text
+    # The teacher is no student: the best student is marked, and every one of equals.
+    assert "| road | 70.0 | 50.0 | **55.0** | 50.2 | 45.0 |" in text
+    assert "| sky | 50.0 | **50.0** | **50.0** | **50.0** | **50.0** |" in text
+    assert "| traffic sign |" + " \N{EN DASH} |" * 5 in text
+
+
+def judged(paths):
+    return "\n".join(verdict(load_runs(paths)))
+
+
+def test_verdict_sorts_gains_losses_and_ties(runs):
+    text = judged(runs)
+    assert "gap is 20.0 points" in text
+    assert "Gained over the plain student, in points of mIoU: nfd (+5.0, 25 % of the gap)." in text
+    assert "no clear difference: rdd (+0.2)." in text
+    assert "Lost against it: cwd (-5.0)." in text
+    assert "one seed (0)" in text
+
+
+def test_verdict_without_a_plain_student(runs):
+    text = judged([runs[0], runs[2]])
+    assert "No plain student of the same model was finished, so nothing can be said of nfd" in text
+    assert "Gained" not in text
+
+
+def test_verdict_names_unlike_runs(runs, tmp_path):
+    longer = make_run(tmp_path, "kd", "kd", 0.56, steps=80, seed=3)
+    text = judged([*runs, longer])
+    assert "kd (+6.0, 30 % of the gap) [not like for like: steps 80 instead of 40, seed 3 instead of 0]" in text
+    assert "Seeds 0, 3 appear" in text
+
+
+def test_verdict_with_a_poor_teacher(tmp_path):
+    paths = [
+        make_run(tmp_path, "t", "none", 0.4, model="other"),
+        make_run(tmp_path, "p", "none", 0.5),
+        make_run(tmp_path, "k", "kd", 0.6),
+    ]
+    text = judged(paths)
+    assert "no better than the plain student" in text
+    assert "of the gap" not in text
+
+
+def test_verdict_without_distillation(tmp_path):
+    text = judged([make_run(tmp_path, "p", "none", 0.5)])
+    assert "no distilled run to judge" in text
+    assert "best run is p with 50.0 % mIoU" in text
+
+
+def test_unfinished_run_is_shown_as_such(runs, tmp_path):
+    cut = make_run(tmp_path, "stopped", "kd", 0.9, finished=False)
+    log = cut / "log.jsonl"
+    log.write_bytes(log.read_bytes()[:-40])  # in the middle of a line
+    page = write_report(tmp_path / "out", [*runs, cut], title="T").read_text()
+    parse(page)
+    assert "unfinished" in page
+    assert "(stopped)" in page
+    assert "no result.json" in page
+    assert "unreadable line" not in page
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| stopped | kd |" in text
+    assert "unfinished or unreadable: stopped" in text
+
+
+def test_broken_runs_never_stop_the_report(runs, tmp_path):
+    def broken(name):
+        return make_run(tmp_path, name, "kd", 0.5)
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    bad_json = broken("bad_json")
+    (bad_json / "result.json").write_text('{"name": "bad_json", "miou": ')
+    a_list = broken("a_list")
+    (a_list / "result.json").write_text("[1, 2]")
+    odd = broken("odd")
+    (odd / "result.json").write_text(
+        json.dumps(
+            {"name": None, "method": 3, "miou": "high", "class_iou": [1], "params": None, "versions": 1, "seed": None}
+        )
+    )
+    nan = broken("nan")
+    (nan / "result.json").write_text(
+        '{"method": "kd", "model": "unet small", "miou": NaN, "class_iou": {"road": Infinity}, "seconds": NaN}'
+    )
+    holes = broken("holes")
+    (holes / "log.jsonl").write_text(
+        'null\n[1]\n{"step": "x"}\n{"step": 1, "split": "train", "loss": NaN}\n{"step": 2, "split": "val", "miou": 0.1}\n'
+    )
+    (holes / "config.yaml").unlink()
+    binary = broken("binary")
+    (binary / "log.jsonl").write_bytes(b"\xff\xfe\x00\n" * 3)
+    paths = [*runs, empty, tmp_path / "never", bad_json, a_list, odd, nan, holes, binary]
+    page = write_report(tmp_path / "out", paths, title="T").read_text()
+    parse(page)
+    for words in (
+        "no such run directory",
+        "result.json cannot be read",
+        "does not hold an object",
+        "3 unreadable lines",
+        "no config.yaml",
+    ):
+        assert words in page
+    assert not re.search(r"<td[^>]*>(nan|inf|None)", page)
+    assert "No run finished" in judged([empty])
+
+
+def test_no_runs(tmp_path):
+    with pytest.raises(ValueError, match="at least one run"):
+        write_report(tmp_path, [], title="T")
+
+
+def test_read_run(runs):
+    run = read_run(runs[1])
+    assert run.finished
+    assert run.problems == []
+    assert len(run.loss) == 40
+    assert run.miou[-1] == (40, 0.5)
+    assert verdict([]) == ["No run finished: there is nothing to compare."]
+
+
+# Panels
+
+
+def test_colourise():
+    label = torch.tensor([[0, 1], [2, 255]], dtype=torch.uint8)
+    assert colourise(label, torch.from_numpy(PALETTE)).tolist() == [
+        [[128, 64, 128], [70, 130, 180]],
+        [[220, 220, 0], [0, 0, 0]],
+    ]
+    assert colourise(np.array([[-1]]), PALETTE, ignore_index=-1).tolist() == [[[0, 0, 0]]]
+    with pytest.raises(ValueError, match="holds 3, the palette has 3"):
+        colourise(np.array([[3]]), PALETTE)
+    with pytest.raises(ValueError, match=r"\(H, W\)"):
+        colourise(np.zeros((1, 2, 2), np.uint8), PALETTE)
+
+
+def test_overlay():
+    image = torch.full((3, 1, 2), 100, dtype=torch.uint8)
+    mixed = overlay(image, np.array([[1, 255]], np.uint8), PALETTE, alpha=0.5)
+    assert mixed.tolist() == [[[85, 115, 140], [100, 100, 100]]]
+    with pytest.raises(ValueError, match="same height and width"):
+        overlay(image, np.zeros((2, 2), np.uint8), PALETTE)
+
+
+def test_heatmap():
+    ramp = heatmap(torch.linspace(-0.5, 1.5, 64)[None])
+    assert ramp.shape == (1, 64, 3)
+    assert ramp.dtype == np.uint8
+    luminance = ramp[0].astype(float) @ (0.2126, 0.7152, 0.0722)
+    assert (np.diff(luminance) >= 0).all()
+    assert luminance[0] < 20
+    assert luminance[-1] > 235
+    assert heatmap(np.array([[True, False]])).tolist() == heatmap(np.array([[1.0, 0.0]])).tolist()
+    assert heatmap(np.array([[np.nan]])).tolist() == [[[128, 128, 128]]]
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        torch.ones(3, 4, 5), torch.full((3, 4, 5), 255, dtype=torch.uint8), np.ones((4, 5, 3), np.float32),
+        np.ones((4, 5), bool), torch.ones(4, 5, dtype=torch.bfloat16), Image.new("RGB", (5, 4), (255, 255, 255)),
+    ],
+)  # fmt: skip
+def test_as_image(image):
+    array = as_image(image)
+    assert array.shape == (4, 5, 3)
+    assert array.dtype == np.uint8
+    assert (array == 255).all()
+
+
+def test_panel():
+    image, label = np.full((16, 32, 3), 77, np.uint8), np.zeros((16, 32), np.uint8)
+    sheet = panel(
+        ["image", "label", "a very long title that does not fit its column"], [[image, colourise(label, PALETTE), None]] * 2,
+        width=64, row_titles=["one", "two"], legend=CLASSES, palette=PALETTE,
+    )  # fmt: skip
+    assert sheet.mode == "RGB"
+    assert sheet.width > 3 * 64
+    assert sheet.height > 2 * 32
+    colours = {colour for _, colour in sheet.getcolors(1 << 20)}
+    assert (77, 77, 77) in colours
+    assert {tuple(c) for c in PALETTE.tolist()} <= colours
+    with pytest.raises(ValueError, match="every row needs 2"):
+        panel(["a", "b"], [[image]])
+    with pytest.raises(ValueError, match="row titles"):
+        panel(["a"], [[image]], row_titles=[])
+    with pytest.raises(ValueError, match="palette"):
+        panel(["a"], [[image]], legend=CLASSES)
