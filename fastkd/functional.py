@@ -2,7 +2,7 @@
 
 Feature maps and logits are (N, C, H, W) in fp32, fp16, bf16 or fp64; student and teacher dtypes may differ. Arithmetic
 is fp32 (fp64 if an input is), and a loss is returned in that dtype; the gradient comes back in the student's dtype and
-memory format. The teacher is a constant. Labels are (N, H, W) of uint8, int32 or int64. ``docs/spec`` words for
+memory format. The teacher is a constant. Labels are (N, H, W) of uint8, int32 or int64. The words for
 ``reduction``: ``"mean"`` (over what is counted), ``"mean_all"`` (over all pixels), ``"sum"``, ``"batchmean"`` (sum / N)
 and ``"none"``. Where nothing is counted the loss and its gradient are 0.
 
@@ -57,7 +57,7 @@ class RDDOutput(NamedTuple):
 
 
 class _Preset(NamedTuple):
-    """Where the paper and the released code disagree (docs/spec: RDD)."""
+    """Where the paper and the released code disagree (docs/rdd.md)."""
 
     direction: str  # of TFE's divergence
     confidence: str
