@@ -1,0 +1,44 @@
+"""Beyond the gradient, forward and backward need less than 1 % of the inputs: asserted on the peak of a fresh process."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastkd import backends
+
+CODE = """
+import json, sys, torch, fastkd
+sys.path.insert(0, sys.argv[1])
+from benchmarks.harness import peak_memory
+shares = {}
+for name, loss, shape in (
+    ("nfd", fastkd.nfd_loss, (1, 512, 128, 256)),
+    ("kd", fastkd.kd_loss, (1, 19, 1024, 1024)),
+    ("kd, many classes", fastkd.kd_loss, (2, 150, 256, 128)),
+    ("cwd", fastkd.cwd_loss, (1, 512, 128, 256)),
+):
+    for dtype in (torch.float32, torch.bfloat16):
+        student, teacher = (torch.randn(shape, dtype=dtype) for _ in range(2))
+        student.requires_grad_()
+        def step():
+            student.grad = None
+            loss(student, teacher).backward()
+        step()
+        extra = peak_memory(step) - student.nbytes
+        shares[f"{name} {dtype}"] = extra / (student.nbytes + teacher.nbytes)
+print(json.dumps(shares))
+"""
+
+
+@pytest.mark.skipif(backends.why_not("cpu") is not None, reason=str(backends.why_not("cpu")))
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_extra_memory():
+    root = str(Path(__file__).parents[1])
+    out = subprocess.run([sys.executable, "-c", CODE, root], capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+    shares = json.loads(out.stdout)
+    assert len(shares) == 8
+    assert max(shares.values()) < 0.01, shares
