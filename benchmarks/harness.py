@@ -11,6 +11,7 @@ import csv
 import ctypes
 import datetime
 import gc
+import os
 import platform
 import statistics
 import subprocess
@@ -27,7 +28,13 @@ import fastkd
 from fastkd import backends
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-RESULTS = Path(__file__).with_name("results")
+RESULTS = Path(os.environ.get("FASTKD_RESULTS", Path(__file__).with_name("results")))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FLUSH_BYTES = 64 * 2**20 if DEVICE == "cpu" else 256 * 2**20  # beyond the last-level cache
+COLUMNS = (
+    *("date", "commit", "device", "threads", "torch", "kernels", "op", "shape", "dtype"),
+    *("rival", "p20_ms", "median_ms", "p80_ms", "floor_ms", "error", "extra_memory"),
+)
 MAX_ERROR = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Relative error of a gradient against float64 above which a time means nothing."""
 
@@ -72,7 +79,7 @@ class Row:
 def run(case: Case, seconds: float = 6.0) -> Row:
     """Checks every rival against float64, then times them interleaved for about ``seconds``."""
     g = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(case.shape, generator=g).to(case.dtype) for _ in range(2))
+    student, teacher = (torch.randn(case.shape, generator=g).to(DEVICE, case.dtype) for _ in range(2))
     student.requires_grad_()
     torch._dynamo.reset()
     rivals = {"ours": case.ours, "eager": case.plain, "compile": torch.compile(case.plain, fullgraph=True)}
@@ -89,7 +96,9 @@ def run(case: Case, seconds: float = 6.0) -> Row:
     del truth, truth_student
 
     extra = peak_memory(lambda: step(case.ours)) - student.nbytes
-    calls = {name: (lambda loss=loss: step(loss)) for name, loss in rivals.items()} | case.pieces(student.detach(), teacher)
+    calls = {name: (lambda loss=loss: step(loss)) for name, loss in rivals.items()} | case.pieces(
+        student.detach(), teacher
+    )
     times = interleave(calls, seconds)
     floor = case.floor({name: times.pop(name)[1] for name in list(times) if name not in rivals})
     kept = {name: t for name, t in times.items() if errors[name] <= MAX_ERROR[case.dtype]}
@@ -101,7 +110,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def interleave(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, tuple[float, float, float]]:
-    flush = torch.empty(16 * 2**20)  # 64 MiB
+    flush = torch.empty(FLUSH_BYTES // 4, device=DEVICE)
     for call in calls.values():
         call()
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -109,10 +118,21 @@ def interleave(calls: dict[str, Callable[[], object]], seconds: float) -> dict[s
     while time.perf_counter() < stop or len(next(iter(samples.values()))) < 7:
         for name, call in calls.items():
             flush.fill_(1.0)
-            begin = time.perf_counter()
-            call()
-            samples[name].append((time.perf_counter() - begin) * 1e3)
+            samples[name].append(_milliseconds(call))
     return {name: _percentiles(values) for name, values in samples.items()}
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    if DEVICE == "cpu":
+        begin = time.perf_counter()
+        call()
+        return (time.perf_counter() - begin) * 1e3
+    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin_event.record()
+    call()
+    end_event.record()
+    end_event.synchronize()
+    return begin_event.elapsed_time(end_event)
 
 
 def _percentiles(values: list[float]) -> tuple[float, float, float]:
@@ -121,11 +141,18 @@ def _percentiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def peak_memory(call: Callable[[], object]) -> int:
-    """Bytes by which the process's resident memory peaks during ``call`` (Linux; the call must have run before)."""
+    """Bytes by which memory peaks during ``call``, which must have run before: the allocator's on a GPU, the process's
+    resident memory on a CPU (Linux)."""
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        allocated = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - allocated
     status = Path("/proc/self/status")
     if not status.exists():
         return 0
-    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
 
@@ -145,6 +172,8 @@ def copy_pieces(student: Tensor, teacher: Tensor) -> dict[str, Callable[[], obje
 
 def exp_pieces(student: Tensor, teacher: Tensor) -> dict[str, Callable[[], object]]:
     """And its exponentials: as many as the student has elements, on data that stays in the second-level cache."""
+    if DEVICE == "cuda":  # special-function units keep up with memory in every case here
+        return copy_pieces(student, teacher)
     op = torch.ops.fastkd_cpu.exp
     threads = torch.get_num_threads()
     chunk = torch.rand(32768 * threads)
@@ -196,10 +225,7 @@ def append(rows: list[Row], path: Path) -> None:
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
         if new:
-            writer.writerow(
-                "date commit device threads torch isa op shape dtype rival p20_ms median_ms p80_ms floor_ms error "
-                "extra_memory".split()
-            )
+            writer.writerow(COLUMNS)
         for row in rows:
             for rival, error in row.errors.items():
                 times = [f"{t:.4f}" for t in row.times[rival]] if rival in row.times else ["", "", ""]
@@ -208,9 +234,9 @@ def append(rows: list[Row], path: Path) -> None:
                         datetime.date.today().isoformat(),
                         commit(),
                         device(),
-                        torch.get_num_threads(),
+                        torch.get_num_threads() if DEVICE == "cpu" else "",
                         torch.__version__,
-                        torch.ops.fastkd_cpu.isa(),
+                        kernels(),
                         row.case.op,
                         "x".join(map(str, row.case.shape)),
                         _name(row.case.dtype),
@@ -223,18 +249,24 @@ def append(rows: list[Row], path: Path) -> None:
                 )
 
 
-def main(cases: list[Case]) -> None:
-    """Runs the cases on the CPU, prints the table and appends to ``benchmarks/results/cpu.csv``."""
-    if (reason := backends.why_not("cpu")) is not None:
+def main(cases: list[Case], out: Path = RESULTS) -> str:
+    """Runs the cases on the GPU if there is one, else on the CPU; prints the table, appends to ``cpu.csv`` or ``cuda.csv``."""
+    if (reason := backends.why_not("cpu" if DEVICE == "cpu" else "triton")) is not None:
         sys.exit(f"nothing to measure: {reason}")
-    print(f"{device()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {torch.ops.fastkd_cpu.isa()}")
     rows = []
     for case in cases:
         print(f"… {case.op} {case.shape} {_name(case.dtype)}", file=sys.stderr)
-        with fastkd.use_backend("auto"):
-            rows.append(run(case))
-    append(rows, RESULTS / "cpu.csv")
-    print(report(rows))
+        rows.append(run(case))
+    append(rows, out / f"{DEVICE}.csv")
+    where = f"{device()}, {torch.get_num_threads()} threads" if DEVICE == "cpu" else device()
+    table = f"{where}, torch {torch.__version__}, {kernels()}, commit {commit()}\n\n{report(rows)}"
+    print(table)
+    return table
+
+
+def kernels() -> str:
+    """What the measured kernels are: the instruction set of the C++ ones, or Triton's version."""
+    return fastkd.backend_info()["backends"]["cpu" if DEVICE == "cpu" else "triton"]["detail"]
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -243,12 +275,24 @@ def _name(dtype: torch.dtype) -> str:
 
 def commit() -> str:
     out = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent, check=False
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
     )
     return out.stdout.strip() or "unknown"
 
 
 def device() -> str:
+    if DEVICE == "cuda":
+        driver = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return f"{torch.cuda.get_device_name()}, driver {driver.stdout.strip() or 'unknown'}"
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
