@@ -54,7 +54,9 @@ def colourise(label: Any, palette: Any, ignore_index: int = 255) -> np.ndarray:
     inside = np.where(ignored, 0, label).astype(np.int64)
     if inside.size and (inside.min() < 0 or inside.max() >= len(palette)):
         bad = inside.min() if inside.min() < 0 else inside.max()
-        raise ValueError(f"the label map holds {bad}, the palette has {len(palette)} colours; ignore_index is {ignore_index}")
+        raise ValueError(
+            f"the label map holds {bad}, the palette has {len(palette)} colours; ignore_index is {ignore_index}"
+        )
     picture = palette[inside].astype(np.uint8)
     picture[ignored] = IGNORED
     return picture
@@ -111,7 +113,9 @@ def panel(
     and other enlargements without smoothing. `legend`: class names, shown under the grid with the colours of `palette`.
     """
     if not titles or any(len(row) != len(titles) for row in rows):
-        raise ValueError(f"every row needs {len(titles)} pictures (one a title), got rows of {[len(row) for row in rows]}")
+        raise ValueError(
+            f"every row needs {len(titles)} pictures (one a title), got rows of {[len(row) for row in rows]}"
+        )
     if row_titles is not None and len(row_titles) != len(rows):
         raise ValueError(f"{len(rows)} rows need as many row titles, got {len(row_titles)}")
     if legend is not None and (palette is None or len(palette) < len(legend)):
@@ -142,7 +146,7 @@ def panel(
     for column, title in enumerate(titles):
         draw.text((left + column * (width + gap), margin), _fit(draw, title, font, width), fill=INK, font=font)
     top = margin + head
-    for number, (row, height) in enumerate(zip(tiles, heights)):
+    for number, (row, height) in enumerate(zip(tiles, heights, strict=True)):
         if row_titles:
             text = _fit(draw, row_titles[number], small, left - margin - 8)
             draw.text((margin, top + height // 2 - size // 2), text, fill=FAINT, font=small)

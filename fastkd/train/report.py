@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import json
 import math
 import re
@@ -22,6 +23,7 @@ from PIL import Image
 NO_CLEAR_CHANGE = 0.5  # points of mIoU: below this, one seed says nothing
 TEACHER_COLOUR, PLAIN_COLOUR = "#2b3138", "#8b939d"
 COLOURS = ("#0b6bb3", "#d1580b", "#12876a", "#b14a8b", "#b98a00", "#4aa3d6", "#7a5cc0", "#8c5a3c")
+MISSING = "\N{EN DASH}"  # a number that is not there
 PLAIN = ("none", "plain", "")  # words for "no distillation"
 
 Panel = Any  # a Pillow picture, a path of one, or (caption, either)
@@ -76,8 +78,7 @@ def write_report(
         raise ValueError("a report needs at least one run directory, got none")
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    loaded = [read_run(Path(run)) for run in runs]
-    _assign(loaded)
+    loaded = load_runs(runs)
     lines = verdict(loaded)
     figures = _figures(loaded, out / "curves.png")
     (out / "table.md").write_text(_markdown(loaded, title, lines), encoding="utf-8")
@@ -87,6 +88,13 @@ def write_report(
 
 
 # Reading ---------------------------------------------------------------------------------------------------------
+
+
+def load_runs(paths: Sequence[Path | str]) -> list[Run]:
+    """The runs, with their roles (who is teacher, plain student, distilled) and colours."""
+    runs = [read_run(Path(path)) for path in paths]
+    _assign(runs)
+    return runs
 
 
 def read_run(path: Path) -> Run:
@@ -218,7 +226,9 @@ def verdict(runs: Sequence[Run]) -> list[str]:
         lines.append(f"No plain student of the same model was finished, so nothing can be said of {', '.join(alone)}.")
     if not plain and not alone and whole:
         best = max(whole, key=lambda run: run.result["miou"])
-        lines.append(f"There is no distilled run to judge. The best run is {best.name} with {100 * best.result['miou']:.1f} % mIoU.")
+        lines.append(
+            f"There is no distilled run to judge. The best run is {best.name} with {100 * best.result['miou']:.1f} % mIoU."
+        )
     broken = [run.name for run in runs if run not in whole]
     if broken:
         lines.append(f"Left out of this comparison, because unfinished or unreadable: {', '.join(broken)}.")
@@ -228,7 +238,9 @@ def verdict(runs: Sequence[Run]) -> list[str]:
     if len(seeds) == 1:
         lines.append(f"Every run is one seed ({seeds[0]}): differences of this size can change with another seed.")
     else:
-        lines.append(f"Seeds {', '.join(seeds)} appear, and each run is one of them: differences can change with the seed.")
+        lines.append(
+            f"Seeds {', '.join(seeds)} appear, and each run is one of them: differences can change with the seed."
+        )
     return lines
 
 
@@ -241,8 +253,8 @@ def _thin(points: list[tuple[float, float]], most: int = 120) -> tuple[list[floa
     if len(points) > most:
         edges = [round(i * len(points) / most) for i in range(most + 1)]
         points = [
-            tuple(sum(values) / len(values) for values in zip(*points[a:b]))  # type: ignore[misc]
-            for a, b in zip(edges, edges[1:])
+            tuple(sum(values) / len(values) for values in zip(*points[a:b], strict=True))  # type: ignore[misc]
+            for a, b in itertools.pairwise(edges)
         ]
     return [p[0] for p in points], [p[1] for p in points]
 
@@ -257,7 +269,9 @@ def _draw(axes: Any, runs: Sequence[Run], kind: str) -> bool:
         y = [100 * v for v in y] if kind == "miou" else y
         style = {"marker": "o", "markersize": 3.2} if kind == "miou" or len(x) == 1 else {}
         label = run.name + ("" if run.finished else " (unfinished)")
-        axes.plot(x, y, color=run.colour, linewidth=1.7, linestyle="-" if run.finished else (0, (4, 2)), label=label, **style)
+        axes.plot(
+            x, y, color=run.colour, linewidth=1.7, linestyle="-" if run.finished else (0, (4, 2)), label=label, **style
+        )
         drawn = True
     axes.set_xlabel("step")
     axes.set_ylabel("training loss" if kind == "loss" else "validation mIoU (%)")
@@ -280,7 +294,7 @@ def _figures(runs: Sequence[Run], png: Path) -> list[str]:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    look = {
+    look: Any = {
         "font.size": 9.5, "axes.labelcolor": "#2b3138", "axes.edgecolor": "#b6bcc4", "svg.fonttype": "path",
         "legend.frameon": False, "legend.fontsize": 9,
     }  # fmt: skip
@@ -290,9 +304,11 @@ def _figures(runs: Sequence[Run], png: Path) -> list[str]:
         both = Figure(figsize=(11, 4.2), dpi=130, layout="constrained")
         FigureCanvasAgg(both)
         axes = both.subplots(1, 2)
-        drawn = [_draw(one, runs, kind) for one, kind in zip(axes, kinds)]
+        drawn = [_draw(one, runs, kind) for one, kind in zip(axes, kinds, strict=True)]
         if any(drawn):
-            entries = {label: line for one in axes for line, label in zip(*one.get_legend_handles_labels())}
+            entries = {
+                label: line for one in axes for line, label in zip(*one.get_legend_handles_labels(), strict=True)
+            }
             both.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(5, len(entries)))
         both.savefig(png)
         for kind in kinds:
@@ -315,16 +331,16 @@ def _figures(runs: Sequence[Run], png: Path) -> list[str]:
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
+    return MISSING if value is None else f"{100 * value:.1f}"
 
 
 def _seconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+    return MISSING if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def _count(value: float | None) -> str:
     if value is None:
-        return "–"
+        return MISSING
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.2f} {unit}"
@@ -335,7 +351,7 @@ def _steps(run: Run) -> str:
     value = run.number("steps")
     if value is not None:
         return f"{value:.0f}"
-    return "–" if run.step is None else f"{run.step} (stopped)"
+    return MISSING if run.step is None else f"{run.step} (stopped)"
 
 
 COLUMNS = ("run", "method", "mIoU %", "pixel acc. %", "s / step", "losses %", "parameters", "steps")
@@ -365,15 +381,28 @@ def _markdown(runs: Sequence[Run], title: str, lines: Sequence[str]) -> str:
     def row(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
-    text = [f"# {title}", "", row(COLUMNS), "|---|---|" + "---:|" * (len(COLUMNS) - 2), *(row(_row(run)) for run in runs), ""]
+    text = [
+        f"# {title}",
+        "",
+        row(COLUMNS),
+        "|---|---|" + "---:|" * (len(COLUMNS) - 2),
+        *(row(_row(run)) for run in runs),
+        "",
+    ]
     names, having = _classes(runs)
     if names:
-        text += ["IoU per class, %; the best of the students in bold.", "", row(["class", *(run.name for run in having)])]
+        text += [
+            "IoU per class, %; the best of the students in bold.",
+            "",
+            row(["class", *(run.name for run in having)]),
+        ]
         text.append("|---|" + "---:|" * len(having))
         for name in names:
             values = [_number(run.result["class_iou"].get(name)) for run in having]
-            best = _best([None if run.role == "teacher" else v for run, v in zip(having, values)])
-            text.append(row([name, *(f"**{_percent(v)}**" if i in best else _percent(v) for i, v in enumerate(values))]))
+            best = _best([None if run.role == "teacher" else v for run, v in zip(having, values, strict=True)])
+            text.append(
+                row([name, *(f"**{_percent(v)}**" if i in best else _percent(v) for i, v in enumerate(values))])
+            )
         text.append("")
     text += [f"- {line}" for line in lines]
     text += [f"- {run.name}: {problem}." for run in runs for problem in run.problems]
@@ -406,9 +435,11 @@ td { text-align: right; }
 th:first-child, td:first-child, .text { text-align: left; }
 td:first-child, th:first-child { padding-left: 0; }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 8px; }
-.tag { font-size: 12px; color: var(--soft); border: 1px solid var(--line); border-radius: 9px; padding: 1px 7px; margin-left: 8px; }
+.tag { font-size: 12px; color: var(--soft); border: 1px solid var(--line); border-radius: 9px;
+  padding: 1px 7px; margin-left: 8px; }
 .tag.warn { color: #8a4b00; border-color: #ecc894; background: #fff7ea; }
-.bar { display: inline-block; width: 84px; height: 8px; border-radius: 2px; background: var(--wash); margin-left: 10px; text-align: left; }
+.bar { display: inline-block; width: 84px; height: 8px; border-radius: 2px; background: var(--wash);
+  margin-left: 10px; text-align: left; }
 .bar i { display: block; height: 8px; border-radius: 2px; }
 td.best { font-weight: 650; background: #eef5fb; }
 td.teacher { color: var(--soft); }
@@ -432,7 +463,12 @@ pre { background: var(--wash); border-radius: 6px; padding: 12px 16px; overflow-
 
 
 def _page(
-    runs: Sequence[Run], title: str, notes: str | None, lines: Sequence[str], figures: Sequence[str], panels: Sequence[Panel]
+    runs: Sequence[Run],
+    title: str,
+    notes: str | None,
+    lines: Sequence[str],
+    figures: Sequence[str],
+    panels: Sequence[Panel],
 ) -> str:
     text = html.escape
     parts = [f"<h1>{text(title)}</h1>"]
@@ -447,13 +483,16 @@ def _page(
     parts.append("<h2>Curves</h2>" + (f'<div class="legend">{legend}</div>' if legend else ""))
     parts.append('<div class="curves">' + "".join(f"<div>{figure}</div>" for figure in figures) + "</div>")
     parts.append(
-        '<p class="caption">The training loss is the sum of a method’s terms: compare a run with itself, not with another method. '
+        '<p class="caption">The training loss sums the terms of a method: compare a run with itself, not with another method. '
         "A dashed line is a run that did not finish.</p>"
     )
     names, having = _classes(runs)
     if names:
         parts += ["<h2>IoU per class</h2>", _class_table(names, having)]
-        parts.append('<p class="caption">Per cent. The best of the students is marked; “–”: neither labelled nor predicted.</p>')
+        parts.append(
+            '<p class="caption">Per cent. The best of the students is marked. '
+            "A dash: neither labelled nor predicted.</p>"
+        )
     if panels:
         parts.append("<h2>Pictures</h2>")
         parts += [_figure(panel) for panel in panels]
@@ -469,11 +508,15 @@ def _page(
         if isinstance(versions, dict) and versions:
             body += f'<p class="caption">{text(", ".join(f"{k} {v}" for k, v in versions.items()))}</p>'
         parts.append(
-            f'<details><summary>{_dot(run)}{text(run.name)}<span class="caption">{text(" · ".join(about))}</span></summary>{body}</details>'
+            f'<details><summary>{_dot(run)}{text(run.name)}<span class="caption">{text(" · ".join(about))}</span></summary>'
+            f"{body}</details>"
         )
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{text(title)}</title><style>{STYLE}</style></head>\n<body><main>\n" + "\n".join(parts) + "\n</main></body></html>\n"
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{text(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
+        + "\n".join(parts)
+        + "\n</main></body></html>\n"
     )
 
 
@@ -487,7 +530,9 @@ def _runs_table(runs: Sequence[Run]) -> str:
     body = []
     for run in runs:
         cells = [html.escape(cell) for cell in _row(run)]
-        tags = {"teacher": '<span class="tag">teacher</span>', "plain": '<span class="tag">plain student</span>'}.get(run.role, "")
+        tags = {"teacher": '<span class="tag">teacher</span>', "plain": '<span class="tag">plain student</span>'}.get(
+            run.role, ""
+        )
         if not run.finished:
             tags += '<span class="tag warn">unfinished</span>'
         elif any("log.jsonl" in problem for problem in run.problems):
@@ -506,13 +551,14 @@ def _class_table(names: Sequence[str], runs: Sequence[Run]) -> str:
     body = []
     for name in names:
         values = [_number(run.result["class_iou"].get(name)) for run in runs]
-        best = _best([None if run.role == "teacher" else v for run, v in zip(runs, values)])
+        best = _best([None if run.role == "teacher" else v for run, v in zip(runs, values, strict=True)])
         cells = ""
-        for i, (run, value) in enumerate(zip(runs, values)):
+        for i, (run, value) in enumerate(zip(runs, values, strict=True)):
             kind = ' class="best"' if i in best else ' class="teacher"' if run.role == "teacher" else ""
             cells += f"<td{kind}>{_percent(value)}</td>"
         body.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
-    return f'<div class="scroll"><table class="classes"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    table = f'<table class="classes"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
 
 
 def _figure(panel: Panel) -> str:

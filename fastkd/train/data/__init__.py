@@ -18,7 +18,7 @@ from fastkd.train.data.transforms import eval_transform, train_transform
 
 __all__ = ["DATASETS", "CamVid", "DataError", "StreetScenes", "build_dataset", "eval_transform", "train_transform"]
 
-DATASETS: dict[str, type[Dataset]] = {"street_scenes": StreetScenes, "camvid": CamVid}
+DATASETS: dict[str, type[StreetScenes] | type[CamVid]] = {"street_scenes": StreetScenes, "camvid": CamVid}
 
 
 def build_dataset(name: str, *, root: str | Path | None = None, split: str, **options: Any) -> Dataset:
@@ -28,7 +28,7 @@ def build_dataset(name: str, *, root: str | Path | None = None, split: str, **op
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(sorted(DATASETS))}")
-    kind = DATASETS[name]
+    kind: Any = DATASETS[name]
     parameters = inspect.signature(kind).parameters
     known = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
     unknown = sorted(set(options) - set(known))

@@ -18,7 +18,9 @@ from torchvision import tv_tensors
 
 SPLITS = ("train", "val", "test")
 VOID = 11
-LAYOUT = "expected ROOT/{train,val,test}/*.png|jpg beside ROOT/{train,val,test}annot/*.png (the SegNet tutorial's CamVid)"
+LAYOUT = (
+    "expected ROOT/{train,val,test}/*.png|jpg beside ROOT/{train,val,test}annot/*.png (the SegNet tutorial's CamVid)"
+)
 
 
 class DataError(ValueError):
@@ -52,7 +54,9 @@ class CamVid(Dataset):
         images, labels = self.root / split, self.root / f"{split}annot"
         for folder in (self.root, images, labels):
             if not folder.is_dir():
-                raise FileNotFoundError(f"CamVid: no folder {folder}; {LAYOUT}. Set the data set's root to that folder.")
+                raise FileNotFoundError(
+                    f"CamVid: no folder {folder}; {LAYOUT}. Set the data set's root to that folder."
+                )
         found = sorted(p for p in images.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
         if not found:
             raise FileNotFoundError(f"CamVid: no png or jpg images in {images}; {LAYOUT}")

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Union
+from functools import cache
 
 import numpy as np
 
@@ -20,7 +19,7 @@ IGNORE = 255
 TILE = 512  # side of the noise tiles, a power of two: wrapping is a bit mask
 
 
-@lru_cache(maxsize=None)
+@cache
 def rgb(red: float, green: float, blue: float) -> np.ndarray:
     """A display colour, 0 to 255, as linear light (gamma 2, which `np.sqrt` undoes), (3, 1, 1): it broadcasts over pixels."""
     colour = (np.array((red, green, blue), dtype=FLOAT).reshape(3, 1, 1) / 255) ** 2
@@ -28,7 +27,7 @@ def rgb(red: float, green: float, blue: float) -> np.ndarray:
     return colour
 
 
-@lru_cache(maxsize=None)
+@cache
 def noise_tile(falloff: float) -> np.ndarray:
     """A (TILE, TILE) tile of noise in [0, 1] that wraps; amplitude falls as frequency^-falloff. 0.4 grain, 1.5 cloud."""
     white = np.random.Generator(np.random.PCG64(int(falloff * 1000))).standard_normal((TILE, TILE))
@@ -54,19 +53,19 @@ def clip01(value: np.ndarray) -> np.ndarray:
 
 def cover(value: np.ndarray, low: float, high: float, footprint: np.ndarray | float) -> np.ndarray:
     """How much of a pixel of width `footprint` at `value` lies in [low, high]: an antialiased interval."""
-    half = np.multiply(footprint, 0.5)
+    half = footprint * 0.5
     return clip01((np.minimum(value + half, high) - np.maximum(value - half, low)) / footprint)
 
 
 def pulse(value: np.ndarray, low: float, high: float, footprint: np.ndarray | float) -> np.ndarray:
     """`cover` for the interval [low, high] of every unit period. Far away it turns into the mean: it never aliases."""
-    width = (high - low)
+    width = high - low
 
     def area(t: np.ndarray) -> np.ndarray:
         whole = np.floor(t)
         return whole * width + np.minimum(np.maximum(t - whole - low, 0), width)
 
-    half = np.multiply(footprint, 0.5)
+    half = footprint * 0.5
     return (area(value + half) - area(value - half)) / footprint
 
 
@@ -94,6 +93,15 @@ def disc(cx: float, cy: float, rx: float, ry: float | None = None) -> Shape:
     return Shape(
         (cx - rx, cx + rx, cy - ry, cy + ry),
         lambda x, y: (np.sqrt(((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2) - 1) * least,
+    )
+
+
+def ring(cx: float, cy: float, radius: float, half: float) -> Shape:
+    """A circle drawn with a line of half width `half`."""
+    reach = radius + half
+    return Shape(
+        (cx - reach, cx + reach, cy - reach, cy + reach),
+        lambda x, y: np.abs(np.sqrt((x - cx) ** 2 + (y - cy) ** 2) - radius) - half,
     )
 
 
@@ -143,7 +151,7 @@ def taper(y0: float, y1: float, half0: float, half1: float) -> Shape:
 
 
 # A colour (3, 1, 1), or a function of x (1, w) and y (h, 1) that gives colours broadcastable to (3, h, w).
-Tone = Union[np.ndarray, Callable[[np.ndarray, np.ndarray], np.ndarray]]
+Tone = np.ndarray | Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass
@@ -186,6 +194,11 @@ class Board:
         if crop is not None:
             rows, columns, x, y = crop
             self.canvas.label[rows, columns][shape.distance(x, y) < 0] = label
+
+    def wall(self) -> Wall:
+        """The same pixels as a wall that faces the camera."""
+        z, pixel = (np.full(self.x.shape[1], value, FLOAT) for value in (self.z, 1 / self.scale))
+        return Wall(self.canvas, self.rows, self.columns, z, self.y + 0 * self.x, pixel, pixel)
 
     def thin(self, radius: float) -> float:
         """`radius`, widened so that the shape still covers a pixel while it is near enough to be labelled by hand."""
@@ -232,10 +245,9 @@ class Canvas:
         self, rows: slice, columns: slice, colour: np.ndarray, alpha: np.ndarray, label: int | None, z: np.ndarray | float
     ) -> None:  # fmt: skip
         """Blend `colour` (3, 1, 1) or (3, h, w), seen through the haze of depth z, by `alpha` (h, w); label where alpha > 1/2."""
-        if isinstance(z, np.ndarray):
-            fog = 1 - np.exp(z * (-1 / self.visibility))
-        else:
-            fog = 1 - math.exp(-z / self.visibility)
+        fog = (
+            1 - np.exp(z * (-1 / self.visibility)) if isinstance(z, np.ndarray) else 1 - math.exp(-z / self.visibility)
+        )
         colour = colour + fog * (self.haze - colour)
         view = self.image[:, rows, columns]
         colour = colour - view
@@ -264,13 +276,15 @@ class Canvas:
         if z1 <= near:
             return None
         offset = x - slope * z0  # the plane is x = offset + slope z
-        left, right = sorted((self.cx + self.focal * (offset / z + slope) for z in (near, z1)))
+        left, right = sorted(self.cx + self.focal * (offset / z + slope) for z in (near, z1))
         columns = self.span(round(left), round(right), self.width)  # the pixels whose centre is on the wall
         if columns is None or abs(offset) < 1e-3:
             return None
         z = np.minimum(np.maximum(offset / (self.a[columns] - slope), near), z1)
         nearest, farthest = sorted((float(z[0]), float(z[-1])))
-        heights = [self.cy + self.focal * (self.camera_height - y) / d for y in (top, bottom) for d in (nearest, farthest)]
+        heights = [
+            self.cy + self.focal * (self.camera_height - y) / d for y in (top, bottom) for d in (nearest, farthest)
+        ]
         rows = self.span(min(heights) - 1, max(heights) + 1, self.height)
         if rows is None:
             return None

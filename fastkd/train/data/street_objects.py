@@ -6,13 +6,28 @@ and label together. Details are left out when they would be under a pixel or two
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastkd.train.data.street_canvas import (
-    FLOAT, IGNORE, Shape, Wall, bar, box, clip01, cover, diamond, disc, noise, pulse, rgb, round_box, taper,
+    FLOAT,
+    IGNORE,
+    Shape,
+    Wall,
+    bar,
+    box,
+    clip01,
+    cover,
+    diamond,
+    disc,
+    noise,
+    pulse,
+    rgb,
+    ring,
+    round_box,
+    taper,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -23,7 +38,8 @@ CLASSES = (
     "terrain", "sky", "person", "rider", "car", "bus", "bicycle",
 )  # fmt: skip
 (
-    ROAD, SIDEWALK, BUILDING, FENCE, POLE, TRAFFIC_LIGHT, TRAFFIC_SIGN, VEGETATION, TERRAIN, SKY, PERSON, RIDER, CAR, BUS, BICYCLE,
+    ROAD, SIDEWALK, BUILDING, FENCE, POLE, TRAFFIC_LIGHT, TRAFFIC_SIGN, VEGETATION,
+    TERRAIN, SKY, PERSON, RIDER, CAR, BUS, BICYCLE,
 ) = range(len(CLASSES))  # fmt: skip
 
 BLACK, WHITE = rgb(16, 16, 18), rgb(235, 235, 232)
@@ -37,8 +53,9 @@ FACADES = [
 ]  # fmt: skip
 PAINTS = [
     rgb(*c) for c in (
-        (28, 28, 32), (60, 62, 66), (120, 122, 126), (178, 180, 184), (228, 228, 226), (130, 24, 26), (34, 52, 98), (84, 108, 132),
-        (52, 74, 56), (156, 140, 112), (186, 120, 40), (100, 20, 40), (96, 100, 104), (212, 208, 198),
+        (28, 28, 32), (60, 62, 66), (120, 122, 126), (178, 180, 184), (228, 228, 226), (130, 24, 26), (34, 52, 98),
+        (84, 108, 132), (52, 74, 56), (156, 140, 112), (186, 120, 40), (100, 20, 40), (96, 100, 104), (212, 208, 198),
+        (54, 46, 44),
     )
 ]  # fmt: skip
 CLOTHES = [
@@ -54,19 +71,110 @@ AUTUMN = [rgb(*c) for c in ((168, 110, 40), (150, 76, 36), (178, 140, 58), (120,
 
 def pick(scene: Scene, options: list[np.ndarray], spread: float = 0.12) -> np.ndarray:
     """One of the colours, a little lighter or darker and off hue."""
-    rng = scene.rng
-    colour, level = rng.choice(options), 1 + spread * rng.uniform(-1.5, 1.5)
-    half = spread / 2
-    return colour * np.array([[[level * (1 + rng.uniform(-half, half))]] for _ in range(3)], dtype=FLOAT)
+    table = _tints(spread)
+    return scene.rng.choice(options) * table[scene.rng.randrange(len(table))]
 
 
-@lru_cache(maxsize=None)
+@cache
+def _tints(spread: float) -> np.ndarray:
+    """256 factors (256, 3, 1, 1) about 1: lightness within 1.5 `spread`, each channel within half of it."""
+    draw = np.random.Generator(np.random.PCG64(1)).random((256, 4, 1, 1), dtype=FLOAT) * 2 - 1
+    return (1 + 1.5 * spread * draw[:, :1]) * (1 + 0.5 * spread * draw[:, 1:])
+
+
+@cache
 def _windows(number: int) -> np.ndarray:
     """Table `number` of 16 x 16 random values in [0, 1]: what goes on behind each window."""
     return np.random.Generator(np.random.PCG64(number)).random((16, 16), dtype=FLOAT)
 
 
 # Buildings and other things along the street ---------------------------------------------------------------------
+
+
+class Facade:
+    """How one house looks: drawn once, used for its street wall and its gable."""
+
+    def __init__(self, scene: Scene, height: float) -> None:
+        rng = scene.rng
+        self.height, self.storey, self.bay = height, rng.uniform(2.8, 3.8), rng.uniform(1.8, 3.6)
+        # The windows, as shares of a bay and of a storey.
+        self.left, self.right = rng.uniform(0.18, 0.3), rng.uniform(0.62, 0.86)
+        self.sill, self.lintel = rng.uniform(0.2, 0.34), rng.uniform(0.72, 0.9)
+        self.frame = rng.uniform(0.03, 0.08)
+        self.luck, self.lit_share = _windows(rng.randrange(64)), rng.uniform(0.1, 0.45)
+        self.shop, self.band, self.brick = rng.random() < 0.45, rng.random() < 0.5, rng.random() < 0.5
+        self.blank, self.ivy = rng.random() < 0.12, rng.random() < 0.1
+        self.poster = self.blank and rng.random() < 0.7
+        self.roof = rng.uniform(0.5, 2.4) if rng.random() < 0.6 else 0.0
+        self.colour = pick(scene, FACADES)
+        self.trim = pick(scene, [WHITE, rgb(90, 84, 78), rgb(190, 180, 164)])
+        self.glass = pick(scene, [GLASS, rgb(60, 74, 88), rgb(26, 28, 32), rgb(110, 130, 150)])
+        self.sign = pick(scene, [*PAINTS, rgb(170, 30, 36), rgb(30, 90, 60), rgb(210, 170, 50)])
+        self.tiles = pick(scene, [rgb(110, 60, 48), rgb(70, 70, 76), rgb(58, 52, 50), rgb(90, 96, 92)])
+        self.phase = (rng.randrange(512), rng.randrange(512))
+
+    def paint(
+        self, scene: Scene, wall: Wall, along: np.ndarray, light: np.ndarray, ends: np.ndarray | float = 1.0
+    ) -> None:
+        """Paint the face on `wall`, `along` (w,) metres from its corner; `ends` (w,) is its share of the columns."""
+        y, foot, foot_y, height, storey, bay = wall.y, wall.foot_z, wall.foot_y, self.height, self.storey, self.bay
+        alpha = clip01((height - y) / foot_y + 0.5) * clip01(y / foot_y + 0.5) * ends
+        if along.size < 3:
+            wall.paint(self.colour * light * 0.8, alpha, BUILDING)
+            return
+        near = float(foot_y.min()) < 0.1  # what is finer than a pixel is left out
+        grain = noise(1.0, y * 14 + self.phase[0], along * 14 + self.phase[1])
+        blotch = noise(1.5, y * 5 + self.phase[1], along * 5 + self.phase[0])
+        shade = 0.55 + 0.35 * grain + 0.5 * blotch
+        if self.brick and near:
+            shade = shade * (1 - 0.22 * pulse(y * 3.5, 0, 0.16, foot_y * 3.5))
+        if self.band and near:
+            shade = shade * (1 + 0.4 * pulse(y / storey, 0.0, 0.07, foot_y / storey))
+        # Dirt rises from the street and gathers under the eaves.
+        shade = shade * (1 - 0.35 * np.exp(y * (-1 / 1.2))) * (1 - 0.3 * cover(y, height - 0.5, height, foot_y))
+        colour = self.colour * shade
+        lamps = np.zeros_like(y)  # where light comes from inside
+
+        def layer(share: np.ndarray, tone: np.ndarray) -> None:
+            nonlocal colour
+            colour += share * (tone - colour)
+
+        if self.ivy:
+            layer(clip01((blotch * 1.6 - y / height - 0.1) * 6), LEAVES[1] * (0.4 + grain))
+        if not self.blank:
+            u, v, fu, fv = along / bay, y / storey, foot / bay, foot_y / storey
+            upper = clip01((height - 0.3 - y) / foot_y)
+            if self.shop:
+                upper = upper * clip01((y - storey) / foot_y)
+            pane = pulse(u, self.left, self.right, fu) * pulse(v, self.sill, self.lintel, fv) * upper
+            luck = self.luck[np.floor(v).astype(np.int32) & 15, np.floor(u).astype(np.int32) & 15]
+            # A pane mirrors the sky more the higher it is; some are curtained.
+            glass = self.glass * (0.6 + 0.8 * luck) + scene.light.mirror * (0.25 * clip01(y / 20) * luck)
+            if near:
+                e, middle = self.frame, (self.left + self.right) / 2
+                pane = pane * (1 - 0.8 * pulse(u, middle - 0.02, middle + 0.02, fu))
+                frame = pulse(u, self.left - e, self.right + e, fu) * pulse(v, self.sill - e, self.lintel + e, fv)
+                layer(frame * upper, self.trim * shade)
+                glass = glass + (luck > 0.8).astype(FLOAT) * 0.6 * (self.trim * 0.7 - glass)
+            layer(pane, glass)
+            lamps = pane * (luck < self.lit_share)
+        if self.shop:
+            windows = pulse(along / (bay * 2), 0.06, 0.94, foot / (bay * 2))
+            display = cover(y, 0.5, storey - 0.95, foot_y) * windows
+            layer(cover(y, 0, storey - 0.1, foot_y) * 0.7, self.trim * 0.5)
+            layer(cover(y, storey - 0.8, storey - 0.15, foot_y), self.sign * (0.7 + 0.6 * grain))
+            layer(display, self.glass * (0.5 + 2.2 * blotch * self.luck[0, :3].reshape(3, 1, 1)))
+            lamps = lamps + display * 0.8
+        if self.roof:
+            tiles = cover(y, height - self.roof, height, foot_y)
+            layer(tiles, self.tiles * (0.6 + 0.8 * grain))
+            lamps = lamps * (1 - tiles)
+        if self.poster:  # a bright board that is no traffic sign
+            layer(cover(y, 1.2, 3.4, foot_y) * cover(along, 2, 5.5, foot), self.sign * (0.6 + grain))
+        colour *= light
+        if scene.light.lamps:
+            colour += lamps * (scene.light.lamps * rgb(255, 206, 138))
+        wall.paint(colour, alpha, BUILDING)
 
 
 def building(
@@ -76,116 +184,19 @@ def building(
 
     A nearer neighbour covers the gable up to the height `hidden`.
     """
-    rng = scene.rng
     x, slope = scene.place(z0, side * lateral)
     gable = z0 > 0.7 and height > hidden
     board = scene.canvas.board(x + side * depth / 2, z0, depth / 2, height, hidden) if gable else None
     wall = scene.canvas.wall(x, slope, z0, z1, height) if x * side > 0 else None
     if board is None and wall is None:
         return
-    style = {
-        "colour": pick(scene, FACADES),
-        "storey": rng.uniform(2.8, 3.8),
-        "bay": rng.uniform(1.8, 3.6),
-        "window": (rng.uniform(0.18, 0.3), rng.uniform(0.62, 0.86)),
-        "sill": (rng.uniform(0.2, 0.34), rng.uniform(0.72, 0.9)),
-        "frame": rng.uniform(0.03, 0.08),
-        "trim": pick(scene, [WHITE, rgb(90, 84, 78), rgb(190, 180, 164)]),
-        "glass": pick(scene, [GLASS, rgb(60, 74, 88), rgb(26, 28, 32), rgb(110, 130, 150)]),
-        "shop": rng.random() < 0.45,
-        "shop_colour": pick(scene, [*PAINTS, rgb(170, 30, 36), rgb(30, 90, 60), rgb(210, 170, 50)]),
-        "band": rng.random() < 0.5,
-        "brick": rng.random() < 0.5,
-        "blank": rng.random() < 0.12,
-        "ivy": rng.random() < 0.1,
-        "roof": rng.uniform(0.5, 2.4) * (rng.random() < 0.6),
-        "roof_colour": pick(scene, [rgb(110, 60, 48), rgb(70, 70, 76), rgb(58, 52, 50), rgb(90, 96, 92)]),
-        "height": height,
-        "lit": _windows(rng.randrange(64)),
-        "share": rng.uniform(0.1, 0.45),
-        "phase": (rng.randrange(512), rng.randrange(512)),
-    }  # fmt: skip
+    facade = Facade(scene, height)
     if board is not None:
-        pixel = (1 / board.scale)
-        along = board.x[0] + (depth / 2)
-        _facade(
-            scene, style, board.rows, board.columns, along, board.y + 0 * board.x, pixel, pixel,
-            cover(along, 0, depth, pixel), scene.light.facing((0, 0, -1)), z0,
-        )  # fmt: skip
+        along = board.x[0] + depth / 2
+        ends = cover(along, 0, depth, 1 / board.scale)
+        facade.paint(scene, board.wall(), along, scene.light.facing((0, 0, -1)), ends)
     if wall is not None:
-        _facade(
-            scene, style, wall.rows, wall.columns, wall.z - z0, wall.y, wall.foot_z, wall.foot_y,
-            np.ones_like(wall.z), scene.light.facing((-side, 0, 0)), wall.z,
-        )  # fmt: skip
-
-
-def _facade(scene, style, rows, columns, along, y, foot, foot_y, ends, light, z) -> None:  # noqa: ANN001 (all arrays)
-    """Paint a facade: `along` (w,) metres along it, `y` (h, w) metres up, `foot*` the size of a pixel on it."""
-    rng = scene.rng
-    height = style["height"]
-    top = clip01((height - y) / foot_y + 0.5)
-    alpha = top * clip01(y / foot_y + 0.5) * ends
-    if along.size < 3:
-        scene.canvas.paint(rows, columns, style["colour"] * light * 0.8, alpha, BUILDING, z)
-        return
-    near = float(foot_y.min() if isinstance(foot_y, np.ndarray) else foot_y) < 0.1
-    storey, bay = style["storey"], style["bay"]
-    grain = noise(1.0, y * 14 + style["phase"][0], (along * 14 + style["phase"][1])[None])
-    blotch = noise(1.5, y * 5 + style["phase"][1], (along * 5 + style["phase"][0])[None])
-    shade = 0.55 + 0.35 * grain + 0.5 * blotch
-    if style["brick"] and near:
-        shade = shade * (1 - 0.22 * pulse(y * 3.5, 0, 0.16, foot_y * 3.5))
-    if style["band"] and near:
-        shade = shade * (1 + 0.4 * pulse(y / storey, 0.0, 0.07, foot_y / storey))
-    # Dirt rises from the street and gathers under the eaves.
-    shade = shade * (1 - 0.35 * np.exp(-y / 1.2)) * (1 - 0.3 * cover(y, height - 0.5, height, foot_y))
-    colour = style["colour"] * shade
-    if style["ivy"]:
-        leaf = clip01((blotch * 1.6 - y / height - 0.1) * 6)
-        colour = colour + leaf * (LEAVES[1] * (0.4 + grain) - colour)
-    lights = None
-    if not style["blank"]:
-        u, v = along / bay, y / storey
-        fu, fv = foot / bay, foot_y / storey
-        (w0, w1), (s0, s1), edge = style["window"], style["sill"], style["frame"]
-        upper = clip01((y - style["storey"]) / foot_y) if style["shop"] else 1
-        upper = upper * clip01(((height - 0.3) - y) / foot_y)
-        pane = pulse(u, w0, w1, fu)[None] * pulse(v, s0, s1, fv) * upper
-        luck = style["lit"][np.floor(v).astype(np.int32) & 15, (np.floor(u).astype(np.int32) & 15)[None]]
-        if near:
-            pane = pane * (1 - 0.8 * pulse(u, (w0 + w1) / 2 - 0.02, (w0 + w1) / 2 + 0.02, fu))
-            frame = pulse(u, w0 - edge, w1 + edge, fu) * pulse(v, s0 - edge, s1 + edge, fv) * upper
-            colour = colour + frame * (style["trim"] * shade - colour)
-        # A pane mirrors the sky more the higher it is; some are curtained.
-        glass = style["glass"] * (0.6 + 0.8 * luck) + scene.light.mirror * (
-            0.25 * clip01(y / 20) * luck
-        )
-        if near:
-            glass = glass + (luck > 0.8) * 0.6 * (style["trim"] * 0.7 - glass)
-        colour = colour + pane * (glass - colour)
-        lights = pane * (luck < style["share"])
-    if style["shop"]:
-        low = cover(y, 0, style["storey"] - 0.1, foot_y)
-        sign = cover(y, style["storey"] - 0.8, style["storey"] - 0.15, foot_y)
-        display = cover(y, 0.5, style["storey"] - 0.95, foot_y) * pulse(along / (bay * 2), 0.06, 0.94, foot / (bay * 2))[None]
-        colour = colour + (low * 0.7) * (style["trim"] * 0.5 - colour)
-        colour = colour + sign * (style["shop_colour"] * (0.7 + 0.6 * grain) - colour)
-        wares = style["glass"] * (0.5 + 2.2 * blotch * style["lit"][0, :3].reshape(3, 1, 1))
-        colour = colour + display * (wares - colour)
-        lights = display * 0.8 if lights is None else lights + display * 0.8
-    if style["roof"] > 0.05:
-        tiles = cover(y, height - style["roof"], height, foot_y)
-        rough = (0.6 + 0.8 * grain)
-        colour = colour + tiles * (style["roof_colour"] * rough - colour)
-        lights = None if lights is None else lights * (1 - tiles)
-    colour = colour * light
-    if scene.light.lamps and lights is not None:
-        colour = colour + (lights * scene.light.lamps) * rgb(255, 206, 138)
-    if style["blank"] and rng.random() < 0.7:
-        # A poster or a mural: a bright board that is no traffic sign.
-        poster = cover(y, 1.2, 3.4, foot_y) * cover(along, 2, 5.5, foot)[None]
-        colour = colour + poster * (style["shop_colour"] * light * (0.6 + grain) - colour)
-    scene.canvas.paint(rows, columns, colour, alpha, BUILDING, z)
+        facade.paint(scene, wall, wall.z - z0, scene.light.facing((-side, 0, 0)))
 
 
 def fence(scene: Scene, side: int, lateral: float, z0: float, z1: float) -> None:
@@ -206,7 +217,9 @@ def fence(scene: Scene, side: int, lateral: float, z0: float, z1: float) -> None
         solid = np.maximum(solid, rails)
     elif kind == 1:
         posts = pulse(wall.z / 2, 0, 0.04, wall.foot_z / 2)[None]
-        solid = np.maximum(np.maximum(posts, 0.35 * np.ones_like(wall.y)), cover(wall.y, height - 0.07, height, wall.foot_y))
+        solid = np.maximum(
+            np.maximum(posts, 0.35 * np.ones_like(wall.y)), cover(wall.y, height - 0.07, height, wall.foot_y)
+        )
     else:
         solid = 1 - 0.6 * pulse(wall.z / 0.2, 0, 0.12, wall.foot_z / 0.2)[None] + 0 * wall.y
     rough = 0.6 + 0.8 * noise(1.0, wall.y * 8, (wall.z * 8)[None])
@@ -257,7 +270,7 @@ def tree(scene: Scene, x: float, z: float) -> None:
         edge = taper(trunk, trunk + 2 * tall, radius, 0.05).distance(board.x, board.y) + (clump + leaf - 1) * 0.8
     else:
         out = np.sqrt((board.x / radius) ** 2 + ((board.y - middle) / tall) ** 2)
-        edge = np.maximum(out - 1 + (clump * 1.9 + leaf * 0.5 - 1.2) * 0.75, out - 1.27) * radius
+        edge = np.maximum(out - 1 + (clump * 1.9 + leaf * 0.5 - 1.2) * 0.75, out - 1.1 - 0.18 * leaf) * radius
     # Lit from the sun's side and from above, dark inside and below.
     glow = 0.5 + 0.28 * sun_x * (board.x / radius) + 0.2 * ((board.y - middle) / tall)
     shade = (0.2 + 1.3 * leaf) * np.maximum(glow, 0.12) * (0.35 + 1.3 * clump)
@@ -275,7 +288,10 @@ def pole(scene: Scene, x: float, z: float, *, height: float, lamp: int = 0, widt
         scene, [rgb(92, 96, 98), rgb(128, 130, 130), rgb(50, 54, 52), rgb(150, 146, 138), rgb(72, 86, 74)]
     )
     radius = board.thin(width)
-    board.fill(box(-radius, radius, 0, height), lambda x, y: tone * (1 + 0.3 * sun_x * (x / radius)), POLE)
+    shape = box(-radius, radius, 0, height)
+    board.fill(
+        shape, tone if radius * board.scale < 1.5 else lambda x, y: tone * (1 + 0.3 * sun_x * (x / radius)), POLE
+    )
     if lamp:
         board.fill(bar(0, height, lamp * 1.8, height + 0.25, board.thin(width * 0.7)), tone, POLE)
         head = round_box(lamp * 2.0 - 0.42, lamp * 2.0 + 0.42, height + 0.12, height + 0.3, 0.08)
@@ -383,11 +399,22 @@ def vehicle(scene: Scene, lateral: float, z: float, *, kind: str, towards: bool,
         return
     paint, brakes = pick(scene, LIVERIES if kind == "bus" else PAINTS), rng.random() < 0.4
     light = scene.light.at(scene, x, z)
-    share, tops = (np.array(v) for v in zip(*outline))
+    share, tops = (np.array(v) for v in zip(*outline, strict=True))
     if towards:
         share, tops = 1 - share[::-1], tops[::-1]
     if wall is not None:
-        _flank(wall, wall.z - z, length, share, tops, belt, paint, light * scene.light.side(side), scene.light.mirror, label)
+        _flank(
+            wall,
+            wall.z - z,
+            length,
+            share,
+            tops,
+            belt,
+            paint,
+            light * scene.light.side(side),
+            scene.light.mirror,
+            label,
+        )
     if board is None:
         return
     # The near end stands as high as the outline starts; the rest of the cabin is set back, glass above the belt line.
@@ -432,12 +459,16 @@ def vehicle(scene: Scene, lateral: float, z: float, *, kind: str, towards: bool,
         board.fill(box(-half * 0.9, half * 0.9, tail - 0.05, tail - 0.02), body * 0.5)
 
 
-def _flank(wall: Wall, along, length, share, tops, belt, paint, light, mirror, label) -> None:  # noqa: ANN001
+def _flank(wall: Wall, along, length, share, tops, belt, paint, light, mirror, label) -> None:
     """The long side of a vehicle; `along` (w,) metres from its near end, (`share`, `tops`) its outline from there."""
     s, foot, height = along / length, wall.foot_y, float(tops.max())
     top = np.interp(s, share, tops).astype(FLOAT)
     # Outside its ends a side view has pixels to spare: they stay empty.
-    alpha = clip01((top - wall.y) / foot + 0.5) * clip01((wall.y - 0.22) / foot + 0.5) * cover(along, 0, length, wall.foot_z)
+    alpha = (
+        clip01((top - wall.y) / foot + 0.5)
+        * clip01((wall.y - 0.22) / foot + 0.5)
+        * cover(along, 0, length, wall.foot_z)
+    )
     shade = 0.7 + 0.35 * clip01(wall.y / belt) - 0.25 * cover(wall.y, belt * 0.62, belt * 0.66, foot)
     if label == BUS:
         pane = cover(wall.y, 1.25, 2.5, foot) * pulse(along / 1.6, 0.05, 0.95, wall.foot_z / 1.6)
@@ -467,11 +498,11 @@ def crossing_car(scene: Scene, x: float, z: float, *, kind: str, heading: int) -
     if board is None:
         return
     light, paint = scene.light.at(scene, x, z), pick(scene, LIVERIES if kind == "bus" else PAINTS)
-    share, tops = (np.array(v) for v in zip(*outline))
+    share, tops = (np.array(v) for v in zip(*outline, strict=True))
     along = board.x[0] * heading + length / 2
-    pixel = np.full(along.shape, 1 / board.scale, FLOAT)
-    wall = Wall(scene.canvas, board.rows, board.columns, np.full(along.shape, z, FLOAT), board.y + 0 * board.x, pixel, pixel)
-    _flank(wall, along, length, share, tops, belt, paint, light, scene.light.mirror, BUS if kind == "bus" else CAR)
+    _flank(
+        board.wall(), along, length, share, tops, belt, paint, light, scene.light.mirror, BUS if kind == "bus" else CAR
+    )
     tail = -heading * length / 2
     board.fill(box(tail - 0.1, tail + 0.1, 0.7, 0.85), rgb(150, 20, 20) * light)
 
@@ -537,11 +568,9 @@ def bicycle(scene: Scene, x: float, z: float, *, ridden: bool, across: bool) -> 
     if across:
         half = board.thin(0.024)
         for centre in (-0.52, 0.52):
-            wheel = disc(centre, 0.34, 0.34)
             # The inside of a wheel belongs to the bicycle although the street shows through.
-            board.mark(wheel, BICYCLE)
-            ring = Shape(wheel.bounds, lambda x, y, wheel=wheel: np.abs(wheel.distance(x, y) + 0.02) - half)
-            board.fill(ring, tyre, BICYCLE)
+            board.mark(disc(centre, 0.34, 0.34), BICYCLE)
+            board.fill(ring(centre, 0.34, 0.32, half), tyre, BICYCLE)
         shape = line(*FRAME[0], tube)
         for tubes in FRAME[1:]:
             shape = shape | line(*tubes, tube)

@@ -74,7 +74,7 @@ class Light:
 
     def facing(self, normal: tuple[float, float, float]) -> np.ndarray:
         """The light on a surface with this normal (any length), out of every shadow."""
-        lean = sum(n * s for n, s in zip(normal, self.sun_way)) / math.hypot(*normal)
+        lean = sum(n * s for n, s in zip(normal, self.sun_way, strict=True)) / math.hypot(*normal)
         base = self.ambient * 0.9 + self.sun * (max(0.0, lean) * 0.9)
         return base + rgb(255, 206, 138) * (0.10 * self.lamps)
 
@@ -113,7 +113,9 @@ class Scene:
         self.verge = {s: self.kerb[s] + (rng.uniform(0.8, 2.4) if rng.random() < 0.35 else 0.0) for s in (-1, 1)}
         self.walk = {s: self.verge[s] + rng.uniform(1.8, 4.5) for s in (-1, 1)}
         self.kind = {s: _draw(rng, {"town": 0.58, "garden": 0.27, "park": 0.15}) for s in (-1, 1)}
-        self.front = {s: self.walk[s] + {"town": 0.05, "garden": rng.uniform(3, 7), "park": 40.0}[self.kind[s]] for s in (-1, 1)}
+        self.front = {
+            s: self.walk[s] + {"town": 0.05, "garden": rng.uniform(3, 7), "park": 40.0}[self.kind[s]] for s in (-1, 1)
+        }
         self.lanes = lanes
         own = self.lane * (rng.randrange(lanes) + 0.5) + rng.uniform(-0.4, 0.4)
         self.bend = (-own, rng.uniform(-0.05, 0.05), rng.uniform(-1, 1) * (1 / 900 if rng.random() < 0.5 else 1 / 4000))
@@ -252,7 +254,13 @@ class Scene:
         for _ in range(rng.randrange(4)):
             z = rng.uniform(4, 45)
             if free(z):
-                add(z, kerb + rng.uniform(0.3, 0.6), things.pole, height=rng.uniform(0.9, 4.5), width=rng.uniform(0.04, 0.09))
+                add(
+                    z,
+                    kerb + rng.uniform(0.3, 0.6),
+                    things.pole,
+                    height=rng.uniform(0.9, 4.5),
+                    width=rng.uniform(0.04, 0.09),
+                )
         for _ in range(rng.randrange(5)):
             z = rng.uniform(6, 45)
             if free(z):
@@ -274,7 +282,13 @@ class Scene:
         for _ in range(rng.randrange(4) if rng.random() < 0.6 else 0):
             z = rng.uniform(4, 26)
             if free(z):
-                add(z, rng.uniform(kerb + 0.5, walk - 0.4), things.bicycle, ridden=False, across=bool(rng.random() < 0.75))
+                add(
+                    z,
+                    rng.uniform(kerb + 0.5, walk - 0.4),
+                    things.bicycle,
+                    ridden=False,
+                    across=bool(rng.random() < 0.75),
+                )
         for _ in range(rng.randrange(3)):
             z = rng.uniform(4, 40)
             add(z, rng.uniform(kerb + 0.4, walk - 0.3), things.clutter)
@@ -282,7 +296,12 @@ class Scene:
         z = 4.0
         for _ in range(int(crowd)):
             z = rng.uniform(4.5, 50) if rng.random() < 0.7 else z + rng.uniform(0.2, 0.8)  # some walk together
-            add(z, rng.uniform(kerb + 0.4, walk - 0.3), things.person, height=rng.uniform(1.5, 1.92) if rng.random() < 0.9 else rng.uniform(1.0, 1.3))
+            add(
+                z,
+                rng.uniform(kerb + 0.4, walk - 0.3),
+                things.person,
+                height=rng.uniform(1.5, 1.92) if rng.random() < 0.9 else rng.uniform(1.0, 1.3),
+            )
 
     def _stand(self, jobs: Jobs, thing: Callable[..., None], lateral: float, z: float, **options: Any) -> None:
         x = self.place(z, lateral)[0]
@@ -358,7 +377,11 @@ class Scene:
             colour = things.pick(self, self.leaves if wood else things.FACADES) * self.light.facing((0, 1, -1))
             along = canvas.a * z
             if wood:
-                top = height * (0.4 + 0.5 * noise(1.5, np.full(1, phase), along * 1.2 + phase) + 0.35 * noise(0.6, np.full(1, phase), along * 3))
+                top = height * (
+                    0.4
+                    + 0.5 * noise(1.5, np.full(1, phase), along * 1.2 + phase)
+                    + 0.35 * noise(0.6, np.full(1, phase), along * 3)
+                )
             else:
                 top = height * (0.3 + 0.9 * noise(0.4, np.full(1, phase), np.floor(along / 14) * 37 + phase))
             rows = canvas.span(canvas.cy - canvas.focal * 1.8 * height / z, canvas.cy + 2, canvas.height)
@@ -368,8 +391,15 @@ class Scene:
             alpha = clip01((top[None] - y) * (canvas.focal / z) + 0.5)
             grain = 0.5 + noise(0.6, y * 2 + phase, along[None] * 2)
             if not wood:
-                grain = grain * (1 - 0.4 * pulse(along / 5, 0.3, 0.7, z / canvas.focal / 5) * pulse(y / 4, 0.3, 0.7, z / canvas.focal / 4))
-            canvas.paint(rows, slice(0, canvas.width), colour * grain, alpha, things.VEGETATION if wood else things.BUILDING, z)
+                grain = grain * (
+                    1
+                    - 0.4
+                    * pulse(along / 5, 0.3, 0.7, z / canvas.focal / 5)
+                    * pulse(y / 4, 0.3, 0.7, z / canvas.focal / 4)
+                )
+            canvas.paint(
+                rows, slice(0, canvas.width), colour * grain, alpha, things.VEGETATION if wood else things.BUILDING, z
+            )
 
     def _ground(self) -> None:
         canvas, light, rng = self.canvas, self.light, self.rng
@@ -419,7 +449,9 @@ class Scene:
                     marks = marks + cover(lateral, at - 0.06, at + 0.06, px)
         marks = marks * open_road
         if self.cross[0] < 1e5:
-            stop = cover(z, self.cross[0] - 2.0, self.cross[0] - 1.55, pz) * cover(lateral, 0.1, self.lane * self.lanes, px)
+            stop = cover(z, self.cross[0] - 2.0, self.cross[0] - 1.55, pz) * cover(
+                lateral, 0.1, self.lane * self.lanes, px
+            )
             marks = marks * (z < self.cross[0] - 1.5) + marks * (z > self.cross[0] + self.cross[1]) + stop
         if self.zebra is not None:
             bars = pulse(lateral, 0.0, 0.5, px) * cover(z, self.zebra, self.zebra + 3.0, pz)
@@ -453,7 +485,6 @@ class Scene:
             reach = np.maximum(self.front[side] - lateral * side, 0) / (max(abs(sx), 0.05))
             roof = self.roofs[side][np.minimum(np.maximum(z + reach * sz, 0), 511).astype(np.int32)]
             lit = clip01((reach * sy - roof) / np.maximum(0.5, px * 2) + 0.5)
-            self.ground_sun = lit
         base = light.ambient + 0 * lit
         if light.sun.any():
             base = base + (light.sun * light.sun_way[1]) * lit
@@ -477,8 +508,16 @@ class Scene:
         throw = min(height / light.sun_way[1], 9.0) if sun else 0.0
         x1, z1 = x - throw * light.sun_way[0], z - throw * light.sun_way[2]
         z_low, z_high = max(min(z, z1) - length * 0.7, 1.0), max(z, z1) + length * 0.7
-        rows = canvas.span(canvas.cy + canvas.focal * canvas.camera_height / z_high, canvas.cy + canvas.focal * canvas.camera_height / z_low, canvas.height)
-        edges = [canvas.cx + canvas.focal * e / d for e in (min(x, x1) - half * 1.3, max(x, x1) + half * 1.3) for d in (z_low, z_high)]
+        rows = canvas.span(
+            canvas.cy + canvas.focal * canvas.camera_height / z_high,
+            canvas.cy + canvas.focal * canvas.camera_height / z_low,
+            canvas.height,
+        )
+        edges = [
+            canvas.cx + canvas.focal * e / d
+            for e in (min(x, x1) - half * 1.3, max(x, x1) + half * 1.3)
+            for d in (z_low, z_high)
+        ]
         columns = canvas.span(min(edges), max(edges), canvas.width)
         if rows is None or columns is None:
             return
@@ -496,7 +535,8 @@ class Scene:
     def _develop(self) -> np.ndarray:
         """Lens, sensor and processing: own bonnet, wet road, bloom, blur, vignette, exposure, colour balance, noise."""
         canvas, light, rng = self.canvas, self.light, self.rng
-        image, height, width = canvas.image, canvas.height, canvas.width
+        image: np.ndarray = canvas.image
+        height = canvas.height
         if rng.random() < 0.2:
             self._wet()
         if rng.random() < 0.6:
@@ -515,8 +555,10 @@ class Scene:
         image = image * (fall * balance)
         image = image * (1 + 0.12 * image) / (1 + 0.45 * image)  # highlights roll off
         image = np.sqrt(np.maximum(image, 0)) * 255
-        level = (rng.uniform(1.0, 4) * (2.2 if light.hour == "night" else 1.0))
-        image += level * np.random.Generator(np.random.SFC64(rng.getrandbits(63))).standard_normal(image.shape, dtype=FLOAT)
+        level = rng.uniform(1.0, 4) * (2.2 if light.hour == "night" else 1.0)
+        image += level * np.random.Generator(np.random.SFC64(rng.getrandbits(63))).standard_normal(
+            image.shape, dtype=FLOAT
+        )
         return np.minimum(np.maximum(image + 0.5, 0), 255).astype(np.uint8)
 
     def _wet(self) -> None:
@@ -546,9 +588,9 @@ class Scene:
         canvas.paint(slice(start, canvas.height), slice(0, canvas.width), tone, alpha, IGNORE, 0.0)
 
 
-def _blur(image: np.ndarray, side: np.floating) -> np.ndarray:
+def _blur(image: np.ndarray, side: float) -> np.ndarray:
     """Three taps (side, 1, side) / (1 + 2 side) down and across; edges repeat."""
-    centre = (1 / (1 + 2 * side))
+    centre = 1 / (1 + 2 * side)
     for axis in (1, 2):
         out = image * centre
         a, b = [slice(None)] * 3, [slice(None)] * 3
@@ -573,7 +615,7 @@ def _soft(image: np.ndarray, step: int) -> np.ndarray:
         at = np.clip((np.arange(size, dtype=FLOAT) + 0.5) / step - 0.5, 0, small.shape[axis] - 1)
         low = at.astype(np.int32)
         high = np.minimum(low + 1, small.shape[axis] - 1)
-        t = (at - low).reshape((-1, 1) if axis == 1 else -1)
+        t = (at - low.astype(FLOAT)).reshape((-1, 1) if axis == 1 else -1)
         small = np.take(small, low, axis) * (1 - t) + np.take(small, high, axis) * t
     return small
 
@@ -582,7 +624,7 @@ class StreetScenes(Dataset):
     """Generated street scenes with 15 classes.
 
     Item `i` is `(tv_tensors.Image uint8 (3, H, W), tv_tensors.Mask uint8 (H, W))` and depends on (seed, split, i) and the
-    size only. Splits never share a scene. Void (255): the camera car's bonnet and clutter on the pavement.
+    size alone. Splits never share a scene. Void (255): the camera car's bonnet and clutter on the pavement.
 
     split: "train" | "val". size: (height, width), each at least 16. length: number of items (2000 train, 200 val).
     cache: keep generated items in memory, H·W·4 bytes each, per process. transform: called on (image, mask), after

@@ -27,9 +27,7 @@ class RandomScale(v2.Transform):
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = v2.functional.get_size(flat_inputs[0])
         low, high = self.range.tolist()
-        factor = float(torch.empty((), dtype=torch.float64).uniform_(low, high).exp()) if high > low else float(
-            self.range[0].exp()
-        )
+        factor = float(torch.empty((), dtype=torch.float64).uniform_(low, high).exp())
         return {"size": [max(1, round(height * factor)), max(1, round(width * factor))]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
