@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 USAGE = """usage: fastkd COMMAND ...
 
@@ -79,7 +80,9 @@ def _eval(words: list[str]) -> int:
     config = from_dict(Config, state["config"])
     data = config.data
     options = data.options | data.val_options
-    dataset = build_dataset(data.name, root=args.root or data.root, split="val", transform=eval_transform(), **options)
+    dataset: Any = build_dataset(
+        data.name, root=args.root or data.root, split="val", transform=eval_transform(), **options
+    )
     device = _device(args.device)
     size = tuple(args.size) if args.size else config.eval.size
     result = evaluate(
@@ -179,7 +182,7 @@ def _word(value: object) -> str:
     )
 
 
-def _device(name: str | None) -> object:
+def _device(name: str | None) -> Any:
     import torch
 
     if name is not None:
@@ -191,7 +194,8 @@ def _device(name: str | None) -> object:
 def _summary(result: dict) -> str:
     return (
         f"{result['name']}: mIoU {100 * result['miou']:.2f} %, pixel accuracy {100 * result['pixel_accuracy']:.2f} %, "
-        f"{result['steps']} steps, {result['seconds_per_step']:.3f} s a step, {100 * result['loss_share']:.1f} % of it in the losses"
+        f"{result['steps']} steps of {result['seconds_per_step']:.3f} s, "
+        f"{100 * result['loss_share']:.1f} % of it in the losses"
     )
 
 

@@ -56,7 +56,9 @@ def load_network(path: str | Path, state: dict[str, Any] | None = None) -> tuple
     try:
         network.load_state_dict(state["model"])
     except RuntimeError as error:
-        raise CheckpointError(f"checkpoint {path} does not fit the network of its own configuration: {error}") from error
+        raise CheckpointError(
+            f"checkpoint {path} does not fit the network of its own configuration: {error}"
+        ) from error
     return network.eval(), state
 
 

@@ -205,16 +205,22 @@ def parse_method(method: str) -> tuple[str, ...]:
     words = tuple(word.strip().lower() for word in method.split("+"))
     for word in words:
         if word not in METHODS:
-            raise ValueError(f"method {method!r}: unknown loss {word!r}; expected 'none' or a sum of {', '.join(METHODS)}")
+            raise ValueError(
+                f"method {method!r}: unknown loss {word!r}; expected 'none' or a sum of {', '.join(METHODS)}"
+            )
     if len(set(words)) != len(words):
-        raise ValueError(f"method {method!r} names a loss twice; set its weight instead, e.g. --loss.{words[0]}.weight 2")
+        raise ValueError(
+            f"method {method!r} names a loss twice; set its weight instead, e.g. --loss.{words[0]}.weight 2"
+        )
     return words
 
 
 def check(config: Config) -> None:
     """ValueError where values do not fit each other."""
     if parse_method(config.method) and config.teacher is None:
-        raise ValueError(f"method {config.method!r} needs a teacher; give --teacher CHECKPOINT, or --method none to train without")
+        raise ValueError(
+            f"method {config.method!r} needs a teacher; give --teacher CHECKPOINT, or --method none to train without"
+        )
     for name, value in (
         ("train.steps", config.train.steps),
         ("train.batch_size", config.train.batch_size),
@@ -256,7 +262,7 @@ def _typed(hint: Any, value: Any) -> Any:
         return None
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = next(option for option in typing.get_args(hint) if option is not type(None))
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_dict(hint, value)
     return tuple(value) if typing.get_origin(hint) is tuple else value
 
@@ -289,12 +295,16 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[
     return found
 
 
-def parse(argv: list[str], *, prog: str = "fastkd train") -> tuple[Config, dict[str, bool]]:
+def parse(argv: list[str], *, prog: str = "fastkd train") -> tuple[Config, dict[str, Any]]:
     """Configuration and flags (resume, overwrite) from command-line words; exits with a message where they are wrong."""
     from jsonargparse import ArgumentParser
 
     recipes = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-    parser = ArgumentParser(prog=prog, usage="%(prog)s [--config FILE] [--NAME VALUE ...]", description="Train a segmentation network, with or without a teacher.")
+    parser = ArgumentParser(
+        prog=prog,
+        usage="%(prog)s [--config FILE] [--NAME VALUE ...]",
+        description="Train a segmentation network, with or without a teacher.",
+    )
     parser.add_argument("--config", action="config", help=f"YAML file, or one of the recipes {recipes}")
     parser.add_argument("--resume", action="store_true", help="go on from <out>/last.pt")
     parser.add_argument("--overwrite", action="store_true", help="discard what an earlier run left in <out>")

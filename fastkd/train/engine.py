@@ -8,6 +8,7 @@ runs that differ only in their method see the same crops.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from fastkd.train import checkpoint
 from fastkd.train.config import Config, DataConfig, check, differences, to_dict, write_yaml
 from fastkd.train.data import build_dataset, eval_transform, train_transform
-from fastkd.train.evaluation import Scores, evaluate
+from fastkd.train.evaluation import Scores, SegmentationSet, evaluate
 from fastkd.train.loader import train_loader
 from fastkd.train.log import RunLog, Stopwatch, versions, write_json
 from fastkd.train.methods import Objective, Terms, teacher_channels, teacher_forward
@@ -34,7 +34,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     show: bool = True,
-    datasets: tuple[Dataset, Dataset] | None = None,
+    datasets: tuple[SegmentationSet, SegmentationSet] | None = None,
 ) -> dict[str, Any]:
     """Trains and validates a run; returns what it wrote to `<out>/result.json`.
 
@@ -55,14 +55,18 @@ def train(
     out = Path(config.out)
     last = out / "last.pt"
     if last.exists() and not (resume or overwrite):
-        raise FileExistsError(f"{out} already holds a run; go on with --resume, discard it with --overwrite, or change --out")
+        raise FileExistsError(
+            f"{out} already holds a run; go on with --resume, discard it with --overwrite, or change --out"
+        )
     return Run(config, show=show, datasets=datasets).run(resume=resume)
 
 
 class Run:
     """One run: builds everything from the configuration; `run` does the steps."""
 
-    def __init__(self, config: Config, *, show: bool = True, datasets: tuple[Dataset, Dataset] | None = None):
+    def __init__(
+        self, config: Config, *, show: bool = True, datasets: tuple[SegmentationSet, SegmentationSet] | None = None
+    ):
         self.config, self.out = config, Path(config.out)
         precision = config.train.precision
         self.accelerator = Accelerator(cpu=config.train.device == "cpu", mixed_precision=precision)
@@ -129,7 +133,9 @@ class Run:
                 pin_memory=self.device.type == "cuda",
             )
         )
-        bar = tqdm(total=steps, initial=self.step, desc=config.name or self.out.name, disable=not self.show, dynamic_ncols=True)
+        bar = tqdm(
+            total=steps, initial=self.step, desc=config.name or self.out.name, disable=not self.show, dynamic_ncols=True
+        )
         result = None
         while self.step < steps:
             watch.begin()
@@ -199,7 +205,9 @@ class Run:
         values |= {f"loss/{name}": part.item() for name, part in terms.parts.items()}
         values |= {name: value.item() for name, value in terms.info.items()}
         if not torch.isfinite(terms.total):
-            raise FloatingPointError(f"the loss is {values['loss']} at step {self.step}: {values}; lower --optim.lr or set --optim.clip")
+            raise FloatingPointError(
+                f"the loss is {values['loss']} at step {self.step}: {values}; lower --optim.lr or set --optim.clip"
+            )
         return values
 
     def _evaluate(self) -> Scores:
@@ -245,7 +253,8 @@ class Run:
         state = checkpoint.load(path)
         if changed := differences(state["config"], to_dict(self.config)):
             raise checkpoint.CheckpointError(
-                f"{path} belongs to another configuration: {', '.join(changed)} differ; restore them, or start again with --overwrite"
+                f"{path} belongs to another configuration: {', '.join(changed)} differ; "
+                "restore them, or start again with --overwrite"
             )
         if state["teacher_digest"] != self.teacher_digest:
             raise checkpoint.CheckpointError(
@@ -280,12 +289,13 @@ class Run:
         }
 
 
-def build_datasets(data: DataConfig) -> tuple[Dataset, Dataset]:
+def build_datasets(data: DataConfig) -> tuple[SegmentationSet, SegmentationSet]:
     """Training set with augmentation, validation set without."""
+    build: Callable[..., Any] = build_dataset
     crops = train_transform(data.crop, scale=data.scale, flip=data.flip, jitter=data.jitter)
     return (
-        build_dataset(data.name, root=data.root, split="train", transform=crops, **data.options),
-        build_dataset(data.name, root=data.root, split="val", transform=eval_transform(), **(data.options | data.val_options)),
+        build(data.name, root=data.root, split="train", transform=crops, **data.options),
+        build(data.name, root=data.root, split="val", transform=eval_transform(), **(data.options | data.val_options)),
     )
 
 
@@ -305,13 +315,12 @@ def cut(student: Output) -> tuple[Output, list[tuple[Tensor, Tensor]]]:
     """The output as leaves of a new graph, and the pairs (original, leaf)."""
     pairs: list[tuple[Tensor, Tensor]] = []
 
-    def leaf(x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
+    def leaf(x: Tensor) -> Tensor:
         pairs.append((x, x.detach().requires_grad_()))
         return pairs[-1][1]
 
-    leaves = Output(leaf(student.logits), {name: leaf(x) for name, x in student.features.items()}, leaf(student.aux))
+    aux = None if student.aux is None else leaf(student.aux)
+    leaves = Output(leaf(student.logits), {name: leaf(x) for name, x in student.features.items()}, aux)
     return leaves, pairs
 
 
@@ -324,6 +333,7 @@ def send_back(pairs: list[tuple[Tensor, Tensor]]) -> None:
 def _optimizer(config: Config, student: nn.Module) -> torch.optim.Optimizer:
     optim = config.optim
     if optim.name == "sgd":
-        return torch.optim.SGD(student.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
+        return torch.optim.SGD(
+            student.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
+        )
     return torch.optim.AdamW(student.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
-

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from torchmetrics.classification import MulticlassConfusionMatrix
 from tqdm import tqdm
+
+
+class SegmentationSet(Protocol):
+    """Items (image uint8 (3, H, W), label uint8 (H, W)); `palette` (K, 3) gives each of the K classes a colour."""
+
+    classes: Sequence[str]
+    palette: Any
+    ignore_index: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
 
 
 class Scores(NamedTuple):
@@ -37,7 +49,9 @@ def scores(matrix: Tensor, classes: Sequence[str]) -> Scores:
 
 
 @torch.no_grad()
-def predict_logits(model: nn.Module, images: Tensor, size: tuple[int, int], *, input_size: tuple[int, int] | None = None) -> Tensor:
+def predict_logits(
+    model: nn.Module, images: Tensor, size: tuple[int, int], *, input_size: tuple[int, int] | None = None
+) -> Tensor:
     """Logits (N, K, *size) of uint8 or [0, 1] float images (N, 3, H, W), which are first resized to `input_size`, if given."""
     if input_size is not None and tuple(images.shape[-2:]) != tuple(input_size):
         images = images.float() / 255 if images.dtype == torch.uint8 else images
@@ -48,7 +62,7 @@ def predict_logits(model: nn.Module, images: Tensor, size: tuple[int, int], *, i
 
 def evaluate(
     model: nn.Module,
-    dataset: Dataset,
+    dataset: SegmentationSet,
     *,
     device: torch.device,
     batch_size: int = 8,
@@ -62,7 +76,7 @@ def evaluate(
 
     Args:
         model: takes images, returns an `Output`; left in the mode it was found in.
-        dataset: items (image uint8 (3, H, W), label uint8 (H, W)) with attributes `classes` and `ignore_index`.
+        dataset: images and labels.
         size: images are resized to (height, width) before the model.
         limit: only the first so many items.
         rank, world: this process and their number; each takes its share, and all get the scores of the whole.
@@ -70,7 +84,7 @@ def evaluate(
     """
     classes, ignore_index = dataset.classes, dataset.ignore_index
     count = len(dataset) if limit is None else min(limit, len(dataset))
-    loader = DataLoader(Subset(dataset, range(rank, count, world)), batch_size=batch_size)
+    loader: Any = DataLoader(Subset(cast(Any, dataset), range(rank, count, world)), batch_size=batch_size)
     metric = MulticlassConfusionMatrix(len(classes), ignore_index=ignore_index, validate_args=False).to(device)
     training = model.training
     model.eval()

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from fastkd.train.evaluation import SegmentationSet
+
 
 class StepSampler(Sampler):
     """For each step, this process's share of the batch: lists of (index, number of the sample in the run).
@@ -35,7 +37,9 @@ class StepSampler(Sampler):
                 number = step * self.batch_size + place
                 if number // self.length != epoch:
                     epoch = number // self.length
-                    order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+                    order = torch.randperm(
+                        self.length, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                    )
                 batch.append((int(order[number % self.length]), number))
             yield batch
 
@@ -43,13 +47,15 @@ class StepSampler(Sampler):
 class Seeded(Dataset):
     """Gives item (index, number) with torch's CPU generator seeded by (seed, number), and restores the generator."""
 
-    def __init__(self, dataset: Dataset, seed: int):
+    def __init__(self, dataset: SegmentationSet, seed: int):
         self.dataset, self.seed = dataset, seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         index, number = key
         state = torch.get_rng_state()
-        torch.default_generator.manual_seed(self.seed * 1_000_000_007 + number)  # not manual_seed: it would reseed the GPU
+        torch.default_generator.manual_seed(
+            self.seed * 1_000_000_007 + number
+        )  # not manual_seed: it would reseed the GPU
         try:
             return self.dataset[index]
         finally:
@@ -57,7 +63,7 @@ class Seeded(Dataset):
 
 
 def train_loader(
-    dataset: Dataset,
+    dataset: SegmentationSet,
     *,
     batch_size: int,
     steps: range,

@@ -23,7 +23,8 @@ class RunLog:
 
     def __init__(self, out: Path, *, enabled: bool = True):
         self.out, self.enabled = out, enabled
-        self.file = self.board = None
+        self.file: Any = None
+        self.board: Any = None
 
     def open(self, *, keep_to: int) -> None:
         """Keeps the lines of steps up to `keep_to` (0: none) and appends after them."""
@@ -78,6 +79,7 @@ class Stopwatch:
     def __init__(self, device: torch.device, totals: dict[str, float] | None = None):
         self.cuda = device.type == "cuda"
         self._totals = {name: 0.0 for name in ("steps", *TIMES)} | (totals or {})
+        self.events: list[tuple[Any, Any]] = []
         self._clear()
 
     def _clear(self) -> None:
@@ -150,7 +152,12 @@ def versions() -> dict[str, str | None]:
 def _commit() -> str | None:
     try:
         done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -6,6 +6,7 @@ With RDD the task term is RDD's own (its auxiliary term included). The other ter
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -53,13 +54,15 @@ class Objective(nn.Module):
     ):
         super().__init__()
         words = parse_method(method)
-        if words and teacher is None:
-            raise ValueError(f"method {method!r} needs a teacher, got none")
         self.aux_weight = config.aux_weight if student.has_aux else 0.0
-        self.cwd_on, self.kd_resized = config.cwd.on, config.kd.resized
-        wants_features = "nfd" in words or ("cwd" in words and config.cwd.on == "features")
-        self.features = compared_features(student, teacher) if wants_features else ()
-        self.ce = self.kd = self.nfd = self.cwd = self.rdd = None
+        self.ce: fastkd.ResizedCrossEntropyLoss | None = None
+        self.rdd: fastkd.RDDLoss | None = None
+        self.distillers: dict[str, Distiller] = {}  # the terms beside the task
+        if teacher is None:
+            if words:
+                raise ValueError(f"method {method!r} needs a teacher, got none")
+            self.ce = fastkd.ResizedCrossEntropyLoss(ignore_index=ignore_index)
+            return
         if "rdd" in words:
             self.rdd = fastkd.RDDLoss(
                 total_steps,
@@ -74,69 +77,87 @@ class Objective(nn.Module):
                 ignore_index=ignore_index,
                 loss_weight=config.rdd.weight,
             )
-            self._check_heads(teacher)
+            _check_heads(self.rdd, teacher, self.aux_weight)
         else:
             self.ce = fastkd.ResizedCrossEntropyLoss(ignore_index=ignore_index)
         if "kd" in words:
-            kind = fastkd.ResizedKDLoss if config.kd.resized else fastkd.KDLoss
-            self.kd = kind(temperature=config.kd.temperature, ignore_index=ignore_index, loss_weight=config.kd.weight)
+            self.distillers["kd"] = _kd(config)
         if "nfd" in words:
-            self.nfd = fastkd.NFDLoss(dims=config.nfd.dims, loss_weight=config.nfd.weight / max(len(self.features), 1))
+            names = compared_features(student, teacher)
+            nfd = fastkd.NFDLoss(dims=config.nfd.dims, loss_weight=config.nfd.weight / len(names))
+            self.distillers["nfd"] = _on_features(nfd, names)
         if "cwd" in words:
-            count = len(self.features) if config.cwd.on == "features" else 1
-            self.cwd = fastkd.CWDLoss(temperature=config.cwd.temperature, loss_weight=config.cwd.weight / count)
-
-    def _check_heads(self, teacher: SegmentationModel) -> None:
-        if teacher.has_aux:
-            return
-        if self.rdd.tfe_steps > 0:
-            raise ValueError(
-                f"RDD's TFE stage ({self.rdd.tfe_steps} steps) compares the teacher's main and auxiliary heads, but the teacher has "
-                "no auxiliary head: train it with one (--model.aux 'encoder[-2]'), or leave TFE out with --loss.rdd.tfe_steps 0 "
-                "(tfe_steps=0)"
-            )
-        if self.aux_weight > 0:
-            raise ValueError(
-                "RDD's auxiliary term compares the auxiliary heads of student and teacher, but the teacher has none: train it "
-                "with one (--model.aux), or the student without"
-            )
+            names = compared_features(student, teacher) if config.cwd.on == "features" else ()
+            weight = config.cwd.weight / max(len(names), 1)
+            cwd = fastkd.CWDLoss(temperature=config.cwd.temperature, loss_weight=weight)
+            self.distillers["cwd"] = _on_features(cwd, names) if names else _on_logits(cwd)
 
     def forward(self, student: Output, teacher: Output | None, labels: Tensor, step: int) -> Terms:
         """Loss of one batch; labels (N, H, W); step counts from 0."""
-        if teacher is not None:
-            teacher = _match(teacher, student.logits.shape[-2:])
-        terms: dict[str, Tensor] = {}
         info: dict[str, Tensor] = {}
-        if self.rdd is not None:
-            aux = student.aux if self.aux_weight > 0 else None
-            out = self.rdd(
-                student.logits, teacher.logits, labels, step=step, teacher_aux=teacher.aux, student_aux=aux
-            )
-            total = out.loss
-            terms |= {"rdd_task": out.task, "rdd_kd": self.rdd.kd_weight * out.kd}
-            info["rdd_selected"] = out.selected.detach()
-        else:
-            total = terms["task"] = self.ce(student.logits, labels)
+        if teacher is not None:
+            teacher = _match(teacher, student.logits)
+        if self.ce is not None:
+            total = self.ce(student.logits, labels)
+            terms = {"task": total}
             if self.aux_weight > 0:
                 terms["aux"] = self.aux_weight * self.ce(student.aux, labels)
                 total = total + terms["aux"]
-        if self.kd is not None:
-            # Distillation is over all pixels: the teacher has an opinion on unlabelled ones too.
-            if self.kd_resized:
-                self.kd.size = tuple(labels.shape[-2:])
-            terms["kd"] = self.kd(student.logits, teacher.logits)
-        if self.nfd is not None:
-            terms["nfd"] = sum(self.nfd(student.features[name], teacher.features[name]) for name in self.features)
-        if self.cwd is not None:
-            if self.cwd_on == "logits":
-                terms["cwd"] = self.cwd(student.logits, teacher.logits)
-            else:
-                pairs = ((student.features[n], teacher.features[n]) for n in self.features)
-                terms["cwd"] = sum(self.cwd(s, _resize(t, s.shape[-2:])) for s, t in pairs)
-        for name in ("kd", "nfd", "cwd"):
-            if name in terms:
+        elif self.rdd is not None and teacher is not None:
+            aux = student.aux if self.aux_weight > 0 else None
+            out = self.rdd(student.logits, teacher.logits, labels, step=step, teacher_aux=teacher.aux, student_aux=aux)
+            total = out.loss
+            terms = {"rdd_task": out.task, "rdd_kd": self.rdd.kd_weight * out.kd}
+            info["rdd_selected"] = out.selected.detach()
+        if teacher is not None:
+            for name, distil in self.distillers.items():
+                terms[name] = distil(student, teacher, labels)
                 total = total + terms[name]
         return Terms(total, {name: term.detach() for name, term in terms.items()}, info)
+
+
+Distiller = Callable[[Output, Output, Tensor], Tensor]
+
+
+def _kd(config: LossConfig) -> Distiller:
+    """Over all pixels: the teacher has an opinion on unlabelled ones too."""
+    temperature, weight = config.kd.temperature, config.kd.weight
+    if not config.kd.resized:
+        return _on_logits(fastkd.KDLoss(temperature=temperature, loss_weight=weight))
+
+    def distil(student: Output, teacher: Output, labels: Tensor) -> Tensor:
+        loss = fastkd.ResizedKDLoss(size=_size(labels), temperature=temperature, loss_weight=weight)
+        return loss(student.logits, teacher.logits)
+
+    return distil
+
+
+def _on_logits(loss: nn.Module) -> Distiller:
+    return lambda student, teacher, labels: loss(student.logits, teacher.logits)
+
+
+def _on_features(loss: nn.Module, names: tuple[str, ...]) -> Distiller:
+    def distil(student: Output, teacher: Output, labels: Tensor) -> Tensor:
+        terms = [loss(student.features[n], _resize(teacher.features[n], student.features[n])) for n in names]
+        return torch.stack(terms).sum()
+
+    return distil
+
+
+def _check_heads(rdd: fastkd.RDDLoss, teacher: SegmentationModel, aux_weight: float) -> None:
+    if teacher.has_aux:
+        return
+    if rdd.tfe_steps > 0:
+        raise ValueError(
+            f"RDD's TFE stage ({rdd.tfe_steps} steps) compares the teacher's main and auxiliary heads, but the teacher has no "
+            "auxiliary head: train it with one (--model.aux 'encoder[-2]'), or leave TFE out with --loss.rdd.tfe_steps 0 "
+            "(tfe_steps=0)"
+        )
+    if aux_weight > 0:
+        raise ValueError(
+            "RDD's auxiliary term compares the auxiliary heads of student and teacher, but the teacher has none: train it "
+            "with one (--model.aux), or the student without"
+        )
 
 
 def compared_features(student: SegmentationModel, teacher: SegmentationModel) -> tuple[str, ...]:
@@ -150,22 +171,28 @@ def compared_features(student: SegmentationModel, teacher: SegmentationModel) ->
     return shared
 
 
-def teacher_channels(method: str, config: LossConfig, student: SegmentationModel, teacher: SegmentationModel | None) -> dict[str, int]:
+def teacher_channels(
+    method: str, config: LossConfig, student: SegmentationModel, teacher: SegmentationModel | None
+) -> dict[str, int]:
     """Feature name -> teacher channels of what the student must return, adapted, for this method."""
     words = parse_method(method)
-    if not ("nfd" in words or ("cwd" in words and config.cwd.on == "features")):
+    if teacher is None or not ("nfd" in words or ("cwd" in words and config.cwd.on == "features")):
         return {}
     return {name: teacher.channels[name] for name in compared_features(student, teacher)}
 
 
-def _match(teacher: Output, size: tuple[int, int]) -> Output:
-    """The teacher's logits at the student's logit size."""
-    aux = None if teacher.aux is None else _resize(teacher.aux, size)
-    return Output(_resize(teacher.logits, size), teacher.features, aux)
+def _match(teacher: Output, logits: Tensor) -> Output:
+    """The teacher's logits at the size of the student's."""
+    aux = None if teacher.aux is None else _resize(teacher.aux, logits)
+    return Output(_resize(teacher.logits, logits), teacher.features, aux)
 
 
-def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
+def _size(x: Tensor) -> tuple[int, int]:
+    return x.shape[-2], x.shape[-1]
+
+
+def _resize(x: Tensor, like: Tensor) -> Tensor:
+    return x if _size(x) == _size(like) else F.interpolate(x, _size(like), mode="bilinear", align_corners=False)
 
 
 @torch.no_grad()

@@ -61,6 +61,9 @@ class SegmentationModel(nn.Module):
     main logits, so that the two heads can be compared pixel by pixel.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         network: nn.Module,
@@ -83,11 +86,15 @@ class SegmentationModel(nn.Module):
         taps = self._probe()
         if taps["logits"].dim() != 4 or taps["logits"].shape[1] != classes:
             shape = tuple(taps["logits"].shape)
-            raise ValueError(f"model.logits {logits!r} returns shape {shape}, expected (N, {classes}, h, w); name the last layer")
+            raise ValueError(
+                f"model.logits {logits!r} returns shape {shape}, expected (N, {classes}, h, w); name the last layer"
+            )
         for name in self.feature_names:
             if taps[f"feature/{name}"].dim() != 4:
                 shape = tuple(taps[f"feature/{name}"].shape)
-                raise ValueError(f"model.features {name!r} ({features[name]!r}) has shape {shape}, expected (N, C, h, w)")
+                raise ValueError(
+                    f"model.features {name!r} ({features[name]!r}) has shape {shape}, expected (N, C, h, w)"
+                )
         self.channels = {name: taps[f"feature/{name}"].shape[1] for name in self.feature_names}
         self.aux_head = FCNHead(taps["aux"].shape[1], classes) if aux is not None else None
 
@@ -136,7 +143,9 @@ class Student(nn.Module):
 
     def forward(self, images: Tensor) -> Output:
         out = self.model(images)
-        features = {n: self.adapters[n](out.features[n]) if n in self.adapters else out.features[n] for n in self.returned}
+        features = {
+            n: self.adapters[n](out.features[n]) if n in self.adapters else out.features[n] for n in self.returned
+        }
         return Output(out.logits, features, out.aux)
 
 
@@ -149,7 +158,7 @@ def build_model(config: ModelConfig, classes: int, *, load_encoder: bool = True)
     if config.encoder_weights and load_encoder:
         if config.library != "smp":
             raise ValueError("model.encoder_weights is read by library 'smp' only; leave it out with 'torchvision'")
-        load_encoder_weights(network.encoder, config.encoder, Path(config.encoder_weights))
+        load_encoder_weights(network.get_submodule("encoder"), config.encoder, Path(config.encoder_weights))
     logits = config.logits or ("segmentation_head.0" if config.library == "smp" else "classifier")
     model = SegmentationModel(
         network, classes, logits=logits, features=config.features, aux=config.aux, mean=config.mean, std=config.std
@@ -166,11 +175,15 @@ def _smp(config: ModelConfig, classes: int) -> nn.Module:
     known = {name: kind for name, kind in vars(smp).items() if isinstance(kind, type) and issubclass(kind, nn.Module)}
     if config.arch not in known:
         close = difflib.get_close_matches(config.arch, known, n=3) or sorted(known)
-        raise ValueError(f"model.arch: segmentation-models-pytorch has no {config.arch!r}; did you mean {', '.join(close)}?")
+        raise ValueError(
+            f"model.arch: segmentation-models-pytorch has no {config.arch!r}; did you mean {', '.join(close)}?"
+        )
     try:
         return known[config.arch](config.encoder, encoder_weights=None, classes=classes, **config.options)
     except (TypeError, KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"cannot build {config.arch} with encoder {config.encoder!r}, options {config.options}: {error}") from error
+        raise ValueError(
+            f"cannot build {config.arch} with encoder {config.encoder!r}, options {config.options}: {error}"
+        ) from error
 
 
 def _torchvision(config: ModelConfig, classes: int) -> nn.Module:
@@ -179,7 +192,9 @@ def _torchvision(config: ModelConfig, classes: int) -> nn.Module:
     known = list_models(module=segmentation)
     if config.arch not in known:
         close = difflib.get_close_matches(config.arch, known, n=3) or known
-        raise ValueError(f"model.arch: torchvision has no segmentation model {config.arch!r}; did you mean {', '.join(close)}?")
+        raise ValueError(
+            f"model.arch: torchvision has no segmentation model {config.arch!r}; did you mean {', '.join(close)}?"
+        )
     return get_model(config.arch, weights=None, weights_backbone=None, num_classes=classes, **config.options)
 
 
@@ -196,7 +211,9 @@ def load_state_file(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # each reader has its own exceptions; all of them mean the same here
         raise ValueError(f"cannot read weights from {path}: {error}") from error
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path} holds no state dict: expected a mapping from names to tensors, got {type(state).__name__}")
+        raise ValueError(
+            f"{path} holds no state dict: expected a mapping from names to tensors, got {type(state).__name__}"
+        )
     return dict(state)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("jsonargparse")
 
-from fastkd.train.config import (  # noqa: E402
+from fastkd.train.config import (
     RECIPES,
     Config,
     differences,
@@ -18,17 +18,22 @@ from fastkd.train.config import (  # noqa: E402
 
 def test_command_line_wins_over_yaml(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("seed: 7\noptim: {lr: 0.5, name: adamw}\ndata: {crop: [64, 96]}\nmodel: {features: {a: 'encoder[-2]'}}\n")
+    path.write_text(
+        "seed: 7\noptim: {lr: 0.5, name: adamw}\ndata: {crop: [64, 96]}\nmodel: {features: {a: 'encoder[-2]'}}\n"
+    )
     config, flags = parse(["--config", str(path), "--optim.lr", "0.25", "--eval.size", "[32, 64]", "--resume"])
     assert (config.seed, config.optim.lr, config.optim.name) == (7, 0.25, "adamw")
-    assert config.data.crop == (64, 96) and config.eval.size == (32, 64)
+    assert config.data.crop == (64, 96)
+    assert config.eval.size == (32, 64)
     assert config.model.features == {"a": "encoder[-2]"}
     assert config.train == Config().train
     assert flags == {"resume": True, "overwrite": False}
 
 
 def test_round_trip(tmp_path):
-    config, _ = parse(["--method", "nfd+rdd", "--teacher", "t.pt", "--data.options", '{"length": 8}', "--loss.rdd.tfe_steps", "0"])
+    config, _ = parse(
+        ["--method", "nfd+rdd", "--teacher", "t.pt", "--data.options", '{"length": 8}', "--loss.rdd.tfe_steps", "0"]
+    )
     assert from_dict(Config, to_dict(config)) == config
     write_yaml(config, tmp_path / "config.yaml")
     assert parse(["--config", str(tmp_path / "config.yaml")])[0] == config
@@ -42,7 +47,8 @@ def test_from_dict_names_unknown_fields():
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_recipes_load_by_name(recipe):
     config, _ = parse(["--config", recipe])
-    assert config.data.name == "camvid" and config.eval.size is not None
+    assert config.data.name == "camvid"
+    assert config.eval.size is not None
 
 
 @pytest.mark.parametrize(
@@ -58,7 +64,8 @@ def test_recipes_load_by_name(recipe):
 def test_errors_name_the_option(words, says, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(words)
-    assert stop.value.code == 2 and says in capsys.readouterr().err
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err
 
 
 def test_yaml_runs_no_code(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +10,10 @@ import torch
 pytest.importorskip("accelerate")
 pytest.importorskip("segmentation_models_pytorch")
 
-from fastkd.train import checkpoint, engine  # noqa: E402
-from fastkd.train.config import OptimConfig  # noqa: E402
-from fastkd.train.loader import StepSampler, train_loader  # noqa: E402
-from tests.train import tiny  # noqa: E402
+from fastkd.train import checkpoint, engine
+from fastkd.train.config import OptimConfig
+from fastkd.train.loader import StepSampler, train_loader
+from tests.train import tiny
 
 
 def run(config, **options):
@@ -58,8 +59,10 @@ def test_every_method_trains(method, teacher, tmp_path):
         terms = {key.removeprefix("loss/"): value for key, value in line.items() if key.startswith("loss/")}
         assert set(terms) == TERMS[method]
         assert line["loss"] == pytest.approx(sum(terms.values()), rel=1e-4)
-        assert 0 <= line["loss_s"] <= line["step_s"] and line["lr"] > 0
-    assert result["method"] == method and 0 < result["loss_share"] < 1
+        assert 0 <= line["loss_s"] <= line["step_s"]
+        assert line["lr"] > 0
+    assert result["method"] == method
+    assert 0 < result["loss_share"] < 1
     assert list(result) == [
         "name", "method", "model", "params", "steps", "miou", "pixel_accuracy", "class_iou", "seconds_per_step", "loss_share",
         "seconds", "seed", "versions",
@@ -72,7 +75,8 @@ def test_training_learns(tmp_path):
     config = tiny.config(tmp_path, train={"steps": 30, "log_every": 10}, optim=OptimConfig(name="adamw", lr=0.01))
     result = run(config)
     train = lines(tmp_path, "train")
-    assert train[-1]["loss"] < 0.6 * train[0]["loss"] and result["pixel_accuracy"] > 0.6
+    assert train[-1]["loss"] < 0.6 * train[0]["loss"]
+    assert result["pixel_accuracy"] > 0.6
 
 
 def test_auxiliary_head_of_the_student(teacher, tmp_path):
@@ -133,7 +137,9 @@ def test_resume_is_bitwise_the_uninterrupted_run(workers, teacher, tmp_path, mon
         for name, value in whole[part].items():
             assert torch.equal(value, parts[part][name]), f"{part} {name}"
     assert [x["step"] for x in lines(tmp_path / "parts", "train")] == [1, 2, 3, 4, 5]
-    assert [x["loss"] for x in lines(tmp_path / "whole", "train")] == [x["loss"] for x in lines(tmp_path / "parts", "train")]
+    assert [x["loss"] for x in lines(tmp_path / "whole", "train")] == [
+        x["loss"] for x in lines(tmp_path / "parts", "train")
+    ]
 
 
 def test_runs_of_one_seed_begin_with_one_student(teacher, tmp_path):
@@ -147,12 +153,13 @@ def test_runs_of_one_seed_begin_with_one_student(teacher, tmp_path):
 def test_a_finished_run_resumes_to_its_result(tmp_path):
     first = run(tiny.config(tmp_path))
     again = run(tiny.config(tmp_path), resume=True)
-    assert again["miou"] == first["miou"] and again["steps"] == first["steps"]
+    assert again["miou"] == first["miou"]
+    assert again["steps"] == first["steps"]
 
 
 def test_an_old_run_is_not_overwritten_silently(tmp_path):
     run(tiny.config(tmp_path))
-    with pytest.raises(FileExistsError, match="--resume.*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"--resume.*--overwrite"):
         run(tiny.config(tmp_path))
     run(tiny.config(tmp_path, seed=1), overwrite=True)
     assert [x["step"] for x in lines(tmp_path, "train")] == [1, 2]
@@ -160,7 +167,7 @@ def test_an_old_run_is_not_overwritten_silently(tmp_path):
 
 def test_resuming_another_configuration_names_the_difference(tmp_path):
     run(tiny.config(tmp_path))
-    with pytest.raises(checkpoint.CheckpointError, match="optim.lr, seed differ"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"optim\.lr, seed differ"):
         run(tiny.config(tmp_path, seed=3, optim=OptimConfig(lr=0.5)), resume=True)
 
 
@@ -180,7 +187,7 @@ def test_resuming_with_another_teacher(teacher, tmp_path):
 def test_unreadable_checkpoints_are_named(content, teacher, tmp_path):
     path = tmp_path / "last.pt"
     if content == "cut":
-        data = open(teacher, "rb").read()
+        data = Path(teacher).read_bytes()
         path.write_bytes(data[: len(data) // 2])
     elif content == "foreign":
         torch.save({"weight": torch.ones(1)}, path)
@@ -214,7 +221,7 @@ def test_a_teacher_of_other_classes(teacher, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match="lower --optim.lr"):
+    with pytest.raises(FloatingPointError, match=r"lower --optim\.lr"):
         run(tiny.config(tmp_path, optim=OptimConfig(lr=1e30), train={"steps": 6}))
 
 
@@ -231,6 +238,7 @@ def test_samples_depend_on_seed_and_step_alone():
     shares = [list(StepSampler(10, 4, range(6), 0, rank, 2)) for rank in range(2)]
     assert [a + b for a, b in zip(*shares, strict=True)] == whole
     flat = [index for batch in whole for index, _ in batch]
-    assert sorted(flat[:10]) == list(range(10)) and flat[:10] != flat[10:20]
+    assert sorted(flat[:10]) == list(range(10))
+    assert flat[:10] != flat[10:20]
     with pytest.raises(ValueError, match="cannot be shared"):
         StepSampler(10, 4, range(6), 0, 0, 3)

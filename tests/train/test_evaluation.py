@@ -6,8 +6,8 @@ from torch import nn
 
 pytest.importorskip("torchmetrics")
 
-from fastkd.train.evaluation import evaluate, predict_logits, scores  # noqa: E402
-from fastkd.train.models import Output  # noqa: E402
+from fastkd.train.evaluation import evaluate, predict_logits, scores
+from fastkd.train.models import Output
 
 
 def test_scores_by_hand():
@@ -21,12 +21,15 @@ def test_scores_by_hand():
 
 def test_a_predicted_class_without_labels_counts_as_zero():
     result = scores(torch.tensor([[3, 1], [0, 0]]), ["a", "b"])
-    assert result.class_iou == {"a": 0.75, "b": 0.0} and result.miou == pytest.approx(0.375)
+    assert result.class_iou == {"a": 0.75, "b": 0.0}
+    assert result.miou == pytest.approx(0.375)
 
 
 def test_no_valid_pixel():
     result = scores(torch.zeros(2, 2), ["a", "b"])
-    assert result.miou == 0 and result.pixel_accuracy == 0 and result.class_iou == {"a": None, "b": None}
+    assert result.miou == 0
+    assert result.pixel_accuracy == 0
+    assert result.class_iou == {"a": None, "b": None}
 
 
 class Red(nn.Module):

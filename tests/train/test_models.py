@@ -7,10 +7,10 @@ import torch
 
 pytest.importorskip("segmentation_models_pytorch")
 
-from fastkd.train.config import LossConfig, ModelConfig  # noqa: E402
-from fastkd.train.methods import Objective, teacher_channels, teacher_forward  # noqa: E402
-from fastkd.train.models import Student, build_model, load_encoder_weights, load_state_file  # noqa: E402
-from tests.train import tiny  # noqa: E402
+from fastkd.train.config import LossConfig, ModelConfig
+from fastkd.train.methods import Objective, teacher_channels, teacher_forward
+from fastkd.train.models import Student, build_model, load_encoder_weights, load_state_file
+from tests.train import tiny
 
 IMAGES = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
 
@@ -28,14 +28,16 @@ def teacher():
 def test_logits_are_raw_and_at_their_own_size():
     model = build_model(small(), 5).eval()
     out = model(IMAGES)
-    assert out.logits.shape == (2, 5, 16, 24) and out.aux is None
+    assert out.logits.shape == (2, 5, 16, 24)
+    assert out.aux is None
     assert out.features["decoder"].shape == (2, 32, 16, 24)
     network = model.tapped.model
     torch.testing.assert_close(out.logits, network.segmentation_head[0](out.features["decoder"]))
 
 
 def test_auxiliary_head_matches_the_logits_and_is_trained(teacher):
-    assert teacher.has_aux and teacher(IMAGES).aux.shape == teacher(IMAGES).logits.shape
+    assert teacher.has_aux
+    assert teacher(IMAGES).aux.shape == teacher(IMAGES).logits.shape
     model = build_model(small(with_aux=True), 5)
     model(IMAGES).aux.sum().backward()
     assert model.aux_head[-1].weight.grad is not None
@@ -52,14 +54,21 @@ def test_bytes_and_floats_are_the_same_images():
 def test_architectures_of_smp(arch):
     model = build_model(ModelConfig(arch=arch, encoder="tu-mobilenetv3_small_050"), 5).eval()
     out = model(IMAGES)
-    assert out.logits.shape[:2] == (2, 5) and out.features["encoder"].shape[1] == model.tapped.model.encoder.out_channels[-1]
+    assert out.logits.shape[:2] == (2, 5)
+    assert out.features["encoder"].shape[1] == model.tapped.model.encoder.out_channels[-1]
     assert arch == "Unet" or out.logits.shape[-1] < 96  # a U-Net's own logits are full size
 
 
 def test_torchvision():
-    config = ModelConfig(library="torchvision", arch="lraspp_mobilenet_v3_large", features={"high": "backbone[high]"}, aux="backbone[low]")
+    config = ModelConfig(
+        library="torchvision",
+        arch="lraspp_mobilenet_v3_large",
+        features={"high": "backbone[high]"},
+        aux="backbone[low]",
+    )
     out = build_model(config, 5).eval()(IMAGES)
-    assert out.logits.shape == (2, 5, 8, 12) and out.aux.shape == out.logits.shape
+    assert out.logits.shape == (2, 5, 8, 12)
+    assert out.aux.shape == out.logits.shape
 
 
 @pytest.mark.parametrize(
@@ -89,7 +98,8 @@ def test_student_returns_what_the_method_compares_adapted(teacher):
 def test_teacher_output_shares_memory_and_can_be_saved_for_backward(teacher):
     out = teacher_forward(teacher, IMAGES)
     for x in (out.logits, out.aux, out.features["decoder"]):
-        assert not x.is_inference() and not x.requires_grad
+        assert not x.is_inference()
+        assert not x.requires_grad
         s = torch.randn(x.shape, requires_grad=True)
         (s * x).sum().backward()
         torch.testing.assert_close(s.grad, x)
@@ -130,7 +140,9 @@ def test_encoder_weights_are_loaded_strictly_but_for_the_classifier(tmp_path):
     broken["bn1.weight"] = torch.ones(3)
     broken["surprise.weight"] = torch.ones(1)
     torch.save(broken, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match=r"bad.pt.*missing: conv_stem.weight.*unknown: surprise.weight.*bn1.weight is \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"bad.pt.*missing: conv_stem.weight.*unknown: surprise.weight.*bn1.weight is \(3,\)"
+    ):
         load_encoder_weights(encoder, "tu-mobilenetv3_small_050", tmp_path / "bad.pt")
 
 

@@ -13,7 +13,7 @@ class Patches:
     """Squares of colour on noise: three classes that a network learns at once, a void frame, one label per item."""
 
     classes = ("ground", "red", "blue")
-    palette = [[60, 60, 60], [220, 40, 40], [40, 40, 220]]
+    palette = ((60, 60, 60), (220, 40, 40), (40, 40, 220))
     ignore_index = 255
 
     def __init__(self, length: int = 8, noise: bool = True):
@@ -43,7 +43,9 @@ def config(out, **changes) -> Config:
     """A run of a few steps; `aux=True` gives the network an auxiliary head, `dims` the width of its decoder."""
     aux = changes.pop("aux", False)
     width = changes.pop("width", 32)
-    train = {"steps": 2, "batch_size": 4, "log_every": 1, "checkpoint_every": 2, "device": "cpu"} | changes.pop("train", {})
+    train = {"steps": 2, "batch_size": 4, "log_every": 1, "checkpoint_every": 2, "device": "cpu"} | changes.pop(
+        "train", {}
+    )
     model = ModelConfig(
         arch="FPN",
         encoder="tu-mobilenetv3_small_050",

@@ -1,0 +1,91 @@
+"""The command line, mostly in processes of its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fastkd.cli import main
+
+
+def command(*words, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "fastkd.cli", *map(str, words)], capture_output=True, text=True, check=False, **options
+    )
+
+
+def test_info_says_which_backends_there_are(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for word in ("reference", "cpu", "triton", "nfd", "reason"):
+        assert word in out
+
+
+def test_usage_and_unknown_commands(capsys):
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    assert "predict" in capsys.readouterr().out
+    assert main(["trian"]) == 2
+    assert "no command 'trian'" in capsys.readouterr().err
+
+
+def test_importing_fastkd_leaves_the_trainer_alone():
+    code = (
+        "import sys, fastkd, fastkd.cli; "
+        "print([m for m in ('fastkd.train', 'accelerate', 'torchvision', 'triton') if m in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+@pytest.mark.parametrize("words", [["train"], ["eval", "x.pt"], ["predict", "x.pt", __file__], ["demo"]])
+def test_missing_extras_say_how_to_install_them(words, monkeypatch, capsys):
+    for name in [m for m in sys.modules if m.startswith("fastkd.train")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("jsonargparse", "accelerate", "torchmetrics", "tqdm", "torchvision"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(words) == 1
+    assert 'pip install "fastkd[train]"' in capsys.readouterr().err
+
+
+def test_train_eval_predict(tmp_path, capsys):
+    pytest.importorskip("accelerate")
+    from PIL import Image
+
+    words = [
+        "--data.options", '{"size": [64, 128], "length": 4}', "--data.val_options", '{"length": 2}', "--data.crop", "[64, 64]",
+        "--model.arch", "FPN", "--model.encoder", "tu-mobilenetv3_small_050",
+        "--train.steps", "2", "--train.batch_size", "2", "--train.device", "cpu", "--out", tmp_path / "run",
+    ]  # fmt: skip
+    done = command("train", *words)
+    assert done.returncode == 0, done.stderr
+    assert "run: mIoU" in done.stdout
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 2
+    again = command("train", *words)
+    assert again.returncode == 1
+    assert "already holds a run" in again.stderr
+    assert "Traceback" not in again.stderr
+
+    best = str(tmp_path / "run" / "best.pt")
+    assert main(["eval", best, "--device", "cpu"]) == 0
+    assert "mIoU" in capsys.readouterr().out
+
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (70, 50), (120, 60, 30)).save(tmp_path / "images" / "a.jpg")
+    Image.new("L", (64, 64), 90).save(tmp_path / "b.png")
+    out = tmp_path / "seen"
+    assert (
+        main(["predict", best, str(tmp_path / "images"), str(tmp_path / "b.png"), "--out", str(out), "--device", "cpu"])
+        == 0
+    )
+    assert Image.open(out / "a.png").size == (70, 50)
+    assert Image.open(out / "b.png").size == (64, 64)
+
+    (tmp_path / "c.png").write_bytes(b"no image")
+    assert main(["predict", best, str(tmp_path / "c.png"), "--out", str(out)]) == 1
+    assert "cannot read image" in capsys.readouterr().err
+    assert main(["predict", best, str(tmp_path / "absent.png")]) == 1
+    assert main(["eval", str(tmp_path / "c.png")]) == 1
+    assert "cannot read checkpoint" in capsys.readouterr().err
