@@ -1,4 +1,4 @@
-"""The command `fastkd`: train, eval, predict, demo, info.
+"""The command `fastkd`: train, eval, predict, report, demo, info.
 
 Only `info` works without the trainer's packages; the others say how to install them.
 """
@@ -16,6 +16,7 @@ USAGE = """usage: fastkd COMMAND ...
   train     train a network, alone or with a teacher         fastkd train --help
   eval      score a checkpoint on a validation set           fastkd eval CHECKPOINT
   predict   colour overlays for images                       fastkd predict CHECKPOINT IMAGE|FOLDER...
+  report    compare finished runs in one page                fastkd report RUN... --out DIR
   demo      teacher, student and distilled students compared fastkd demo --out runs/demo
   info      kernels that are built, loaded and chosen        fastkd info
 """
@@ -133,6 +134,22 @@ def _image_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
+def _report(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="fastkd report", description="One self-contained page: numbers, curves and pictures of finished runs."
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories, in the order of the page")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write to (default: %(default)s)")
+    parser.add_argument("--title", default="Runs compared")
+    parser.add_argument("--notes", help="text for the top of the page")
+    parser.add_argument("--root", help="folder of the data set, if it is not where it was in training")
+    args = parser.parse_args(words)
+    from fastkd.train.comparison import compare
+
+    print(f"report: {compare(args.out, args.runs, title=args.title, notes=args.notes, root=args.root)}")
+    return 0
+
+
 def _demo(words: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fastkd demo",
@@ -203,6 +220,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "eval": _eval,
     "predict": _predict,
+    "report": _report,
     "demo": _demo,
     "info": _info,
 }

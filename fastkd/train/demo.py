@@ -10,23 +10,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import yaml
-from PIL import Image
 from tqdm import tqdm
 
-from fastkd import difficulty_mask, teacher_confidence
 from fastkd.train import checkpoint
+from fastkd.train.comparison import compare
 from fastkd.train.config import Config, differences, from_dict, to_dict
 from fastkd.train.engine import build_datasets, train
-from fastkd.train.evaluation import SegmentationSet, predict_logits
-from fastkd.train.models import SegmentationModel
-from fastkd.train.panels import colourise, heatmap, panel
-from fastkd.train.report import write_report
+from fastkd.train.evaluation import SegmentationSet
 
 SETTINGS = Path(__file__).with_name("demo.yaml")
-SCENES = (3, 11, 27)  # of the validation set, in the pictures
 
 
 def configs(out: Path, settings: dict[str, Any]) -> dict[str, Config]:
@@ -112,67 +105,15 @@ def _minutes(seconds: float) -> str:
 
 
 def report(out: Path, runs: dict[str, Config]) -> Path:
-    """The page: table and curves from the runs' own files, and pictures of a few validation scenes."""
-    networks = {name: checkpoint.load_network(Path(config.out) / "last.pt")[0] for name, config in runs.items()}
-    _, scenes = build_datasets(runs["teacher"].data)
+    """The page about all runs."""
     student, teacher = runs["none"], runs["teacher"]
     notes = (
-        f"Street scenes are painted by the package: {len(scenes)} for validation, other ones for training. "
+        f"Street scenes painted by the package: {teacher.data.options['length']} for training, "
+        f"{teacher.data.val_options['length']} others for validation. "
         f"Teacher: {teacher.model.arch} on {teacher.model.encoder}, {teacher.train.steps} steps; students: "
         f"{student.model.arch} on {student.model.encoder}, {student.train.steps} steps each, all from random weights. "
         "The students share their first weights and every crop.\n\n"
         "This is a short run on a small data set: it shows that the parts work together and what they cost, not which "
         "method is best."
     )
-    pictures = [
-        ("What the networks see in validation scenes.", _predictions(networks, scenes, out / "predictions.png")),
-        (
-            "Relative difficulty. TFE: how far the teacher's two heads agree (bright: fully). TSE: pixels that one of "
-            "student and teacher finds hard and the other easy, here for the student trained with RDD.",
-            _difficulty(networks, scenes, out / "difficulty.png"),
-        ),
-    ]
-    return write_report(out, [Path(c.out) for c in runs.values()], title="FastKD demo", notes=notes, panels=pictures)
-
-
-def _logits(network: SegmentationModel, image: torch.Tensor) -> torch.Tensor:
-    return predict_logits(network, image[None], (image.shape[-2], image.shape[-1]))
-
-
-def _predictions(networks: dict[str, SegmentationModel], scenes: Any, path: Path) -> Path:
-    palette = np.asarray(scenes.palette)
-    rows = []
-    for index in SCENES:
-        image, label = scenes[index]
-        seen = [colourise(_logits(n, image).argmax(1)[0].byte().numpy(), palette) for n in networks.values()]
-        rows.append([image, colourise(label.numpy(), palette), *seen])
-    titles = ["image", "label"] + [{"none": "plain student"}.get(name, name) for name in networks]
-    return _save(panel(titles, rows, legend=scenes.classes, palette=palette), path)
-
-
-@torch.no_grad()
-def _difficulty(networks: dict[str, SegmentationModel], scenes: Any, path: Path) -> Path:
-    palette = np.asarray(scenes.palette)
-    rows = []
-    for index in SCENES:
-        image, label = scenes[index]
-        teacher, student = networks["teacher"](image[None]), networks["rdd"](image[None])
-        confidence = teacher_confidence(teacher.logits, teacher.aux, direction="main_aux")[0]
-        mask = difficulty_mask(student.logits, teacher.logits, label[None].long())[0]
-        maps = [colourise(out.logits.argmax(1)[0].byte().numpy(), palette) for out in (teacher, student)]
-        rows.append(
-            [
-                image,
-                colourise(label.numpy(), palette),
-                *maps,
-                heatmap(confidence.numpy()),
-                heatmap(mask.float().numpy()),
-            ]
-        )
-    titles = ["image", "label", "teacher", "student rdd", "TFE confidence", "TSE mask"]
-    return _save(panel(titles, rows), path)
-
-
-def _save(image: Image.Image, path: Path) -> Path:
-    image.save(path)
-    return path
+    return compare(out, [Path(config.out) for config in runs.values()], title="FastKD demo", notes=notes)

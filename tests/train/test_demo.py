@@ -15,7 +15,7 @@ def settings():
     values = yaml.safe_load(demo.SETTINGS.read_text())
     values["common"]["data"] |= {
         "options": {"size": [64, 128], "length": 4, "cache": True},
-        "val_options": {"length": max(demo.SCENES) + 1},
+        "val_options": {"length": 4},
         "crop": [64, 64],
     }
     values["common"]["train"] |= {"batch_size": 2, "device": "cpu"}
