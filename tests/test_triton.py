@@ -1,12 +1,11 @@
 """The Triton kernels against the float64 formula, in Triton's interpreter on the CPU or on a GPU.
 
-The interpreter must be on before Triton is imported, so without a GPU the whole file runs in a process of its own, started
-by ``test_in_interpreter``. Errors are judged by those of plain PyTorch in fp32 (fp64 for fp64 maps).
+The interpreter must be on before Triton is imported, so without a GPU the whole file runs in a process of its own,
+started by ``test_in_interpreter``. Errors are judged by those of plain PyTorch in fp32 (fp64 for fp64 maps).
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
@@ -31,9 +30,12 @@ DTYPES = [(F32, F32), (F16, F16), (BF16, BF16), (BF16, F32), (F32, F16), (F64, F
 # Sizes around the tiles' (powers of two and WIDTH), one of everything, the channel and class counts of the field.
 SHAPES = [(2, 19, 5, 7), (3, 1, 9, 4), (1, 2, 1, 1), (2, 64, 4, 16), (1, 3, 53, 61), (2, 150, 3, 3), (1, 300, 2, 5)]
 # (TILE, WIDTH, PROGRAMS): as shipped; one long chunk of many tiles; a few chunks of several tiles each.
-CUTS = {"shipped": (2048, 64, 2048), "one chunk": (64, 8, 1), "chunks": (64, 8, 40)}
+CUTS = {"shipped": (2048, 64, 2048), "one chunk": (256, 8, 1), "chunks": (256, 8, 12)}
+CASES = [("shipped", shape) for shape in SHAPES] + [
+    (cut, shape) for cut in ("one chunk", "chunks") for shape in [(2, 19, 5, 7), (1, 3, 23, 41), (1, 150, 3, 3)]
+]
 
-each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+each_case = pytest.mark.parametrize(("cut", "shape"), CASES, ids=str, indirect=["cut"])
 each_cut = pytest.mark.parametrize("cut", CUTS, indirect=True)
 each_dims = pytest.mark.parametrize("dims", ["hw", "nhw", "c", "chw"])
 
@@ -55,9 +57,10 @@ def cut(request, monkeypatch):
     tiles._cut.cache_clear()
 
 
-def layouts(shape, seed=0):
-    """Dtypes and layout for each test, so that all pairs turn up without their product."""
-    return [(*d, NHWC if (i + seed) % 2 else NCHW) for i, d in enumerate(DTYPES)]
+def kinds(*case) -> list[tuple]:
+    """Two of the (student dtype, teacher dtype, layout) for a test: all turn up, without their product."""
+    i = sum(map(ord, str(case)))
+    return [(*DTYPES[(i + k) % len(DTYPES)], NHWC if (i // 2 + k // 3) % 2 else NCHW) for k in (0, 3)]
 
 
 def maps(shape, student=F32, teacher=F32, layout=NCHW, scale=1.0, offset=0.0, seed=0):
@@ -76,19 +79,23 @@ def truth(formula, student: Tensor, teacher: Tensor, grad: Tensor, dtype) -> tup
 
 
 def check(formula, student: Tensor, teacher: Tensor, grad: Tensor, loss: Tensor, gradient: Tensor) -> None:
-    """Both within twice plain PyTorch's own error, plus a few roundings of the largest value."""
+    """Both within four times the error of plain PyTorch, plus a few roundings of the largest value.
+
+    That error is measured in fp32. For fp64 maps, for which there is no better truth, it is scaled to fp64.
+    """
     acc = F64 if student.dtype == F64 else F32
     assert (loss.dtype, gradient.dtype, gradient.stride()) == (acc, student.dtype, student.stride())
     right = truth(formula, student, teacher, grad, F64)
-    eager = truth(formula, student, teacher, grad, acc)
+    eager = truth(formula, student, teacher, grad, F32)
+    eps = torch.finfo(acc).eps
     for got, plain, want in zip((loss, gradient), eager, right, strict=True):
-        rounding = torch.finfo(got.dtype).eps * want.abs() + 8 * torch.finfo(acc).eps * want.abs().max()
         error = (got.double() - want).abs()
-        allowed = 2 * (plain - want).abs().max() + rounding
-        # A subnormal fp16 gradient is rounded to a fixed step, and near 0 the NFD loss is a difference of numbers near 1.
-        floor = torch.finfo(got.dtype).smallest_normal if got.dtype == F16 else 0.0
+        allowed = 4 * (plain - want).abs().max() * eps / torch.finfo(F32).eps + 8 * eps * want.abs().max() + 2 * eps
+        allowed = allowed + torch.finfo(got.dtype).eps * want.abs()
+        if got.dtype == F16:  # a subnormal gradient is rounded to a fixed step
+            allowed = allowed + torch.finfo(F16).smallest_normal * torch.finfo(F16).eps
         assert got.shape == want.shape
-        assert (error <= allowed + floor + 4 * torch.finfo(acc).eps).all(), f"{error.max():.3e} > {allowed.max():.3e}"
+        assert (error <= allowed).all(), f"{error.max():.3e} > {allowed.max():.3e}"
 
 
 def run_nfd(student: Tensor, teacher: Tensor, dims: str, eps: float = 1e-5):
@@ -104,59 +111,45 @@ def run_cwd(student: Tensor, teacher: Tensor, temperature: float):
 
 
 def run_kd(student: Tensor, teacher: Tensor, temperature: float, target=None, weight=None, ignore_index=255):
-    """Per pixel; the sum and its count are checked against it on the way."""
-    options = (target, weight, temperature, ignore_index)
-    loss, count = kd.forward(student, teacher, *options, True)
-    total, same_count = kd.forward(student, teacher, *options, False)
-    torch.testing.assert_close(total, loss.double().sum().to(loss.dtype))
-    valid = torch.ones_like(loss, dtype=torch.bool)
-    if target is not None:
-        valid = reference.valid_pixels(target, student.shape[1], ignore_index)
-    assert count.dtype == torch.int64
-    assert count == same_count == valid.sum()
-    one = torch.tensor(1.7, dtype=loss.dtype, device=DEVICE)
-    everywhere = kd.backward(torch.full_like(loss, 1.7), student, teacher, *options)
-    assert torch.equal(kd.backward(one, student, teacher, *options), everywhere)
+    loss, _ = kd.forward(student, teacher, target, weight, temperature, ignore_index, True)
     grad = torch.randn_like(loss)
-    return grad, loss, kd.backward(grad, student, teacher, *options)
+    return grad, loss, kd.backward(grad, student, teacher, target, weight, temperature, ignore_index)
 
 
 @needs_kernels
-@each_cut
 @each_dims
-@each_shape
-def test_nfd(shape, dims, cut):
-    for *dtypes, layout in layouts(shape, len(dims)):
+@each_case
+def test_nfd(cut, shape, dims):
+    for *dtypes, layout in kinds(cut, shape, dims):
         s, t = maps(shape, *dtypes, layout)
         check(lambda s, t: reference.nfd(s, t, dims, 1e-5), s, t, *run_nfd(s, t, dims))
 
 
 @needs_kernels
-@each_cut
-@each_shape
-def test_cwd(shape, cut):
-    for (*dtypes, layout), temperature in zip(layouts(shape), itertools.cycle([4.0, 1.0, 0.7]), strict=False):
+@pytest.mark.parametrize("temperature", [4.0, 0.7])
+@each_case
+def test_cwd(cut, shape, temperature):
+    for *dtypes, layout in kinds(cut, shape, temperature):
         s, t = maps(shape, *dtypes, layout, scale=3.0)
         check(lambda s, t: reference.cwd(s, t, temperature), s, t, *run_cwd(s, t, temperature))
 
 
 @needs_kernels
-@each_cut
-@each_shape
-def test_kd(shape, cut):
+@pytest.mark.parametrize(("temperature", "label_dtype", "weighted"), [(1.0, None, True), (4.0, torch.uint8, False)])
+@pytest.mark.parametrize(("cut", "shape"), [c for c in CASES if c[0] != "chunks"], ids=str, indirect=["cut"])
+def test_kd(cut, shape, temperature, label_dtype, weighted):
     n, c, h, w = shape
-    for i, (*dtypes, layout) in enumerate(layouts(shape, 1)):
+    for *dtypes, layout in kinds(cut, shape, temperature):
         s, t = maps(shape, *dtypes, layout, scale=3.0)
-        temperature = (1.0, 4.0, 0.7)[i % 3]
-        acc = F64 if s.dtype == F64 else F32
-        weight = torch.rand(n, h, w, dtype=acc, device=DEVICE) if i % 2 else None
-        target = None
-        if i:  # some labels are ignored, some belong to no class
-            target = torch.randint(0, c + 2, (n, h, w), device=DEVICE)
+        weight, target = None, None
+        if weighted:
+            weight = torch.rand(n, h, w, dtype=F64 if s.dtype == F64 else F32, device=DEVICE)
+        if label_dtype is not None:  # some labels are ignored, some belong to no class
+            target = torch.randint(0, min(c + 2, 256), (n, h, w), device=DEVICE)
             target[torch.rand(n, h, w, device=DEVICE) < 0.2] = 255
-            target = target.to((torch.uint8, torch.int32, torch.int64)[i % 3])
+            target = target.to(label_dtype)
 
-        def formula(s, t, target=target, weight=weight, temperature=temperature):
+        def formula(s, t, target=target, weight=weight):
             loss = reference.kd(s, t, temperature) * (1 if weight is None else weight)
             return loss if target is None else torch.where(reference.valid_pixels(target, c, 255), loss, 0)
 
@@ -165,11 +158,11 @@ def test_kd(shape, cut):
 
 @needs_kernels
 @pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("cut", CUTS, indirect=True)
+@each_cut
 @each_dims
 def test_nfd_far_from_zero(dims, cut, layout):
     """|mean| / std = 1e6: the gradient stays within 0.1 %."""
-    s, t = maps((2, 40, 8, 9), layout=layout, scale=1e-2, offset=1e4)
+    s, t = maps((2, 20, 5, 9), layout=layout, scale=1e-2, offset=1e4)
     grad, loss, gradient = run_nfd(s, t, dims, 1e-12)
     want, want_gradient = truth(lambda s, t: reference.nfd(s, t, dims, 1e-12), s, t, grad, F64)
     torch.testing.assert_close(loss.double(), want, rtol=1e-4, atol=1e-6)
@@ -181,7 +174,7 @@ def test_nfd_far_from_zero(dims, cut, layout):
 @each_dims
 def test_nfd_near_convergence(dims, cut):
     """The loss is a difference of large numbers: its absolute error stays below 1e-6."""
-    s, _ = maps((2, 20, 8, 17), scale=100.0, offset=30.0)
+    s, _ = maps((1, 10, 5, 17), scale=100.0, offset=30.0)
     for noise in (0.0, 1e-3, 1e-1):
         t = 0.5 * s + noise * torch.randn_like(s)
         loss, _ = nfd.forward(s, t, dims, 1e-5)
@@ -192,7 +185,7 @@ def test_nfd_near_convergence(dims, cut):
 @each_cut
 def test_outlier_first(cut):
     """The value all means are kept relative to may be the one that is far from all others."""
-    s, t = maps((1, 2, 40, 50))
+    s, t = maps((1, 2, 30, 40))
     s[..., 0, 0] = 1e4
     for dims in ("hw", "chw", "nhw"):
         check(lambda s, t: reference.nfd(s, t, dims, 1e-5), s, t, *run_nfd(s, t, dims))  # noqa: B023
@@ -203,25 +196,26 @@ def test_outlier_first(cut):
 @pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
 def test_masked_teacher(cut, layout):
     """A teacher logit of -inf is probability 0: it adds 0, also where a whole tile or chunk is -inf."""
-    s, t = maps((2, 150, 9, 11), layout=layout)
-    t[:, :70] = -torch.inf
+    s, t = maps((1, 70, 3, 5), layout=layout)
+    t[:, :40] = -torch.inf
     check(lambda s, t: reference.kd(s, t, 2.0), s, t, *run_kd(s, t, 2.0))
-    s, t = maps((2, 5, 40, 51), layout=layout)
-    t[:, :, :20] = -torch.inf
+    s, t = maps((1, 2, 16, 51), layout=layout)
+    t[:, :, :8] = -torch.inf
     check(lambda s, t: reference.cwd(s, t, 2.0), s, t, *run_cwd(s, t, 2.0))
 
 
 @needs_kernels
-@each_cut
+@pytest.mark.parametrize("cut", ["shipped", "chunks"], indirect=True)
 @pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
 def test_same_maps(cut, layout):
     """Equal maps have a divergence and a gradient of exactly 0, masked classes and far offsets included."""
-    s, _ = maps((2, 21, 15, 17), layout=layout, scale=30.0, offset=1e3)
+    s, _ = maps((1, 21, 5, 7), layout=layout, scale=30.0, offset=1e3)
     for temperature in (1.0, 3.0):
-        for grad_loss_gradient in (run_kd(s, s, temperature), run_cwd(s, s, temperature)):
-            assert not any(x.any() for x in grad_loss_gradient[1:])
+        for _, loss, gradient in (run_kd(s, s, temperature), run_cwd(s, s, temperature)):
+            assert not loss.any()
+            assert not gradient.any()
     s[:, 3] = -torch.inf
-    assert not any(x.any() for x in run_kd(s, s, 2.0)[1:])
+    assert not run_kd(s, s, 2.0)[1].any()
 
 
 @needs_kernels
@@ -251,6 +245,25 @@ def test_kd_labels():
 
 
 @needs_kernels
+@pytest.mark.parametrize("shape", [(2, 19, 5, 7), (1, 150, 3, 41)], ids=str)
+def test_kd_sum(shape):
+    """The sum and its count are those of the map, and a 0-d gradient is one for all pixels."""
+    n, c, h, w = shape
+    s, t = maps(shape)
+    weight = torch.rand(n, h, w, device=DEVICE)
+    for target in (None, torch.randint(0, c + 3, (n, h, w), dtype=torch.int32, device=DEVICE)):
+        options = (target, weight, 2.0, 1)
+        loss, count = kd.forward(s, t, *options, True)
+        total, same_count = kd.forward(s, t, *options, False)
+        torch.testing.assert_close(total, loss.double().sum().float())
+        valid = torch.ones_like(loss) if target is None else reference.valid_pixels(target, c, 1)
+        assert count.dtype == torch.int64
+        assert count == same_count == valid.sum()
+        everywhere = kd.backward(torch.full_like(loss, 1.7), s, t, *options)
+        assert torch.equal(kd.backward(torch.tensor(1.7, device=DEVICE), s, t, *options), everywhere)
+
+
+@needs_kernels
 def test_nan_propagates():
     s, t = maps((2, 5, 7, 9))
     s[1, 2, 3, 4] = torch.nan
@@ -271,13 +284,13 @@ def test_constant_maps():
 
 
 @needs_kernels
-@each_cut
+@pytest.mark.parametrize("cut", ["shipped", "chunks"], indirect=True)
 def test_same_bits_every_time(cut):
-    s, t = maps((2, 19, 23, 31), BF16, F32)
+    s, t = maps((1, 5, 11, 13), BF16, F32)
 
     def everything():
         torch.manual_seed(1)
-        target = torch.randint(0, 19, (2, 23, 31), device=DEVICE)
+        target = torch.randint(0, 5, (1, 11, 13), device=DEVICE)
         nfds = [x for dims in ("hw", "nhw", "c", "chw") for x in run_nfd(s, t, dims)]
         total, _ = kd.forward(s, t, target, None, 2.0, 255, False)
         return [*nfds, *run_cwd(s, t, 4.0), *run_kd(s, t, 2.0, target), total]
