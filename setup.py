@@ -23,7 +23,16 @@ except ImportError:  # setuptools < 70.1
 
 CSRC = Path("csrc")
 KERNELS = ["nfd", "kd", "cwd", "exp"]
-FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-psabi",
+]
 STABLE_ABI = "0x020a000000000000"  # torch 2.10
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = {"baseline": []}
@@ -63,22 +72,31 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         includes, libs = PATHS
-        units = [("registration", CSRC / "registration.cpp", ["-DTORCH_TARGET_VERSION=" + STABLE_ABI]),
-                 ("dispatch", CSRC / "cpu" / "dispatch.cpp", [])]
+        units = [
+            ("registration", CSRC / "registration.cpp", ["-DTORCH_TARGET_VERSION=" + STABLE_ABI]),
+            ("dispatch", CSRC / "cpu" / "dispatch.cpp", []),
+        ]
         for isa, flags in ISAS.items():
-            units += [(f"{isa}_{name}", CSRC / "cpu" / f"{name}.cpp", [f"-DFASTKD_ISA={isa}", *flags]) for name in KERNELS]
+            units += [
+                (f"{isa}_{name}", CSRC / "cpu" / f"{name}.cpp", [f"-DFASTKD_ISA={isa}", *flags]) for name in KERNELS
+            ]
 
         def compile_unit(unit: tuple[str, Path, list[str]]) -> str:
             name, source, flags = unit
             # A directory of its own each: the object file is named after the source.
-            return self.compiler.compile([str(source)], output_dir=os.path.join(self.build_temp, name),
-                                         include_dirs=includes if name == "registration" else [],
-                                         extra_postargs=[*FLAGS, *flags], depends=ext.depends)[0]
+            return self.compiler.compile(
+                [str(source)],
+                output_dir=os.path.join(self.build_temp, name),
+                include_dirs=includes if name == "registration" else [],
+                extra_postargs=[*FLAGS, *flags],
+                depends=ext.depends,
+            )[0]
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_unit, units))
-        self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), libraries=["torch_cpu"],
-                                         library_dirs=[libs], target_lang="c++")
+        self.compiler.link_shared_object(
+            objects, self.get_ext_fullpath(ext.name), libraries=["torch_cpu"], library_dirs=[libs], target_lang="c++"
+        )
 
 
 class BdistWheel(bdist_wheel):
@@ -97,5 +115,7 @@ if isinstance(PATHS, str):
 else:
     headers = [str(path) for path in CSRC.rglob("*.h")]
     sources = [str(path) for path in CSRC.rglob("*.cpp")]
-    setup(ext_modules=[Extension("fastkd._cpu", sources, depends=headers)],
-          cmdclass={"build_ext": BuildExt, "bdist_wheel": BdistWheel})
+    setup(
+        ext_modules=[Extension("fastkd._cpu", sources, depends=headers)],
+        cmdclass={"build_ext": BuildExt, "bdist_wheel": BdistWheel},
+    )

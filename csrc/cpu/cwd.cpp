@@ -149,31 +149,35 @@ void backward_channels(const CwdBackward& a) {
     const Acc inv_tau = static_cast<Acc>(1 / a.temperature);
     const int64_t rows = min(in.hw, max(64, kItem / in.c)), items = ceil_div(in.hw, rows);
     const int64_t padded = tile_size<Acc>(1, in.c);
+    const int64_t chunk = max(1, kSpan / in.c);  // rows converted at a time
     parallel_items(in.parallel_for, in.n * items, rows * in.c, [&](int64_t begin, int64_t end) {
-        const Scratch<Acc> k(5 * padded), s_scratch(in.c), t_scratch(in.c), out_scratch(in.c);
+        const Scratch<Acc> k(5 * padded);
+        const Scratch<Acc> s_scratch(chunk * in.c), t_scratch(chunk * in.c), out_scratch(chunk * in.c);
         for (int64_t item = begin; item < end; ++item) {
-            const int64_t n = item / items, first = item % items * rows, last = min(in.hw, first + rows);
+            const int64_t n = item / items, last = min(in.hw, (item % items + 1) * rows);
             for (int64_t l = 0; l < padded; ++l) {
                 const Coefficients<Acc> c = l < in.c ? coefficients<Acc>(a, n * in.c + l) : Coefficients<Acc>{};
                 const Acc fields[5] = {c.ref_s, c.log_s, c.ref_t, c.log_t, c.scale};
                 for (int f = 0; f < 5; ++f) k[f * padded + l] = fields[f];
             }
-            for (int64_t p = first; p < last; ++p) {
-                const int64_t offset = (n * in.hw + p) * in.c;
-                const Acc* s = view(in.student, in.student_type, offset, in.c, static_cast<Acc*>(s_scratch));
-                const Acc* t = view(in.teacher, in.teacher_type, offset, in.c, static_cast<Acc*>(t_scratch));
-                Acc* out = target_span(a.out, in.student_type, offset, static_cast<Acc*>(out_scratch));
-                for (int64_t l = 0; l < in.c; l += W) {
-                    const Coefficients<Vec<Acc>> c{load(k + l), load(k + padded + l), load(k + 2 * padded + l),
-                                                   load(k + 3 * padded + l), load(k + 4 * padded + l)};
-                    if (l + W <= in.c)
-                        store(out + l, gradient(c, load(s + l), load(t + l), inv_tau));
-                    else
-                        store_part(out + l, in.c - l,
-                                   gradient(c, load_part(s + l, in.c - l, Acc(0)), load_part(t + l, in.c - l, Acc(0)),
-                                            inv_tau));
-                }
-                commit(a.out, in.student_type, offset, in.c, out);
+            for (int64_t p = item % items * rows, count; p < last; p += count) {
+                count = min(chunk, last - p);
+                const int64_t offset = (n * in.hw + p) * in.c, size = count * in.c;
+                const Acc* s = view<Acc>(in.student, in.student_type, offset, size, s_scratch);
+                const Acc* t = view<Acc>(in.teacher, in.teacher_type, offset, size, t_scratch);
+                Acc* out = target_span<Acc>(a.out, in.student_type, offset, out_scratch);
+                for (int64_t row = 0; row < size; row += in.c)
+                    for (int64_t l = 0; l < in.c; l += W) {
+                        const Coefficients<Vec<Acc>> c{load(k + l), load(k + padded + l), load(k + 2 * padded + l),
+                                                       load(k + 3 * padded + l), load(k + 4 * padded + l)};
+                        const int64_t i = row + l, left = in.c - l;
+                        if (i + W <= size)  // what spills over is the next row's to overwrite
+                            store(out + i, gradient(c, load(s + i), load(t + i), inv_tau));
+                        else
+                            store_part(out + i, left, gradient(c, load_part(s + i, left, Acc(0)),
+                                                               load_part(t + i, left, Acc(0)), inv_tau));
+                    }
+                commit(a.out, in.student_type, offset, size, out);
             }
         }
     });

@@ -64,6 +64,8 @@ void forward(const KdForward& a) {
             const int64_t n = item / tiles, first = item % tiles * lanes, count = min(lanes, in.hw - first);
             counts[item] = pixel_factors(a.pixels, in.c, n * in.hw + first, count,
                                          static_cast<Acc>(a.temperature * a.temperature), factor, valid);
+            const TileAddress next_s(in, in.student, in.student_type, n, first + lanes, W);
+            const TileAddress next_t(in, in.teacher, in.teacher_type, n, first + lanes, W);
             load_pixels<Acc>(in, in.student, in.student_type, n, first, count, s_tile, scratch);
             load_pixels<Acc>(in, in.teacher, in.teacher_type, n, first, count, t_tile, scratch);
             Vec<Acc> sum{};
@@ -74,12 +76,16 @@ void forward(const KdForward& a) {
                 SoftmaxSums<Acc> sums;
                 for (int64_t first_row = 0; first_row < in.c; first_row += kRows) {
                     SoftmaxSums<Acc> part;
-                    for (int64_t r = first_row; r < min(in.c, first_row + kRows); ++r)
+                    for (int64_t r = first_row; r < min(in.c, first_row + kRows); ++r) {
+                        next_s.fetch(r, l);
+                        next_t.fetch(r, l);
                         part.add((load(s + r * W) - max_s) * inv_tau, (load(t + r * W) - max_t) * inv_tau);
+                    }
                     sums.add(part);
                 }
                 const Vec<Acc> kl = sums.dot / sums.t + log(sums.s / sums.t);
-                const Vec<Acc> value = load(valid + l) == 0 ? Vec<Acc>{} : (kl < 0 ? Vec<Acc>{} : kl) * load(factor + l);
+                const Vec<Acc> weighted = (kl < 0 ? Vec<Acc>{} : kl) * load(factor + l);
+                const Vec<Acc> value = load(valid + l) == 0 ? Vec<Acc>{} : weighted;
                 store(loss + l, value);
                 sum += value;
             }
@@ -115,6 +121,9 @@ void backward(const KdBackward& a) {
             pixel_factors(a.pixels, in.c, n * in.hw + first, count, scale, factor, valid);
             if (a.per_pixel)
                 for (int64_t i = 0; i < count; ++i) factor[i] *= grad[n * in.hw + first + i];
+            const TileAddress next_s(in, in.student, in.student_type, n, first + lanes, W);
+            const TileAddress next_t(in, in.teacher, in.teacher_type, n, first + lanes, W);
+            const TileAddress out(in, a.out, in.student_type, n, first, W);
             load_pixels<Acc>(in, in.student, in.student_type, n, first, count, s_tile, scratch);
             load_pixels<Acc>(in, in.teacher, in.teacher_type, n, first, count, t_tile, scratch);
             for (int64_t l = 0; l < count; l += W) {
@@ -124,6 +133,9 @@ void backward(const KdBackward& a) {
                 for (int64_t first_row = 0; first_row < in.c; first_row += kRows) {
                     Vec<Acc> part_s{}, part_t{};
                     for (int64_t r = first_row; r < min(in.c, first_row + kRows); ++r) {
+                        next_s.fetch(r, l);
+                        next_t.fetch(r, l);
+                        out.fetch(r, l);
                         const Vec<Acc> es = exp((load(s + r * W) - max_s) * inv_tau);
                         const Vec<Acc> et = exp((load(t + r * W) - max_t) * inv_tau);
                         part_s += es;

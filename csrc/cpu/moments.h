@@ -74,6 +74,10 @@ inline Moments span_moments(const Acc* s, const Acc* t, int64_t n) {
     const Vec<Acc> ks = set1(shift_s), kt = set1(shift_t);
     Deviations<Vec<Acc>> a, b;
     for (i = 0; i + 2 * W <= n; i += 2 * W) {
+        prefetch(s + n + i);  // the next span, while this one is in cache
+        prefetch(t + n + i);
+        prefetch(s + n + i + W);
+        prefetch(t + n + i + W);
         a.add(load(s + i) - ks, load(t + i) - kt);
         b.add(load(s + i + W) - ks, load(t + i + W) - kt);
     }

@@ -17,19 +17,31 @@ constexpr int64_t kChannels = 128;    // channels_last: channels and pixels of o
 constexpr int64_t kPixels = 2048;
 constexpr int64_t kStats = 6;
 
-template <class Acc>
-void finish(const Moments& m, double eps, Acc* loss, Acc* stats) {
+struct Finished {
+    double loss, a, b;
+};
+
+inline Finished finished(const Moments& m, double eps) {
     const double vs = m.ss / m.n, vt = m.tt / m.n, c = m.st / m.n;
     const double is = 1 / __builtin_sqrt(vs + eps), it = 1 / __builtin_sqrt(vt + eps);
-    const double own = vs * is * is, other = vt * it * it, both = c * is * it;
-    const double d = (own + other) - 2 * both;
-    *loss = static_cast<Acc>(d < 0 ? 0 : d);
+    const double own = vs * is * is, other = vt * it * it, both = c * is * it, d = (own + other) - 2 * both;
+    return {d < 0 ? 0 : d, 2 / m.n * is * is * (1 - (own - both)), 2 / m.n * is * it};
+}
+
+template <class Acc>
+inline void save(const Moments& m, const Finished& f, Acc* loss, Acc* stats) {
+    *loss = static_cast<Acc>(f.loss);
     stats[0] = static_cast<Acc>(m.mean_s);
     stats[1] = static_cast<Acc>(m.mean_s - static_cast<double>(stats[0]));
     stats[2] = static_cast<Acc>(m.mean_t);
     stats[3] = static_cast<Acc>(m.mean_t - static_cast<double>(stats[2]));
-    stats[4] = static_cast<Acc>(2 / m.n * is * is * (1 - (own - both)));
-    stats[5] = static_cast<Acc>(2 / m.n * is * it);
+    stats[4] = static_cast<Acc>(f.a);
+    stats[5] = static_cast<Acc>(f.b);
+}
+
+template <class Acc>
+inline void finish(const Moments& m, double eps, Acc* loss, Acc* stats) {
+    save(m, finished(m, eps), loss, stats);
 }
 
 // ---- forward ------------------------------------------------------------------------------------------------------
@@ -123,10 +135,17 @@ void forward_pixels(const NfdForward& a) {
                 LaneMoments<Acc> m;
                 for (int64_t r = 0; r < in.c; r += kRows)
                     m.add(s_tile + l * in.c + r * W, t_tile + l * in.c + r * W, min(kRows, in.c - r));
-                for (int64_t i = 0; i < min(W, count - l); ++i) {
+                double loss[W], slope_s[W], slope_t[W];  // computed lane by lane in a loop that vectorises
+                for (int i = 0; i < W; ++i) {
+                    const Finished f = finished(m.lane(i), a.eps);
+                    loss[i] = f.loss;
+                    slope_s[i] = f.a;
+                    slope_t[i] = f.b;
+                }
+                for (int i = 0; i < min(W, count - l); ++i) {
                     const int64_t g = n * in.hw + first + l + i;
-                    finish(m.lane(static_cast<int>(i)), a.eps, static_cast<Acc*>(a.loss) + g,
-                           static_cast<Acc*>(a.stats) + g * kStats);
+                    save(m.lane(i), {loss[i], slope_s[i], slope_t[i]}, static_cast<Acc*>(a.loss) + g,
+                         static_cast<Acc*>(a.stats) + g * kStats);
                 }
             }
         }
@@ -187,10 +206,12 @@ void backward_runs(const NfdBackward& a, int64_t length) {
     });
 }
 
-// Memory as rows of `lanes`, lane l of every row in a group of its own; groups of lane 0 are base(row) apart.
+// The coefficients of rows whose lanes belong to a group each, padded to whole vectors.
 template <class Acc>
 struct LaneCoefficients {
-    explicit LaneCoefficients(int64_t lanes) : data(6 * lanes), lanes(lanes) {}
+    explicit LaneCoefficients(int64_t n) : lanes(tile_size<Acc>(1, n)), data(6 * lanes) {
+        for (int64_t i = 0; i < 6 * lanes; ++i) data[i] = 0;
+    }
 
     void set(const NfdBackward& a, int64_t first_group, int64_t count) {
         for (int64_t l = 0; l < count; ++l) {
@@ -200,11 +221,12 @@ struct LaneCoefficients {
         }
     }
 
-    void gradient_row(const Acc* s, const Acc* t, int64_t n, Acc* out) const {
+    // One row of n lanes. room >= n elements may be read and written: what spills over is the next row's to overwrite.
+    void gradient_row(const Acc* s, const Acc* t, int64_t n, int64_t room, Acc* out) const {
         constexpr int W = kLanes<Acc>;
         const Acc* k = data;
         int64_t l = 0;
-        for (; l + W <= n; l += W) {
+        for (; l < n && l + W <= room; l += W) {
             const Coefficients<Vec<Acc>> c{load(k + l),             load(k + lanes + l),     load(k + 2 * lanes + l),
                                            load(k + 3 * lanes + l), load(k + 4 * lanes + l), load(k + 5 * lanes + l)};
             store(out + l, gradient(c, load(s + l), load(t + l)));
@@ -216,46 +238,52 @@ struct LaneCoefficients {
         }
     }
 
-    const Scratch<Acc> data;
     const int64_t lanes;
+    const Scratch<Acc> data;
 };
 
-// Rows [first, first + rows) * stride + [0, lanes) of both inputs, with the coefficients of those lanes.
+// channels_last, a group per channel: rows are pixels, contiguous.
 template <class Acc>
-void gradient_rows(const NfdBackward& a, const LaneCoefficients<Acc>& k, int64_t offset, int64_t rows, int64_t stride,
-                   int64_t lanes, Acc* s_scratch, Acc* t_scratch, Acc* out_scratch) {
+void backward_channels(const NfdBackward& a) {
     const Pair& in = a.in;
-    for (int64_t r = 0; r < rows; ++r, offset += stride) {
-        Acc* out = target_span(a.out, in.student_type, offset, out_scratch);
-        k.gradient_row(view(in.student, in.student_type, offset, lanes, s_scratch),
-                       view(in.teacher, in.teacher_type, offset, lanes, t_scratch), lanes, out);
-        commit(a.out, in.student_type, offset, lanes, out);
-    }
+    const int64_t rows = min(in.hw, max(64, kItem / in.c)), items = ceil_div(in.hw, rows);
+    const int64_t chunk = max(1, kSpan / in.c);  // rows converted at a time
+    parallel_items(in.parallel_for, in.n * items, in.c * rows, [&](int64_t begin, int64_t end) {
+        LaneCoefficients<Acc> k(in.c);
+        const Scratch<Acc> s_scratch(chunk * in.c), t_scratch(chunk * in.c), out_scratch(chunk * in.c);
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t n = item / items, last = min(in.hw, (item % items + 1) * rows);
+            k.set(a, a.group == Group::hw ? n * in.c : 0, in.c);
+            for (int64_t p = item % items * rows, count; p < last; p += count) {
+                count = min(chunk, last - p);
+                const int64_t offset = (n * in.hw + p) * in.c, size = count * in.c;
+                const Acc* s = view<Acc>(in.student, in.student_type, offset, size, s_scratch);
+                const Acc* t = view<Acc>(in.teacher, in.teacher_type, offset, size, t_scratch);
+                Acc* out = target_span<Acc>(a.out, in.student_type, offset, out_scratch);
+                for (int64_t i = 0; i < size; i += in.c) k.gradient_row(s + i, t + i, in.c, size - i, out + i);
+                commit(a.out, in.student_type, offset, size, out);
+            }
+        }
+    });
 }
 
-// channels_last with a group per channel: rows are pixels. NCHW with a group per pixel: rows are channels.
+// NCHW, a group per pixel: rows are channels.
 template <class Acc>
-void backward_lanes(const NfdBackward& a) {
+void backward_pixels(const NfdBackward& a) {
     const Pair& in = a.in;
-    const bool per_channel = in.channels_last;
-    const int64_t lanes = per_channel ? in.c : min(in.hw, 512);
-    const int64_t rows = per_channel ? min(in.hw, max(64, kItem / in.c)) : in.c;
-    const int64_t items = per_channel ? ceil_div(in.hw, rows) : ceil_div(in.hw, lanes);
-    parallel_items(in.parallel_for, in.n * items, lanes * rows, [&](int64_t begin, int64_t end) {
+    const int64_t lanes = min(in.hw, 512), items = ceil_div(in.hw, lanes);
+    parallel_items(in.parallel_for, in.n * items, in.c * lanes, [&](int64_t begin, int64_t end) {
         LaneCoefficients<Acc> k(lanes);
         const Scratch<Acc> s_scratch(lanes), t_scratch(lanes), out_scratch(lanes);
         for (int64_t item = begin; item < end; ++item) {
-            const int64_t n = item / items, i = item % items;
-            if (per_channel) {
-                k.set(a, a.group == Group::hw ? n * in.c : 0, in.c);
-                gradient_rows(a, k, (n * in.hw + i * rows) * in.c, min(rows, in.hw - i * rows), in.c, in.c,
-                              static_cast<Acc*>(s_scratch), static_cast<Acc*>(t_scratch),
-                              static_cast<Acc*>(out_scratch));
-            } else {
-                const int64_t first = i * lanes, count = min(lanes, in.hw - first);
-                k.set(a, n * in.hw + first, count);
-                gradient_rows(a, k, n * in.c * in.hw + first, in.c, in.hw, count, static_cast<Acc*>(s_scratch),
-                              static_cast<Acc*>(t_scratch), static_cast<Acc*>(out_scratch));
+            const int64_t n = item / items, first = item % items * lanes, count = min(lanes, in.hw - first);
+            k.set(a, n * in.hw + first, count);
+            for (int64_t c = 0; c < in.c; ++c) {
+                const int64_t offset = (n * in.c + c) * in.hw + first;
+                Acc* out = target_span<Acc>(a.out, in.student_type, offset, out_scratch);
+                k.gradient_row(view<Acc>(in.student, in.student_type, offset, count, s_scratch),
+                               view<Acc>(in.teacher, in.teacher_type, offset, count, t_scratch), count, count, out);
+                commit(a.out, in.student_type, offset, count, out);
             }
         }
     });
@@ -283,8 +311,10 @@ void nfd_backward(const NfdBackward& a) {
             backward_runs<Acc>(a, in.c * in.hw);
         else if (in.channels_last == (a.group == Group::c))
             backward_runs<Acc>(a, in.channels_last ? in.c : in.hw);
+        else if (in.channels_last)
+            backward_channels<Acc>(a);
         else
-            backward_lanes<Acc>(a);
+            backward_pixels<Acc>(a);
     });
 }
 

@@ -104,7 +104,11 @@ inline SoftmaxPair span_softmax(const Acc* s, const Acc* t, int64_t n, Acc inv_t
     const Acc top_s = max_lanes<Acc>(max_s), top_t = max_lanes<Acc>(max_t);
     const Acc ref_s = top_s == lowest ? 0 : top_s, ref_t = top_t == lowest ? 0 : top_t;
     SoftmaxSums<Acc> sums;
-    for (i = 0; i + W <= n; i += W) sums.add((load(s + i) - ref_s) * inv_tau, (load(t + i) - ref_t) * inv_tau);
+    for (i = 0; i + W <= n; i += W) {
+        prefetch(s + n + i);  // the next span, while this one is in cache
+        prefetch(t + n + i);
+        sums.add((load(s + i) - ref_s) * inv_tau, (load(t + i) - ref_t) * inv_tau);
+    }
     if (i < n)
         sums.add((load_part(s + i, n - i, lowest) - ref_s) * inv_tau,
                  (load_part(t + i, n - i, lowest) - ref_t) * inv_tau);

@@ -46,7 +46,7 @@ inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// ---- threads -----------------------------------------------------------------------------------------------------
+// ---- threads -------------------------------------------------------------------------------------------------------
 
 // body(begin, end) for ranges of the items [0, items), each item of about `cost` elements. Items are independent and fixed by the
 // shape alone, so the result does not depend on the number of threads.
@@ -59,18 +59,30 @@ inline void parallel_items(ParallelFor parallel_for, int64_t items, int64_t cost
         const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// ---- spans --------------------------------------------------------------------------------------------------------
+inline int64_t bytes_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
+
+// ---- spans ---------------------------------------------------------------------------------------------------------
+
+// The first n < kLanes elements as Acc; the other lanes are 0.
+template <class Acc, class T>
+inline Vec<Acc> load_tail(const T* in, int64_t n) {
+    T part[kLanes<Acc>];
+    for (int i = 0; i < kLanes<Acc>; ++i) part[i] = i < n ? in[i] : T{};
+    return load(part);
+}
+template <class Acc, class T>
+inline void store_tail(T* out, int64_t n, Vec<Acc> v) {
+    T part[kLanes<Acc>];
+    store(part, v);
+    for (int64_t i = 0; i < n; ++i) out[i] = part[i];
+}
 
 template <class T, class Acc>
 inline void convert(const T* in, int64_t n, Acc* out) {
     constexpr int W = kLanes<Acc>;
     int64_t i = 0;
     for (; i + W <= n; i += W) store(out + i, load(in + i));
-    if (i < n) {
-        T part[W] = {};
-        __builtin_memcpy(part, in + i, (n - i) * sizeof(T));
-        store_part(out + i, n - i, load(part));
-    }
+    if (i < n) store_part(out + i, n - i, load_tail<Acc>(in + i, n - i));
 }
 
 template <class T, class Acc>
@@ -78,11 +90,7 @@ inline void convert_back(const Acc* in, int64_t n, T* out) {
     constexpr int W = kLanes<Acc>;
     int64_t i = 0;
     for (; i + W <= n; i += W) store(out + i, load(in + i));
-    if (i < n) {
-        T part[W];
-        store(part, load_part(in + i, n - i, Acc(0)));
-        __builtin_memcpy(out + i, part, (n - i) * sizeof(T));
-    }
+    if (i < n) store_tail<Acc>(out + i, n - i, load_part(in + i, n - i, Acc(0)));
 }
 
 // Elements [offset, offset + n) as Acc: in place if they are, else converted into scratch (n elements).
@@ -110,7 +118,7 @@ inline void commit(void* data, DType type, int64_t offset, int64_t n, const Acc*
     });
 }
 
-// ---- tiles --------------------------------------------------------------------------------------------------------
+// ---- tiles ---------------------------------------------------------------------------------------------------------
 // A tile of rows x lanes is kept as one block of (rows, W) per W lanes, so a kernel that reduces over the rows of a
 // block walks linear memory. Lanes that do not exist hold 0.
 
@@ -118,6 +126,9 @@ template <class Acc>
 inline int64_t tile_size(int64_t rows, int64_t lanes) {
     return ceil_div(lanes, kLanes<Acc>) * kLanes<Acc> * rows;
 }
+
+// Rows are short and far apart: the hardware does not see the next one coming.
+constexpr int64_t kRowsAhead = 4;
 
 // Element (row, lane) is at offset + row * stride + lane.
 template <class Acc>
@@ -129,12 +140,11 @@ inline void load_tile(const void* data, DType type, int64_t offset, int64_t rows
         const T* in = static_cast<const T*>(data) + offset;
         for (int64_t r = 0; r < rows; ++r, in += stride) {
             int64_t l = 0;
-            for (; l + W <= lanes; l += W) store(tile + l * rows + r * W, load(in + l));
-            if (l < lanes) {
-                T part[W] = {};
-                __builtin_memcpy(part, in + l, (lanes - l) * sizeof(T));
-                store(tile + l * rows + r * W, load(part));
+            for (; l + W <= lanes; l += W) {
+                prefetch(in + kRowsAhead * stride + l);
+                store(tile + l * rows + r * W, load(in + l));
             }
+            if (l < lanes) store(tile + l * rows + r * W, load_tail<Acc>(in + l, lanes - l));
         }
     });
 }
@@ -149,11 +159,7 @@ inline void store_tile(void* data, DType type, int64_t offset, int64_t rows, int
         for (int64_t r = 0; r < rows; ++r, out += stride) {
             int64_t l = 0;
             for (; l + W <= lanes; l += W) store(out + l, load(tile + l * rows + r * W));
-            if (l < lanes) {
-                T part[W];
-                store(part, load(tile + l * rows + r * W));
-                __builtin_memcpy(out + l, part, (lanes - l) * sizeof(T));
-            }
+            if (l < lanes) store_tail<Acc>(out + l, lanes - l, load(tile + l * rows + r * W));
         }
     });
 }
@@ -219,10 +225,30 @@ inline void transpose_out(const Acc* tile, int64_t rows, int64_t lanes, Acc* out
         for (int64_t r = 0; r < rows; ++r) out[l * rows + r] = tile[(l / W) * W * rows + r * W + l % W];
 }
 
-// ---- pixel tiles: rows are channels, lanes are pixels, in either memory format ------------------------------------
+// ---- pixel tiles: rows are channels, lanes are pixels, in either memory format -------------------------------------
 
-// Pixels per tile: a tile of about 16 KB, so that student and teacher share the L1 cache when c allows it.
-inline int64_t pixel_lanes(int64_t c) { return max(16, min(256, 4096 / c / 16 * 16)); }
+// Pixels per tile. About 16 KB an input, so that both share the L1 cache, but not fewer than 64 pixels, 4 cache lines
+// of each channel, while the tile fits the L2 cache.
+inline int64_t pixel_lanes(int64_t c) { return c > 1024 ? 16 : max(64, min(256, 4096 / c / 16 * 16)); }
+
+// Where a tile of pixels lies in memory, so that a kernel can ask for it while it computes: the next tile of the
+// inputs, this tile of the output.
+class TileAddress {
+public:
+    TileAddress(const Pair& in, const void* data, DType type, int64_t n, int64_t first, int64_t width) {
+        const int64_t bytes = bytes_of(type);
+        if (first >= in.hw) ++n, first = 0;
+        base_ = static_cast<const char*>(data) +
+                bytes * (in.channels_last ? (n * in.hw + first) * in.c : n * in.c * in.hw + first);
+        row_ = bytes * (in.channels_last ? width : in.hw);
+        lane_ = bytes * (in.channels_last ? in.c : 1);
+    }
+    void fetch(int64_t row, int64_t lane) const { prefetch(base_ + row * row_ + lane * lane_); }
+
+private:
+    const char* base_;
+    int64_t row_, lane_;
+};
 
 template <class Acc>
 inline void load_pixels(const Pair& in, const void* data, DType type, int64_t n, int64_t first, int64_t lanes,

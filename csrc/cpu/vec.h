@@ -80,7 +80,8 @@ inline void store(bf16* p, Float v) {
     store_raw(p, __builtin_convertvector(v == v ? rounded : nan, Half));
 }
 
-// The processor's own conversion, rounding to nearest even. (maskz: GCC warns about the undefined operand of the plain one.)
+// The processor's own conversion, rounding to nearest even (maskz: GCC warns about the undefined operand of the plain
+// form).
 #if defined(__AVX512F__)
 inline Float load(const f16* p) { return (Float)_mm512_maskz_cvtph_ps(0xffff, load_raw<__m256i>(p)); }
 inline void store(f16* p, Float v) { store_raw(p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, 0)); }
@@ -122,11 +123,22 @@ inline void store_part(T* p, int64_t n, Vec<T> v) {
     for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
+// A hint, harmless at any address, even past the end.
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
 // ---- arithmetic ---------------------------------------------------------------------------------------------------
 
-template <class V>
-inline V max(V a, V b) {  // a NaN in b is kept, one in a is not: callers see NaN through their sums
+// a > b ? a : b: a NaN in b is kept, one in a is not; callers see NaN through their sums. Compilers do not turn the
+// comparison of vectors into the one instruction that x86 has for it.
+inline Double max(Double a, Double b) { return a > b ? a : b; }
+inline Float max(Float a, Float b) {
+#if defined(__AVX512F__)
+    return (Float)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (Float)_mm256_max_ps((__m256)a, (__m256)b);
+#else
     return a > b ? a : b;
+#endif
 }
 
 template <class T>
@@ -146,23 +158,21 @@ inline T max_lanes(Vec<T> v) {
     return lanes[0];
 }
 
-// e^x for x <= 88, at most 2 ulp (1 with FMA); results below 2^-126 become 0; NaN stays NaN.
+// e^x for x <= 88, at most 2 ulp; results below 2^-126 become 0; NaN stays NaN.
 // x = n ln2 + r, |r| <= ln2 / 2, with ln2 in two parts so that n ln2 is exact; a degree-6 minimax polynomial in r;
 // 2^n enters through the exponent bits.
 inline Float exp(Float x) {
     const Float lowest = set1(-88.0f);
-    x = lowest > x ? lowest : x;
+    x = max(lowest, x);
     const Float shifter = set1(0x1.8p23f);  // adding it rounds to an integer and leaves that in the low bits
     const Float shifted = x * set1(0x1.715476p0f) + shifter;
     const Float n = shifted - shifter;
     const Float r = (x - n * set1(0x1.63p-1f)) + n * set1(0x1.bd0106p-13f);
-    Float p = set1(0x1.6b6de6p-10f);
-    p = p * r + set1(0x1.123008p-7f);
-    p = p * r + set1(0x1.55568ap-5f);
-    p = p * r + set1(0x1.5554a2p-3f);
-    p = p * r + set1(0.5f);
-    p = p * r + set1(1.0f);
-    p = p * r + set1(1.0f);
+    const Float r2 = r * r;  // Estrin's order: half the latency of Horner's, and latency is what limits a softmax
+    const Float p01 = r + set1(1.0f);
+    const Float p23 = r * set1(0x1.5554a2p-3f) + set1(0.5f);
+    const Float p46 = r2 * set1(0x1.6b6de6p-10f) + (r * set1(0x1.123008p-7f) + set1(0x1.55568ap-5f));
+    const Float p = (r2 * r2) * p46 + (r2 * p23 + p01);
     return p * (Float)(((Bits)shifted + 127) << 23);
 }
 
