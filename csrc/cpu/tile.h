@@ -48,8 +48,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- threads -------------------------------------------------------------------------------------------------------
 
-// body(begin, end) for ranges of the items [0, items), each item of about `cost` elements. Items are independent and fixed by the
-// shape alone, so the result does not depend on the number of threads.
+// body(begin, end) for ranges of the items [0, items), each item of about `cost` elements. Items are independent and
+// fixed by the shape alone, so the result does not depend on the number of threads.
 template <class F>
 inline void parallel_items(ParallelFor parallel_for, int64_t items, int64_t cost, const F& body) {
     const int64_t grain = cost >= 32768 ? 1 : 32768 / (cost > 0 ? cost : 1);
