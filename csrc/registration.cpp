@@ -181,8 +181,22 @@ Tensor kd_backward(const Tensor& grad, const Tensor& student, const Tensor& teac
     Tensor out = gradient_like(student);
     fastkd::kernels().kd_backward({in, pixels_of(in, target, weight, ignore_index), temperature,
                                    acc_data(grad, in, per_pixel ? in.n * in.hw : 1, "grad"), per_pixel,
-                                   out.mutable_data_ptr()});
+                                   out.mutable_data_ptr(), nullptr, nullptr});
     return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> kd_with_gradient(const Tensor& student, const Tensor& teacher,
+                                                    std::optional<Tensor> target, std::optional<Tensor> weight,
+                                                    double temperature, int64_t ignore_index, double scale) {
+    const fastkd::Pair in = pair_of(student, teacher);
+    Tensor loss = new_empty(student, Sizes{}, acc_type(in)), count = new_empty(student, Sizes{}, ScalarType::Long);
+    Tensor out = gradient_like(student);
+    const float scale_f = static_cast<float>(scale);
+    const void* grad = in.student_type == DType::f64 ? static_cast<const void*>(&scale) : &scale_f;
+    fastkd::kernels().kd_backward({in, pixels_of(in, target, weight, ignore_index), temperature, grad, false,
+                                   out.mutable_data_ptr(), loss.mutable_data_ptr(),
+                                   static_cast<int64_t*>(count.mutable_data_ptr())});
+    return {loss, count, out};
 }
 
 std::tuple<Tensor, Tensor> cwd_forward(const Tensor& student, const Tensor& teacher, double temperature) {
@@ -223,6 +237,9 @@ STABLE_TORCH_LIBRARY(fastkd_cpu, m) {
     m.def(
         "kd_backward(Tensor grad, Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
         "int ignore_index) -> Tensor");
+    m.def(
+        "kd_with_gradient(Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
+        "int ignore_index, float scale) -> (Tensor loss, Tensor count, Tensor gradient)");
     m.def("cwd_forward(Tensor student, Tensor teacher, float temperature) -> (Tensor loss, Tensor stats)");
     m.def("cwd_backward(Tensor grad, Tensor student, Tensor teacher, Tensor stats, float temperature) -> Tensor");
     m.def("exp(Tensor x) -> Tensor");
@@ -234,6 +251,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd_cpu, CPU, m) {
     m.impl("nfd_backward", TORCH_BOX(&nfd_backward));
     m.impl("kd_forward", TORCH_BOX(&kd_forward));
     m.impl("kd_backward", TORCH_BOX(&kd_backward));
+    m.impl("kd_with_gradient", TORCH_BOX(&kd_with_gradient));
     m.impl("cwd_forward", TORCH_BOX(&cwd_forward));
     m.impl("cwd_backward", TORCH_BOX(&cwd_backward));
     m.impl("exp", TORCH_BOX(&exponential));

@@ -10,6 +10,7 @@ import torch
 
 import fastkd
 from fastkd import backends
+from fastkd.ops import kd
 from fastkd.ops._registry import families, operators
 
 S, T = torch.randn(2, 2, 4, 6, 6)
@@ -30,7 +31,7 @@ def test_cpu_kernels_are_built():
 def test_schemas_are_the_same_everywhere():
     assert backends.why_not("cpu") is None
     for family in families():
-        for schema in (family.FORWARD, family.BACKWARD):
+        for schema in (family.FORWARD, family.BACKWARD, *([kd.WITH_GRADIENT] if family is kd else [])):
             name = schema.partition("(")[0]
             assert str(getattr(operators("cpu"), name).default._schema) == f"fastkd_cpu::{schema}"
 

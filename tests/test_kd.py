@@ -183,6 +183,41 @@ def test_gradcheck(backend, reduction):
 
 
 @each_kernel
+@pytest.mark.parametrize("with_target", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
+def test_second_backward_and_other_scales(backend, with_target, reduction):
+    """The gradient of the first backward may come from the forward; the second is computed anew. Both scale alike, and
+    neither touches what the first one handed out."""
+    student, teacher = torch.randn(2, 2, 7, 9, 11, device=DEVICE)
+    student.requires_grad_()
+    target = labels((2, 9, 11), 7, 0.3, torch.int64, 2) if with_target else None
+    with fastkd.use_backend(backend):
+        loss = fastkd.kd_loss(student, teacher, target=target, reduction=reduction)
+    (first,) = torch.autograd.grad(loss, student, torch.tensor(3.0, device=DEVICE), retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(loss, student, torch.tensor(-0.5, device=DEVICE), retain_graph=True)
+    assert torch.equal(first, kept)
+    torch.testing.assert_close(second, first * (-0.5 / 3))
+    want = loss_and_gradient(
+        lambda s, t: fastkd.kd_loss(s, t, target=target, reduction=reduction),
+        student.double(), teacher.double(), "reference", torch.tensor(3.0),
+    )  # fmt: skip
+    torch.testing.assert_close(loss.double(), want[0])
+    torch.testing.assert_close(first.double(), want[1], rtol=1e-4, atol=1e-7)
+
+
+@each_kernel
+def test_no_gradient_wanted(backend):
+    student, teacher = torch.randn(2, 2, 7, 9, 11, device=DEVICE)
+    with fastkd.use_backend(backend):
+        want = fastkd.kd_loss(student, teacher)
+        with torch.no_grad():
+            got = fastkd.kd_loss(student.clone().requires_grad_(), teacher)
+    assert not got.requires_grad
+    assert torch.equal(got, want)
+
+
+@each_kernel
 def test_nan_propagates(backend):
     for side in (0, 1):
         pair = list(torch.randn(2, 2, 3, 8, 8, device=DEVICE))
@@ -206,3 +241,5 @@ def test_opcheck(backend, dtype, layout):
             torch.library.opcheck(ops.kd_forward.default, (*args, per_pixel))
             grad = torch.ones((2, 4, 5) if per_pixel else (), device=DEVICE)
             torch.library.opcheck(ops.kd_backward.default, (grad, *args))
+        if backend == "cpu":
+            torch.library.opcheck(ops.kd_with_gradient.default, (*args, 0.5))

@@ -1,6 +1,7 @@
 // KD: per pixel tau^2 KL(softmax(T/tau) || softmax(S/tau)) over the channels; gradient tau (p_s - p_t).
 //
-// Forward reads S and T once, backward reads each once and writes the gradient; nothing is saved in between. A tile of
+// Forward reads S and T once, backward reads each once and writes the gradient; nothing is saved in between. Backward
+// can give the loss on the way, so that a step that knows it needs a gradient reads S and T once in all. A tile of
 // pixels is loaded into cache with one pixel per vector lane (channels_last: transposed on the way), so the softmax
 // needs no horizontal operation and each exponential is computed once per direction.
 #include "softmax.h"
@@ -48,22 +49,50 @@ inline void maxima(const Acc* s, const Acc* t, int64_t rows, Vec<Acc>& max_s, Ve
     }
 }
 
+// The loss of one vector of pixels, from the sums of its softmaxes; factor = tau^2 * weight.
+template <class Acc>
+inline Vec<Acc> pixel_loss(const SoftmaxSums<Acc>& sums, Vec<Acc> factor, Vec<Acc> valid) {
+    const Vec<Acc> kl = sums.dot / sums.t + log(sums.s / sums.t);
+    const Vec<Acc> weighted = (kl < 0 ? Vec<Acc>{} : kl) * factor;
+    return valid == 0 ? Vec<Acc>{} : weighted;
+}
+
+// Sums of the tiles in order, whatever thread had them.
+struct Totals {
+    explicit Totals(int64_t tiles) : loss(tiles), count(tiles), tiles(tiles) {}
+
+    template <class Acc>
+    void finish(void* total, int64_t* counted) const {
+        double sum = 0;
+        int64_t n = 0;
+        for (int64_t i = 0; i < tiles; ++i) {
+            sum += loss[i];
+            n += count[i];
+        }
+        if (total) *static_cast<Acc*>(total) = static_cast<Acc>(sum);
+        *counted = n;
+    }
+
+    const Scratch<double> loss;
+    const Scratch<int64_t> count;
+    const int64_t tiles;
+};
+
 template <class Acc>
 void forward(const KdForward& a) {
     constexpr int W = kLanes<Acc>;
     const Pair& in = a.in;
     const int64_t lanes = pixel_lanes(in.c), tiles = ceil_div(in.hw, lanes);
     const Acc inv_tau = static_cast<Acc>(1 / a.temperature);
-    const Scratch<double> partial(in.n * tiles);
-    const Scratch<int64_t> counts(in.n * tiles);
+    const Totals totals(in.n * tiles);
     parallel_items(in.parallel_for, in.n * tiles, lanes * in.c, [&](int64_t begin, int64_t end) {
         const int64_t size = tile_size<Acc>(in.c, lanes);
         const Scratch<Acc> s_tile(size), t_tile(size), scratch(in.channels_last ? size : 0);
         Acc factor[256], valid[256], loss[256];
         for (int64_t item = begin; item < end; ++item) {
             const int64_t n = item / tiles, first = item % tiles * lanes, count = min(lanes, in.hw - first);
-            counts[item] = pixel_factors(a.pixels, in.c, n * in.hw + first, count,
-                                         static_cast<Acc>(a.temperature * a.temperature), factor, valid);
+            totals.count[item] = pixel_factors(a.pixels, in.c, n * in.hw + first, count,
+                                               static_cast<Acc>(a.temperature * a.temperature), factor, valid);
             const TileAddress next_s(in, in.student, in.student_type, n, first + lanes, W);
             const TileAddress next_t(in, in.teacher, in.teacher_type, n, first + lanes, W);
             load_pixels<Acc>(in, in.student, in.student_type, n, first, count, s_tile, scratch);
@@ -83,42 +112,38 @@ void forward(const KdForward& a) {
                     }
                     sums.add(part);
                 }
-                const Vec<Acc> kl = sums.dot / sums.t + log(sums.s / sums.t);
-                const Vec<Acc> weighted = (kl < 0 ? Vec<Acc>{} : kl) * load(factor + l);
-                const Vec<Acc> value = load(valid + l) == 0 ? Vec<Acc>{} : weighted;
+                const Vec<Acc> value = pixel_loss(sums, load(factor + l), load(valid + l));
                 store(loss + l, value);
                 sum += value;
             }
-            partial[item] = sum_lanes<Acc>(sum);
+            totals.loss[item] = sum_lanes<Acc>(sum);
             if (a.per_pixel)
                 __builtin_memcpy(static_cast<Acc*>(a.loss) + n * in.hw + first, loss, count * sizeof(Acc));
         }
     });
-    double total = 0;
-    int64_t count = 0;
-    for (int64_t i = 0; i < in.n * tiles; ++i) {
-        total += partial[i];
-        count += counts[i];
-    }
-    if (!a.per_pixel) *static_cast<Acc*>(a.loss) = static_cast<Acc>(total);
-    *a.count = count;
+    totals.finish<Acc>(a.per_pixel ? nullptr : a.loss, a.count);
 }
 
-template <class Acc>
+// kLoss: the loss as well, which has its sums on the way. grad is then one number.
+template <class Acc, bool kLoss>
 void backward(const KdBackward& a) {
     constexpr int W = kLanes<Acc>;
     const Pair& in = a.in;
     const int64_t lanes = pixel_lanes(in.c), tiles = ceil_div(in.hw, lanes);
     const Acc inv_tau = static_cast<Acc>(1 / a.temperature);
     const Acc* grad = static_cast<const Acc*>(a.grad);
+    const Totals totals(kLoss ? in.n * tiles : 0);
     parallel_items(in.parallel_for, in.n * tiles, lanes * in.c, [&](int64_t begin, int64_t end) {
         const int64_t size = tile_size<Acc>(in.c, lanes);
         const Scratch<Acc> s_tile(size), t_tile(size), scratch(in.channels_last ? size : 0);
         Acc factor[256], valid[256];
         for (int64_t item = begin; item < end; ++item) {
             const int64_t n = item / tiles, first = item % tiles * lanes, count = min(lanes, in.hw - first);
-            const Acc scale = static_cast<Acc>(a.temperature) * (a.per_pixel ? Acc(1) : grad[0]);
-            pixel_factors(a.pixels, in.c, n * in.hw + first, count, scale, factor, valid);
+            [[maybe_unused]] const int64_t counted = pixel_factors(a.pixels, in.c, n * in.hw + first, count,
+                                                                   static_cast<Acc>(a.temperature), factor, valid);
+            const Vec<Acc> scale = set1(a.per_pixel ? Acc(1) : grad[0]);
+            [[maybe_unused]] const Vec<Acc> tau = set1(static_cast<Acc>(a.temperature));
+            [[maybe_unused]] Vec<Acc> loss{};
             if (a.per_pixel)
                 for (int64_t i = 0; i < count; ++i) factor[i] *= grad[n * in.hw + first + i];
             const TileAddress next_s(in, in.student, in.student_type, n, first + lanes, W);
@@ -128,26 +153,28 @@ void backward(const KdBackward& a) {
             load_pixels<Acc>(in, in.teacher, in.teacher_type, n, first, count, t_tile, scratch);
             for (int64_t l = 0; l < count; l += W) {
                 Acc *s = s_tile + l * in.c, *t = t_tile + l * in.c;
-                Vec<Acc> max_s, max_t, sum_s{}, sum_t{};
+                Vec<Acc> max_s, max_t;
+                SoftmaxSums<Acc> sums;
                 maxima(s, t, in.c, max_s, max_t);
                 for (int64_t first_row = 0; first_row < in.c; first_row += kRows) {
-                    Vec<Acc> part_s{}, part_t{};
+                    SoftmaxSums<Acc> part;
                     for (int64_t r = first_row; r < min(in.c, first_row + kRows); ++r) {
                         next_s.fetch(r, l);
                         next_t.fetch(r, l);
                         out.fetch(r, l);
-                        const Vec<Acc> es = exp((load(s + r * W) - max_s) * inv_tau);
-                        const Vec<Acc> et = exp((load(t + r * W) - max_t) * inv_tau);
-                        part_s += es;
-                        part_t += et;
+                        const Vec<Acc> ds = (load(s + r * W) - max_s) * inv_tau, es = exp(ds);
+                        const Vec<Acc> dt = (load(t + r * W) - max_t) * inv_tau, et = exp(dt);
+                        part.s += es;
+                        part.t += et;
+                        if constexpr (kLoss) part.dot += et == 0 ? Vec<Acc>{} : et * (dt - ds);
                         store(s + r * W, es);
                         store(t + r * W, et);
                     }
-                    sum_s += part_s;
-                    sum_t += part_t;
+                    sums.add(part);
                 }
+                if constexpr (kLoss) loss += pixel_loss(sums, tau * load(factor + l), load(valid + l));
                 // p_s - p_t as (es - et * ratio) / sum_s: exactly 0 where student and teacher agree.
-                const Vec<Acc> ratio = sum_s / sum_t, f = load(factor + l) / sum_s;
+                const Vec<Acc> ratio = sums.s / sums.t, f = scale * load(factor + l) / sums.s;
                 const auto counts = load(valid + l) != 0;
                 for (int64_t r = 0; r < in.c; ++r) {
                     const Vec<Acc> g = f * (load(s + r * W) - load(t + r * W) * ratio);
@@ -155,8 +182,13 @@ void backward(const KdBackward& a) {
                 }
             }
             store_pixels<Acc>(in, a.out, in.student_type, n, first, count, s_tile, scratch);
+            if constexpr (kLoss) {
+                totals.loss[item] = sum_lanes<Acc>(loss);
+                totals.count[item] = counted;
+            }
         }
     });
+    if constexpr (kLoss) totals.finish<Acc>(a.loss, a.count);
 }
 
 }  // namespace
@@ -165,7 +197,10 @@ void kd_forward(const KdForward& a) {
     with_acc(a.in, [&](auto t) { forward<typename decltype(t)::type>(a); });
 }
 void kd_backward(const KdBackward& a) {
-    with_acc(a.in, [&](auto t) { backward<typename decltype(t)::type>(a); });
+    with_acc(a.in, [&](auto t) {
+        using Acc = typename decltype(t)::type;
+        a.loss ? backward<Acc, true>(a) : backward<Acc, false>(a);
+    });
 }
 
 }  // namespace fastkd::FASTKD_ISA

@@ -66,7 +66,9 @@ struct KdBackward {
     double temperature;
     const void* grad;  // acc (n, hw), or one number
     bool per_pixel;
-    void* out;  // dtype and layout of student
+    void* out;       // dtype and layout of student
+    void* loss;      // null, or one number: the loss is computed too
+    int64_t* count;  // null, or one number
 };
 
 struct CwdForward {

@@ -23,7 +23,10 @@ def operators(backend: str):
 def register_fakes(backend: str) -> None:
     """Tells torch the output shapes of ``backend``'s operators, which must be defined already."""
     for family in families():
-        for schema, fake in ((family.FORWARD, family.forward_fake), (family.BACKWARD, family.backward_fake)):
+        fakes = [(family.FORWARD, family.forward_fake), (family.BACKWARD, family.backward_fake)]
+        if backend == "cpu" and hasattr(family, "WITH_GRADIENT"):
+            fakes.append((family.WITH_GRADIENT, family.with_gradient_fake))
+        for schema, fake in fakes:
             torch.library.register_fake(f"fastkd_{backend}::{schema.partition('(')[0]}", fake)
 
 

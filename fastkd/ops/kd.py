@@ -2,7 +2,9 @@
 
     loss[p] = weight[p] * tau^2 * KL(softmax(T[p] / tau) || softmax(S[p] / tau))
 
-Forward and backward each read S and T once; nothing of the input's size is kept in between.
+Forward and backward each read S and T once; nothing of the input's size is kept in between. The C++ backend can do
+both in one read (:data:`WITH_GRADIENT`): the gradient is then made in the forward, where one is needed and its scale does
+not round it away, and handed out by the first backward.
 """
 
 import torch
@@ -18,6 +20,12 @@ BACKWARD = (
     "kd_backward(Tensor grad, Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
     "int ignore_index) -> Tensor"
 )
+
+WITH_GRADIENT = (
+    "kd_with_gradient(Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
+    "int ignore_index, float scale) -> (Tensor loss, Tensor count, Tensor gradient)"
+)
+"""C++ only: the summed loss, the count, and ``scale`` times the gradient of the summed loss."""
 
 
 def forward_fake(
@@ -47,6 +55,19 @@ def backward_fake(
     return torch.empty_like(student)
 
 
+def with_gradient_fake(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, count = forward_fake(student, teacher, target, weight, temperature, ignore_index, False)
+    return loss, count, torch.empty_like(student)
+
+
 class _KD(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -59,18 +80,23 @@ class _KD(torch.autograd.Function):
         ignore_index: int,
         reduction: str,
         backend: str,
+        one_read: bool,
     ) -> Tensor:
-        loss, count = operators(backend).kd_forward(
-            student, teacher, target, weight, temperature, ignore_index, reduction == "none"
-        )
+        args = (student, teacher, target, weight, temperature, ignore_index)
         n, _, h, w = student.shape
-        scale: float | Tensor = 1.0
-        if reduction == "mean" and target is not None:
+        scale: float | Tensor = {"mean": 1 / (n * h * w), "mean_all": 1 / (n * h * w), "batchmean": 1 / n}.get(
+            reduction, 1.0
+        )
+        counted = reduction == "mean" and target is not None
+        ctx.one_read, ctx.gradient = one_read, None
+        if one_read:
+            # The part of the scale that is known by now is in the gradient, the rest is applied in the backward.
+            ctx.known = 1.0 if counted else scale
+            loss, count, ctx.gradient = operators(backend).kd_with_gradient(*args, ctx.known)
+        else:
+            loss, count = operators(backend).kd_forward(*args, reduction == "none")
+        if counted:
             scale = count.clamp(min=1).to(loss.dtype).reciprocal()
-        elif reduction in ("mean", "mean_all"):
-            scale = 1.0 / (n * h * w)
-        elif reduction == "batchmean":
-            scale = 1.0 / n
         ctx.saved = Saved(ctx, student, teacher, target, weight)
         ctx.scale, ctx.temperature, ctx.ignore_index, ctx.backend = scale, temperature, ignore_index, backend
         return loss * scale
@@ -78,10 +104,18 @@ class _KD(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         student, teacher, target, weight = ctx.saved.tensors(ctx)
-        out = operators(ctx.backend).kd_backward(
-            (grad * ctx.scale).contiguous(), student, teacher, target, weight, ctx.temperature, ctx.ignore_index
-        )
-        return out, None, None, None, None, None, None, None
+        args = (student, teacher, target, weight, ctx.temperature, ctx.ignore_index)
+        backward = operators(ctx.backend).kd_backward
+        if ctx.one_read:
+            # The gradient made by the forward is handed out once; a further backward over this graph makes it anew.
+            out = backward(grad.new_full((), ctx.known), *args) if ctx.gradient is None else ctx.gradient
+            ctx.gradient = None
+            factor = float(grad * ctx.scale if isinstance(ctx.scale, Tensor) else grad)  # on the CPU: waits for nothing
+            if factor != 1.0:
+                out.mul_(factor)
+        else:
+            out = backward((grad * ctx.scale).contiguous(), *args)
+        return out, None, None, None, None, None, None, None, None
 
 
 def kd(
@@ -95,4 +129,12 @@ def kd(
     backend: str,
 ) -> Tensor:
     """The reduced loss, 0-d or (N, H, W) for ``"none"``; differentiable with respect to ``student``."""
-    return _KD.apply(student, teacher, target, weight, temperature, ignore_index, reduction, backend)
+    one_read = (
+        backend == "cpu"
+        and reduction != "none"
+        and student.requires_grad
+        and student.dtype in (torch.float32, torch.float64)
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+    return _KD.apply(student, teacher, target, weight, temperature, ignore_index, reduction, backend, one_read)

@@ -189,7 +189,7 @@ def verdict(runs: Sequence[Run]) -> list[str]:
             gap = 100 * teachers[0].result["miou"] - score
             if gap > 0:
                 lines.append(
-                    f"The teacher, {teachers[0].name}, reaches {score + gap:.1f} % mIoU; the plain student, {base.name}, reaches "
+                    f"The teacher ({teachers[0].name}) reaches {score + gap:.1f} % mIoU, the plain student ({base.name}) "
                     f"{score:.1f} %. The gap is {gap:.1f} points."
                 )
             else:
@@ -370,9 +370,9 @@ def _classes(runs: Sequence[Run]) -> tuple[list[str], list[Run]]:
 
 
 def _best(values: Sequence[float | None]) -> set[int]:
-    """The indices of the largest value as it is printed (ties are all best); none among fewer than two values."""
+    """The indices of the largest value as it is printed (ties are all best); none among fewer than two values or zeros."""
     known = [round(100 * v, 1) for v in values if v is not None]
-    if len(known) < 2:
+    if len(known) < 2 or max(known) == 0:
         return set()
     return {i for i, v in enumerate(values) if v is not None and round(100 * v, 1) == max(known)}
 
