@@ -3,8 +3,8 @@
     loss[p] = weight[p] * tau^2 * KL(softmax(T[p] / tau) || softmax(S[p] / tau))
 
 Forward and backward each read S and T once; nothing of the input's size is kept in between. The C++ backend can do
-both in one read (:data:`WITH_GRADIENT`): the gradient is then made in the forward, where one is needed and its scale does
-not round it away, and handed out by the first backward.
+both in one read (:data:`WITH_GRADIENT`): the gradient is then made in the forward, where one is needed, and handed out by
+the first backward.
 """
 
 import torch
@@ -90,8 +90,9 @@ class _KD(torch.autograd.Function):
         counted = reduction == "mean" and target is not None
         ctx.one_read, ctx.gradient = one_read, None
         if one_read:
-            # The part of the scale that is known by now is in the gradient, the rest is applied in the backward.
-            ctx.known = 1.0 if counted else scale
+            # The part of the scale that is known by now is in the gradient, the rest is applied in the backward: all of it
+            # for fp16, whose range ends where a gradient divided by the number of pixels begins.
+            ctx.known = 1.0 if counted or student.dtype == torch.float16 else float(scale)
             loss, count, ctx.gradient = operators(backend).kd_with_gradient(*args, ctx.known)
         else:
             loss, count = operators(backend).kd_forward(*args, reduction == "none")
@@ -110,7 +111,8 @@ class _KD(torch.autograd.Function):
             # The gradient made by the forward is handed out once; a further backward over this graph makes it anew.
             out = backward(grad.new_full((), ctx.known), *args) if ctx.gradient is None else ctx.gradient
             ctx.gradient = None
-            factor = float(grad * ctx.scale if isinstance(ctx.scale, Tensor) else grad)  # on the CPU: waits for nothing
+            rest = ctx.scale / ctx.known  # a float, exactly 1.0 where all was known; a tensor where there are labels
+            factor = float(grad * rest) if isinstance(rest, Tensor) else float(grad) * rest  # on the CPU: no wait
             if factor != 1.0:
                 out.mul_(factor)
         else:
@@ -133,7 +135,6 @@ def kd(
         backend == "cpu"
         and reduction != "none"
         and student.requires_grad
-        and student.dtype in (torch.float32, torch.float64)
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
     )
