@@ -114,11 +114,14 @@ def loss_and_gradient(loss, student: Tensor, teacher: Tensor, backend: str, grad
     return value.detach(), student.grad
 
 
-def assert_within_budget(loss, student: Tensor, teacher: Tensor, backend: str, gradient_scale: float = 1.0) -> None:
+def assert_within_budget(
+    loss, student: Tensor, teacher: Tensor, backend: str, gradient_scale: float = 1.0, loss_scale: float = 1.0
+) -> None:
     """The loss and the gradient of ``backend`` against float64, judged by the error of plain PyTorch.
 
     Args:
         gradient_scale: magnitude below which a gradient is rounding noise (where the true one is 0, say).
+        loss_scale: the same for the loss: one rounding of a logarithm, times what the loss multiplies and sums it by.
     """
     ours = loss_and_gradient(loss, student, teacher, backend)
     eager = loss_and_gradient(loss, student, teacher, "reference")
@@ -129,7 +132,7 @@ def assert_within_budget(loss, student: Tensor, teacher: Tensor, backend: str, g
     assert ours[1].dtype == student.dtype
     assert ours[1].shape == student.shape
     for name, got, plain, want, scale in zip(
-        ("loss", "gradient"), ours, eager, true, (1.0, gradient_scale), strict=True
+        ("loss", "gradient"), ours, eager, true, (loss_scale, gradient_scale), strict=True
     ):
         # In float64 the formula is no better than the kernel; they need only agree far beyond fp32.
         rounding = max(torch.finfo(got.dtype).eps, 1e-12)

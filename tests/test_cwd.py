@@ -23,6 +23,7 @@ def test_within_eagers_error(backend, problem, reduction, temperature):
         teacher,
         backend,
         temperature / (h * w) / (1 if reduction in ("sum", "none") else n if reduction == "batchmean" else n * c),
+        temperature**2 * ({"sum": n * c, "batchmean": c}.get(reduction, 1)) ** 0.5,
     )
 
 
