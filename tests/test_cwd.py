@@ -23,7 +23,8 @@ def test_within_eagers_error(backend, problem, reduction, temperature):
         teacher,
         backend,
         temperature / (h * w) / (1 if reduction in ("sum", "none") else n if reduction == "batchmean" else n * c),
-        temperature**2 * ({"sum": n * c, "batchmean": c}.get(reduction, 1)) ** 0.5,
+        # Ours rounds each channel less than eager, but a third of a rounding always the same way, which only a sum adds up.
+        {"sum": temperature**2 * (n * c) ** 0.5, "batchmean": temperature**2 * c**0.5}.get(reduction, 1.0),
     )
 
 
