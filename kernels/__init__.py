@@ -7,16 +7,24 @@ before that, the kernels run in Triton's interpreter and take CPU tensors too.
 import torch
 import triton
 
-from fastkd.ops import cwd as _cwd_op
-from fastkd.ops import kd as _kd_op
-from fastkd.ops import nfd as _nfd_op
+from fastkd.ops._registry import families
 
 from . import cwd, kd, nfd
 
+LAUNCHERS = {
+    "nfd_forward": nfd.forward,
+    "nfd_backward": nfd.backward,
+    "kd_forward": kd.forward,
+    "kd_backward": kd.backward,
+    "cwd_forward": cwd.forward,
+    "cwd_backward": cwd.backward,
+}
 library = torch.library.Library("fastkd_triton", "DEF")  # the operators live as long as this object
 
-for _op, _launchers in ((_nfd_op, nfd), (_kd_op, kd), (_cwd_op, cwd)):
-    for _schema, _launcher in ((_op.FORWARD, _launchers.forward), (_op.BACKWARD, _launchers.backward)):
+for _family in families():
+    for _schema, _ in _family.OPERATORS:
+        _name = _schema.partition("(")[0]
         library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
         for _key in ("CUDA", "CPU") if triton.knobs.runtime.interpret else ("CUDA",):
-            library.impl(_schema.partition("(")[0], _launcher, _key)
+            if _name in LAUNCHERS:
+                library.impl(_name, LAUNCHERS[_name], _key)

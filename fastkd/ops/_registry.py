@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-FAMILIES = ("nfd", "kd", "cwd")
+FAMILIES = ("nfd", "kd", "cwd", "resized_cross_entropy", "resized_kd", "rdd")
 
 
 def families() -> list[ModuleType]:
@@ -23,11 +23,18 @@ def operators(backend: str):
 def register_fakes(backend: str) -> None:
     """Tells torch the output shapes of ``backend``'s operators, which must be defined already."""
     for family in families():
-        fakes = [(family.FORWARD, family.forward_fake), (family.BACKWARD, family.backward_fake)]
-        if backend == "cpu" and hasattr(family, "WITH_GRADIENT"):
-            fakes.append((family.WITH_GRADIENT, family.with_gradient_fake))
-        for schema, fake in fakes:
+        for schema, fake in family.OPERATORS + (getattr(family, "CPU_OPERATORS", ()) if backend == "cpu" else ()):
             torch.library.register_fake(f"fastkd_{backend}::{schema.partition('(')[0]}", fake)
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """What a map of this dtype is computed in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient that was made in the forward, times what the backward knows, in the student's dtype."""
+    return (gradient * factor).to(dtype)
 
 
 class Saved:

@@ -8,7 +8,7 @@ The forward reads S and T once (online softmax) and keeps four numbers a channel
 import torch
 from torch import Tensor
 
-from ._registry import Saved, operators
+from ._registry import Saved, accumulator, operators
 
 FORWARD = "cwd_forward(Tensor student, Tensor teacher, float temperature) -> (Tensor loss, Tensor stats)"
 BACKWARD = "cwd_backward(Tensor grad, Tensor student, Tensor teacher, Tensor stats, float temperature) -> Tensor"
@@ -16,12 +16,15 @@ BACKWARD = "cwd_backward(Tensor grad, Tensor student, Tensor teacher, Tensor sta
 
 def forward_fake(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     n, c = student.shape[:2]
-    acc = torch.float64 if student.dtype == torch.float64 else torch.float32
+    acc = accumulator(student)
     return student.new_empty((n, c), dtype=acc), student.new_empty((n, c, 4), dtype=acc)
 
 
 def backward_fake(grad: Tensor, student: Tensor, teacher: Tensor, stats: Tensor, temperature: float) -> Tensor:
     return torch.empty_like(student)
+
+
+OPERATORS = ((FORWARD, forward_fake), (BACKWARD, backward_fake))
 
 
 class _CWD(torch.autograd.Function):

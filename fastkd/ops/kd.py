@@ -10,7 +10,7 @@ the first backward.
 import torch
 from torch import Tensor
 
-from ._registry import Saved, operators
+from ._registry import Saved, accumulator, operators
 
 FORWARD = (
     "kd_forward(Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, int ignore_index, "
@@ -38,7 +38,7 @@ def forward_fake(
     per_pixel: bool,
 ) -> tuple[Tensor, Tensor]:
     n, _, h, w = student.shape
-    acc = torch.float64 if student.dtype == torch.float64 else torch.float32
+    acc = accumulator(student)
     loss = student.new_empty((n, h, w) if per_pixel else (), dtype=acc)
     return loss, student.new_empty((), dtype=torch.int64)
 
@@ -66,6 +66,10 @@ def with_gradient_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss, count = forward_fake(student, teacher, target, weight, temperature, ignore_index, False)
     return loss, count, torch.empty_like(student)
+
+
+OPERATORS = ((FORWARD, forward_fake), (BACKWARD, backward_fake))
+CPU_OPERATORS = ((WITH_GRADIENT, with_gradient_fake),)
 
 
 class _KD(torch.autograd.Function):

@@ -8,7 +8,7 @@ The forward reads S and T once and keeps six numbers a group; the backward reads
 import torch
 from torch import Tensor
 
-from ._registry import Saved, operators
+from ._registry import Saved, accumulator, operators
 
 FORWARD = "nfd_forward(Tensor student, Tensor teacher, str dims, float eps) -> (Tensor loss, Tensor stats)"
 BACKWARD = "nfd_backward(Tensor grad, Tensor student, Tensor teacher, Tensor stats, str dims) -> Tensor"
@@ -22,12 +22,15 @@ def group_shape(shape: torch.Size, dims: str) -> tuple[int, ...]:
 
 def forward_fake(student: Tensor, teacher: Tensor, dims: str, eps: float) -> tuple[Tensor, Tensor]:
     groups = group_shape(student.shape, dims)
-    acc = torch.float64 if student.dtype == torch.float64 else torch.float32
+    acc = accumulator(student)
     return student.new_empty(groups, dtype=acc), student.new_empty((*groups, 6), dtype=acc)
 
 
 def backward_fake(grad: Tensor, student: Tensor, teacher: Tensor, stats: Tensor, dims: str) -> Tensor:
     return torch.empty_like(student)
+
+
+OPERATORS = ((FORWARD, forward_fake), (BACKWARD, backward_fake))
 
 
 class _NFD(torch.autograd.Function):

@@ -1,0 +1,160 @@
+"""Cross-entropy at label resolution of logits at their own (docs/full-resolution.md): schema, fake, autograd Function.
+
+    loss[p] = class_weight[y] * pixel_weight[p] * -log softmax(bilinear(logits)[p])[y]
+
+The loss and its gradient at logit size are made together, in the forward: the normaliser multiplies that gradient in the
+backward. Nothing of N*C*H*W elements exists.
+"""
+
+import torch
+from torch import Tensor
+
+from ._registry import Saved, accumulator, operators, scaled
+
+FORWARD = (
+    "resized_cross_entropy_forward(Tensor logits, Tensor target, Tensor? class_weight, Tensor? pixel_weight, "
+    "Tensor? mask, int ignore_index, bool align_corners, bool per_pixel) -> (Tensor loss, Tensor count)"
+)
+"""The loss per pixel (N, H, W), or its sum; and the summed class weights of the counted pixels (their number without)."""
+GRADIENT = (
+    "resized_cross_entropy_gradient(Tensor logits, Tensor target, Tensor? class_weight, Tensor? pixel_weight, "
+    "Tensor? mask, int ignore_index, bool align_corners) -> (Tensor loss, Tensor count, Tensor gradient)"
+)
+"""The summed loss, the count, and the gradient of the summed loss in fp32 (fp64), in the logits' memory format."""
+
+
+def forward_fake(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    mask: Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+    per_pixel: bool,
+) -> tuple[Tensor, Tensor]:
+    acc = accumulator(logits)
+    return logits.new_empty(target.shape if per_pixel else (), dtype=acc), logits.new_empty((), dtype=acc)
+
+
+def gradient_fake(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    mask: Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    acc = accumulator(logits)
+    return (
+        logits.new_empty((), dtype=acc),
+        logits.new_empty((), dtype=acc),
+        torch.empty_like(logits, dtype=acc),
+    )
+
+
+OPERATORS = ((FORWARD, forward_fake), (GRADIENT, gradient_fake))
+
+
+class _Reduced(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        logits: Tensor,
+        target: Tensor,
+        class_weight: Tensor | None,
+        pixel_weight: Tensor | None,
+        mask: Tensor | None,
+        ignore_index: int,
+        align_corners: bool,
+        reduction: str,
+        backend: str,
+        needs_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        args = (logits, target, class_weight, pixel_weight, mask, ignore_index, align_corners)
+        if needs_gradient:
+            loss, count, gradient = operators(backend).resized_cross_entropy_gradient(*args)
+            ctx.saved = Saved(ctx, gradient)
+        else:
+            loss, count = operators(backend).resized_cross_entropy_forward(*args, False)
+        ctx.dtype = logits.dtype
+        ctx.scale = pixel_scale(reduction, count, target.numel(), target.shape[0])
+        ctx.mark_non_differentiable(count)
+        return loss * ctx.scale, count
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _count):
+        (gradient,) = ctx.saved.tensors(ctx)
+        return scaled(gradient, grad * ctx.scale, ctx.dtype), *(None,) * 9
+
+
+class _PerPixel(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        logits: Tensor,
+        target: Tensor,
+        class_weight: Tensor | None,
+        pixel_weight: Tensor | None,
+        mask: Tensor | None,
+        ignore_index: int,
+        align_corners: bool,
+        backend: str,
+    ) -> Tensor:
+        ctx.saved = Saved(ctx, logits, target, class_weight, pixel_weight, mask)
+        ctx.ignore_index, ctx.align_corners, ctx.backend = ignore_index, align_corners, backend
+        args = (logits, target, class_weight, pixel_weight, mask, ignore_index, align_corners)
+        return operators(backend).resized_cross_entropy_forward(*args, True)[0]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        logits, target, class_weight, pixel_weight, mask = ctx.saved.tensors(ctx)
+        weight = (grad if pixel_weight is None else grad * pixel_weight).contiguous()
+        args = (logits, target, class_weight, weight, mask, ctx.ignore_index, ctx.align_corners)
+        gradient = operators(ctx.backend).resized_cross_entropy_gradient(*args)[2]
+        return gradient.to(logits.dtype), *(None,) * 7
+
+
+def pixel_scale(reduction: str, count: Tensor, pixels: int, batch: int) -> float | Tensor:
+    """What a summed pixel loss is multiplied by; 1 where nothing is counted, since the sum is 0 then."""
+    if reduction == "mean":
+        return torch.where(count == 0, 1, count).reciprocal()
+    return {"mean_all": 1 / pixels, "batchmean": 1 / batch, "sum": 1.0}[reduction]
+
+
+def resized_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    mask: Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+    reduction: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The reduced loss, 0-d, differentiable with respect to ``logits``, and the count it has.
+
+    Args:
+        logits: (N, C, h, w), NCHW-contiguous or channels_last. target: (N, H, W) contiguous.
+        class_weight: (C,), pixel_weight: (N, h', w') of any size, both contiguous fp32 (fp64 for fp64 logits), or None.
+        mask: bool (N, H, W) contiguous: pixels that are False do not count; or None.
+    """
+    needs_gradient = logits.requires_grad and torch.is_grad_enabled()
+    args = (logits, target, class_weight, pixel_weight, mask, ignore_index, align_corners)
+    return _Reduced.apply(*args, reduction, backend, needs_gradient)
+
+
+def resized_cross_entropy_per_pixel(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    mask: Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+    backend: str,
+) -> Tensor:
+    """The loss per pixel (N, H, W); as above, with a ``pixel_weight`` of that size."""
+    return _PerPixel.apply(logits, target, class_weight, pixel_weight, mask, ignore_index, align_corners, backend)

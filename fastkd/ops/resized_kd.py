@@ -1,0 +1,147 @@
+"""Pixel-wise KD at label resolution of logits at their own (docs/full-resolution.md): schema, fake, autograd Function.
+
+    loss[p] = weight[p] * tau^2 * KL(softmax(bilinear(T)[p] / tau) || softmax(bilinear(S)[p] / tau))
+
+As in ``resized_cross_entropy``, the loss and its gradient at logit size are made together, in the forward.
+"""
+
+import torch
+from torch import Tensor
+
+from ._registry import Saved, accumulator, operators, scaled
+from .resized_cross_entropy import pixel_scale
+
+FORWARD = (
+    "resized_kd_forward(Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, int height, int width, "
+    "float temperature, int ignore_index, bool align_corners, bool per_pixel) -> (Tensor loss, Tensor count)"
+)
+"""The loss per pixel (N, H, W), or its sum; and the number of pixels that count."""
+GRADIENT = (
+    "resized_kd_gradient(Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, int height, int width, "
+    "float temperature, int ignore_index, bool align_corners) -> (Tensor loss, Tensor count, Tensor gradient)"
+)
+"""The summed loss, the count, and the gradient of the summed loss in fp32 (fp64), in the student's memory format."""
+
+
+def forward_fake(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    pixel_weight: Tensor | None,
+    height: int,
+    width: int,
+    temperature: float,
+    ignore_index: int,
+    align_corners: bool,
+    per_pixel: bool,
+) -> tuple[Tensor, Tensor]:
+    acc = accumulator(student)
+    shape = (student.shape[0], height, width) if per_pixel else ()
+    return student.new_empty(shape, dtype=acc), student.new_empty((), dtype=acc)
+
+
+def gradient_fake(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    pixel_weight: Tensor | None,
+    height: int,
+    width: int,
+    temperature: float,
+    ignore_index: int,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    acc = accumulator(student)
+    return (
+        student.new_empty((), dtype=acc),
+        student.new_empty((), dtype=acc),
+        torch.empty_like(student, dtype=acc),
+    )
+
+
+OPERATORS = ((FORWARD, forward_fake), (GRADIENT, gradient_fake))
+
+
+class _Reduced(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor | None,
+        pixel_weight: Tensor | None,
+        height: int,
+        width: int,
+        temperature: float,
+        ignore_index: int,
+        align_corners: bool,
+        reduction: str,
+        backend: str,
+        needs_gradient: bool,
+    ) -> Tensor:
+        args = (student, teacher, target, pixel_weight, height, width, temperature, ignore_index, align_corners)
+        if needs_gradient:
+            loss, count, gradient = operators(backend).resized_kd_gradient(*args)
+            ctx.saved = Saved(ctx, gradient)
+        else:
+            loss, count = operators(backend).resized_kd_forward(*args, False)
+        n = student.shape[0]
+        ctx.dtype, ctx.scale = student.dtype, pixel_scale(reduction, count, n * height * width, n)
+        return loss * ctx.scale
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (gradient,) = ctx.saved.tensors(ctx)
+        return scaled(gradient, grad * ctx.scale, ctx.dtype), *(None,) * 11
+
+
+class _PerPixel(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor | None,
+        pixel_weight: Tensor | None,
+        height: int,
+        width: int,
+        temperature: float,
+        ignore_index: int,
+        align_corners: bool,
+        backend: str,
+    ) -> Tensor:
+        ctx.saved = Saved(ctx, student, teacher, target, pixel_weight)
+        ctx.options, ctx.backend = (height, width, temperature, ignore_index, align_corners), backend
+        return operators(backend).resized_kd_forward(student, teacher, target, pixel_weight, *ctx.options, True)[0]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        student, teacher, target, pixel_weight = ctx.saved.tensors(ctx)
+        weight = (grad if pixel_weight is None else grad * pixel_weight).contiguous()
+        gradient = operators(ctx.backend).resized_kd_gradient(student, teacher, target, weight, *ctx.options)[2]
+        return gradient.to(student.dtype), *(None,) * 9
+
+
+def resized_kd(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    pixel_weight: Tensor | None,
+    size: tuple[int, int],
+    temperature: float,
+    ignore_index: int,
+    align_corners: bool,
+    reduction: str,
+    backend: str,
+) -> Tensor:
+    """The reduced loss, 0-d or (N, H, W) for ``"none"``; differentiable with respect to ``student``.
+
+    Args:
+        student, teacher: (N, C, h, w), (N, C, h', w'), each NCHW-contiguous or channels_last, both fp64 or neither.
+        target: (N, H, W) contiguous or None. pixel_weight: contiguous fp32 (fp64), of size (H, W) for ``"none"``, of any
+            size otherwise, or None.
+    """
+    args = (student, teacher, target, pixel_weight, *size, temperature, ignore_index, align_corners)
+    if reduction == "none":
+        return _PerPixel.apply(*args, backend)
+    return _Reduced.apply(*args, reduction, backend, student.requires_grad and torch.is_grad_enabled())
