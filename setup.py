@@ -22,7 +22,7 @@ except ImportError:  # setuptools < 70.1
     from wheel.bdist_wheel import bdist_wheel
 
 CSRC = Path("csrc")
-KERNELS = ["nfd", "kd", "cwd", "exp"]
+KERNELS = ["nfd", "kd", "cwd", "resized_cross_entropy", "resized_kd", "rdd", "exp"]
 FLAGS = [
     "-std=c++17",
     "-O3",

@@ -216,6 +216,219 @@ Tensor cwd_backward(const Tensor& grad, const Tensor& student, const Tensor& tea
     return out;
 }
 
+fastkd::Map map_of(const Tensor& x, const char* name) {
+    STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0, name, " must be (N, C, H, W) and not empty, got ", x.dim(),
+                    " dimensions and ", x.numel(), " elements");
+    return {x.const_data_ptr(), dtype_of(x, name), is_channels_last(x, name), x.size(0), x.size(1), x.size(2), x.size(3)};
+}
+
+Label label_of(const Tensor& target) {
+    STD_TORCH_CHECK(target.is_contiguous(), "target must be contiguous");
+    switch (target.scalar_type()) {
+        case ScalarType::Byte: return Label::u8;
+        case ScalarType::Int: return Label::i32;
+        case ScalarType::Long: return Label::i64;
+        default: STD_TORCH_CHECK(false, "target must be uint8, int32 or int64");
+    }
+    return Label::none;
+}
+
+// A contiguous (n, height, width) map; 0 for a size that may be any.
+void check_pixels(const Tensor& x, int64_t n, int64_t height, int64_t width, const char* name) {
+    STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == n && (!height || x.size(1) == height) && (!width || x.size(2) == width),
+                    name, " must be (", n, ", ", height, ", ", width, "), where 0 is any size");
+    STD_TORCH_CHECK(x.is_contiguous() && x.numel() > 0, name, " must be contiguous and not empty");
+}
+
+const void* acc_map(const Tensor& x, DType type, const char* name) {
+    STD_TORCH_CHECK(x.scalar_type() == (type == DType::f64 ? ScalarType::Double : ScalarType::Float), name,
+                    " must be float32, or float64 for float64 logits");
+    return x.const_data_ptr();
+}
+
+fastkd::LabelPixels label_pixels(const fastkd::Map& logits, int64_t height, int64_t width,
+                                 const std::optional<Tensor>& target, const std::optional<Tensor>& class_weight,
+                                 const std::optional<Tensor>& weight, const std::optional<Tensor>& mask,
+                                 int64_t ignore_index) {
+    STD_TORCH_CHECK(height > 0 && width > 0 && logits.w < (int64_t{1} << 24) && width < (int64_t{1} << 24),
+                    "a map must be 1 to 2^24 pixels wide, got ", logits.w, " and ", width);
+    fastkd::LabelPixels pixels{nullptr, Label::none, ignore_index, nullptr, nullptr, height, width, nullptr};
+    if (target) {
+        check_pixels(*target, logits.n, height, width, "target");
+        pixels.label = label_of(*target);
+        pixels.target = target->const_data_ptr();
+    }
+    if (class_weight) {
+        STD_TORCH_CHECK(class_weight->numel() == logits.c && class_weight->is_contiguous(), "class_weight must have ",
+                        logits.c, " elements");
+        pixels.class_weight = acc_map(*class_weight, logits.type, "class_weight");
+    }
+    if (weight) {
+        check_pixels(*weight, logits.n, 0, 0, "pixel_weight");
+        pixels.weight = acc_map(*weight, logits.type, "pixel_weight");
+        pixels.weight_h = weight->size(1);
+        pixels.weight_w = weight->size(2);
+    }
+    if (mask) {
+        STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
+        check_pixels(*mask, logits.n, height, width, "mask");
+        pixels.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
+    }
+    return pixels;
+}
+
+// The outputs of a resized loss, and the description the kernel fills them by.
+struct ResizedOut {
+    ResizedOut(const Tensor& logits, const fastkd::LabelPixels& pixels, int64_t height, int64_t width, bool align_corners,
+               bool per_pixel)
+        : acc(logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float),
+          loss(new_empty(logits, per_pixel ? Sizes{logits.size(0), height, width} : Sizes{}, acc)),
+          count(new_empty(logits, Sizes{}, acc)),
+          kernel{pixels,  height,  width, align_corners, per_pixel, loss.mutable_data_ptr(), count.mutable_data_ptr(),
+                 nullptr, parallel_for} {}
+
+    // A gradient in the accumulation type, in the memory format of the logits.
+    Tensor add_gradient(const Tensor& logits) {
+        Tensor gradient = empty_like_as(logits, acc);
+        kernel.gradient = gradient.mutable_data_ptr();
+        return gradient;
+    }
+
+    static Tensor empty_like_as(const Tensor& x, ScalarType type) {
+        if (x.scalar_type() == type) return empty_like(x);
+        if (!is_channels_last(x, "logits")) return new_empty(x, Sizes{x.size(0), x.size(1), x.size(2), x.size(3)}, type);
+        Tensor out = new_empty(x, Sizes{x.size(0), x.size(2), x.size(3), x.size(1)}, type);
+        return transpose(transpose(out, 2, 3), 1, 2);
+    }
+
+    const ScalarType acc;
+    Tensor loss, count;
+    fastkd::Resized kernel;
+};
+
+std::tuple<Tensor, Tensor> resized_cross_entropy_forward(const Tensor& logits, const Tensor& target,
+                                                         std::optional<Tensor> class_weight,
+                                                         std::optional<Tensor> pixel_weight, std::optional<Tensor> mask,
+                                                         int64_t ignore_index, bool align_corners, bool per_pixel) {
+    const fastkd::Map map = map_of(logits, "logits");
+    STD_TORCH_CHECK(target.dim() == 3, "target must be (N, H, W), got ", target.dim(), " dimensions");
+    const int64_t height = target.size(1), width = target.size(2);
+    ResizedOut out(logits, label_pixels(map, height, width, target, class_weight, pixel_weight, mask, ignore_index), height,
+                   width, align_corners, per_pixel);
+    fastkd::kernels().resized_cross_entropy({map, out.kernel});
+    return {out.loss, out.count};
+}
+
+std::tuple<Tensor, Tensor, Tensor> resized_cross_entropy_gradient(const Tensor& logits, const Tensor& target,
+                                                                  std::optional<Tensor> class_weight,
+                                                                  std::optional<Tensor> pixel_weight,
+                                                                  std::optional<Tensor> mask, int64_t ignore_index,
+                                                                  bool align_corners) {
+    const fastkd::Map map = map_of(logits, "logits");
+    STD_TORCH_CHECK(target.dim() == 3, "target must be (N, H, W), got ", target.dim(), " dimensions");
+    const int64_t height = target.size(1), width = target.size(2);
+    ResizedOut out(logits, label_pixels(map, height, width, target, class_weight, pixel_weight, mask, ignore_index), height,
+                   width, align_corners, false);
+    Tensor gradient = out.add_gradient(logits);
+    fastkd::kernels().resized_cross_entropy({map, out.kernel});
+    return {out.loss, out.count, gradient};
+}
+
+fastkd::ResizedKd resized_kd_of(const Tensor& student, const Tensor& teacher, double temperature, const ResizedOut& out) {
+    const fastkd::Map s = map_of(student, "student"), t = map_of(teacher, "teacher");
+    STD_TORCH_CHECK(s.n == t.n && s.c == t.c, "student and teacher must have the same N and C");
+    STD_TORCH_CHECK((s.type == DType::f64) == (t.type == DType::f64), "float64 goes with float64 only");
+    return {s, t, temperature, out.kernel};
+}
+
+std::tuple<Tensor, Tensor> resized_kd_forward(const Tensor& student, const Tensor& teacher, std::optional<Tensor> target,
+                                              std::optional<Tensor> pixel_weight, int64_t height, int64_t width,
+                                              double temperature, int64_t ignore_index, bool align_corners,
+                                              bool per_pixel) {
+    ResizedOut out(student,
+                   label_pixels(map_of(student, "student"), height, width, target, std::nullopt, pixel_weight, std::nullopt,
+                                ignore_index),
+                   height, width, align_corners, per_pixel);
+    fastkd::kernels().resized_kd(resized_kd_of(student, teacher, temperature, out));
+    return {out.loss, out.count};
+}
+
+std::tuple<Tensor, Tensor, Tensor> resized_kd_gradient(const Tensor& student, const Tensor& teacher,
+                                                       std::optional<Tensor> target, std::optional<Tensor> pixel_weight,
+                                                       int64_t height, int64_t width, double temperature,
+                                                       int64_t ignore_index, bool align_corners) {
+    ResizedOut out(student,
+                   label_pixels(map_of(student, "student"), height, width, target, std::nullopt, pixel_weight, std::nullopt,
+                                ignore_index),
+                   height, width, align_corners, false);
+    Tensor gradient = out.add_gradient(student);
+    fastkd::kernels().resized_kd(resized_kd_of(student, teacher, temperature, out));
+    return {out.loss, out.count, gradient};
+}
+
+bool aux_main(const std::string& direction) {
+    STD_TORCH_CHECK(direction == "aux_main" || direction == "main_aux",
+                    "direction must be 'aux_main' or 'main_aux', got '", direction, "'");
+    return direction == "aux_main";
+}
+
+Tensor teacher_confidence(const Tensor& main, const Tensor& aux, std::string direction) {
+    const fastkd::Pair in = pair_of(main, aux);
+    Tensor out = new_empty(main, Sizes{main.size(0), main.size(2), main.size(3)}, acc_type(in));
+    fastkd::kernels().teacher_confidence(
+        {in, nullptr, DType::f32, aux_main(direction), out.mutable_data_ptr(), nullptr, nullptr});
+    return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> kd_with_confidence(const Tensor& student, const Tensor& teacher, const Tensor& aux,
+                                                      std::string direction) {
+    const fastkd::Pair in = pair_of(teacher, aux);
+    pair_of(student, teacher);  // for its checks
+    Tensor out = new_empty(student, Sizes{student.size(0), student.size(2), student.size(3)}, acc_type(in));
+    Tensor loss = new_empty(student, Sizes{}, acc_type(in)), gradient = ResizedOut::empty_like_as(student, acc_type(in));
+    fastkd::kernels().teacher_confidence({in, student.const_data_ptr(), dtype_of(student, "student"), aux_main(direction),
+                                          out.mutable_data_ptr(), loss.mutable_data_ptr(), gradient.mutable_data_ptr()});
+    return {loss, gradient, out};
+}
+
+fastkd::Select select_of(const std::string& select) {
+    if (select == "xor") return fastkd::Select::exclusive;
+    if (select == "or") return fastkd::Select::either;
+    if (select == "and") return fastkd::Select::both;
+    if (select == "student") return fastkd::Select::student;
+    STD_TORCH_CHECK(select == "student_only", "select must be 'xor', 'or', 'and', 'student' or 'student_only', got '",
+                    select, "'");
+    return fastkd::Select::student_only;
+}
+
+std::tuple<Tensor, Tensor> difficulty_mask(const Tensor& student, const Tensor& teacher, const Tensor& target,
+                                           double threshold, int64_t min_kept, std::string confidence, std::string select,
+                                           int64_t ignore_index, bool align_corners) {
+    const fastkd::Map s = map_of(student, "student"), t = map_of(teacher, "teacher");
+    STD_TORCH_CHECK(s.n == t.n && s.c == t.c, "student and teacher must have the same N and C");
+    STD_TORCH_CHECK((s.type == DType::f64) == (t.type == DType::f64), "float64 goes with float64 only");
+    STD_TORCH_CHECK(target.dim() == 3, "target must be (N, H, W), got ", target.dim(), " dimensions");
+    STD_TORCH_CHECK(confidence == "max" || confidence == "label", "confidence must be 'max' or 'label', got '", confidence,
+                    "'");
+    const int64_t height = target.size(1), width = target.size(2);
+    Tensor mask = new_empty(target, Sizes{target.size(0), height, width}, ScalarType::Bool);
+    Tensor counts = new_empty(target, Sizes{2}, ScalarType::Long);
+    fastkd::kernels().difficulty_mask(
+        {s, t, label_pixels(s, height, width, target, std::nullopt, std::nullopt, std::nullopt, ignore_index), height, width,
+         align_corners, threshold, min_kept, confidence == "label", select_of(select),
+         static_cast<uint8_t*>(mask.mutable_data_ptr()), static_cast<int64_t*>(counts.mutable_data_ptr()), parallel_for});
+    return {mask, counts};
+}
+
+Tensor kth_smallest(const Tensor& x, int64_t k) {
+    const DType type = dtype_of(x, "x");
+    STD_TORCH_CHECK((type == DType::f32 || type == DType::f64) && x.is_contiguous() && x.numel() > 0,
+                    "kth_smallest takes a contiguous float32 or float64 tensor that is not empty");
+    Tensor out = new_empty(x, Sizes{}, x.scalar_type());
+    fastkd::kernels().kth_smallest(x.const_data_ptr(), type, x.numel(), k, out.mutable_data_ptr(), parallel_for);
+    return out;
+}
+
 Tensor exponential(const Tensor& x) {
     STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous(), "exp takes a contiguous float32 tensor");
     Tensor out = empty_like(x);
@@ -242,6 +455,26 @@ STABLE_TORCH_LIBRARY(fastkd_cpu, m) {
         "int ignore_index, float scale) -> (Tensor loss, Tensor count, Tensor gradient)");
     m.def("cwd_forward(Tensor student, Tensor teacher, float temperature) -> (Tensor loss, Tensor stats)");
     m.def("cwd_backward(Tensor grad, Tensor student, Tensor teacher, Tensor stats, float temperature) -> Tensor");
+    m.def(
+        "resized_cross_entropy_forward(Tensor logits, Tensor target, Tensor? class_weight, Tensor? pixel_weight, "
+        "Tensor? mask, int ignore_index, bool align_corners, bool per_pixel) -> (Tensor loss, Tensor count)");
+    m.def(
+        "resized_cross_entropy_gradient(Tensor logits, Tensor target, Tensor? class_weight, Tensor? pixel_weight, "
+        "Tensor? mask, int ignore_index, bool align_corners) -> (Tensor loss, Tensor count, Tensor gradient)");
+    m.def(
+        "resized_kd_forward(Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, int height, int width, "
+        "float temperature, int ignore_index, bool align_corners, bool per_pixel) -> (Tensor loss, Tensor count)");
+    m.def(
+        "resized_kd_gradient(Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, int height, int width, "
+        "float temperature, int ignore_index, bool align_corners) -> (Tensor loss, Tensor count, Tensor gradient)");
+    m.def("teacher_confidence(Tensor main, Tensor aux, str direction) -> Tensor");
+    m.def(
+        "kd_with_confidence(Tensor student, Tensor teacher, Tensor aux, str direction) "
+        "-> (Tensor loss, Tensor gradient, Tensor confidence)");
+    m.def(
+        "difficulty_mask(Tensor student, Tensor teacher, Tensor target, float threshold, int min_kept, str confidence, "
+        "str select, int ignore_index, bool align_corners) -> (Tensor mask, Tensor counts)");
+    m.def("kth_smallest(Tensor x, int k) -> Tensor");
     m.def("exp(Tensor x) -> Tensor");
     m.def("isa() -> str");
 }
@@ -254,6 +487,14 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd_cpu, CPU, m) {
     m.impl("kd_with_gradient", TORCH_BOX(&kd_with_gradient));
     m.impl("cwd_forward", TORCH_BOX(&cwd_forward));
     m.impl("cwd_backward", TORCH_BOX(&cwd_backward));
+    m.impl("resized_cross_entropy_forward", TORCH_BOX(&resized_cross_entropy_forward));
+    m.impl("resized_cross_entropy_gradient", TORCH_BOX(&resized_cross_entropy_gradient));
+    m.impl("resized_kd_forward", TORCH_BOX(&resized_kd_forward));
+    m.impl("resized_kd_gradient", TORCH_BOX(&resized_kd_gradient));
+    m.impl("teacher_confidence", TORCH_BOX(&teacher_confidence));
+    m.impl("kd_with_confidence", TORCH_BOX(&kd_with_confidence));
+    m.impl("difficulty_mask", TORCH_BOX(&difficulty_mask));
+    m.impl("kth_smallest", TORCH_BOX(&kth_smallest));
     m.impl("exp", TORCH_BOX(&exponential));
 }
 

@@ -129,11 +129,22 @@ def check_class_weight(weight: Tensor, logits: Tensor) -> None:
     check_device("class_weight", weight, "the logits", logits)
 
 
-def dense_pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in one dense layout (the student's if it has one), and both fp64 if one is; no copy in the usual case."""
-    if (student.dtype == torch.float64) != (teacher.dtype == torch.float64):
-        student, teacher = student.double(), teacher.double()
+def dense_together(*maps: Tensor) -> tuple[Tensor, ...]:
+    """All in one dense layout (the first's if it has one), and all fp64 if one is; no copy in the usual case."""
     layout = torch.contiguous_format
-    if not student.is_contiguous() and student.is_contiguous(memory_format=torch.channels_last):
+    if not maps[0].is_contiguous() and maps[0].is_contiguous(memory_format=torch.channels_last):
         layout = torch.channels_last
-    return student.contiguous(memory_format=layout), teacher.contiguous(memory_format=layout)
+    return tuple(x.contiguous(memory_format=layout) for x in one_precision(*maps))
+
+
+def dense_each(*maps: Tensor) -> tuple[Tensor, ...]:
+    """Each in its own dense layout, NCHW-contiguous or channels_last, and all fp64 if one is."""
+    return tuple(
+        x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous() for x in one_precision(*maps)
+    )
+
+
+def one_precision(*maps: Tensor) -> tuple[Tensor, ...]:
+    if any(x.dtype == torch.float64 for x in maps):
+        return tuple(x.double() for x in maps)
+    return maps

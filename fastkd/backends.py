@@ -25,10 +25,10 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "nfd": ("cpu", "triton"),
     "kd": ("cpu", "triton"),
     "cwd": ("cpu", "triton"),
-    "resized_cross_entropy": (),
-    "resized_kd": (),
-    "teacher_confidence": (),
-    "difficulty_mask": (),
+    "resized_cross_entropy": ("cpu", "triton"),
+    "resized_kd": ("cpu", "triton"),
+    "teacher_confidence": ("cpu", "triton"),
+    "difficulty_mask": ("cpu", "triton"),
 }
 _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 _LIBRARY = "_cpu.so"

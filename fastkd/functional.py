@@ -31,11 +31,18 @@ from ._arguments import (
     check_target,
     check_teacher,
     check_word,
-    dense_pair,
+    dense_each,
+    dense_together,
 )
 from .ops.cwd import cwd as _cwd
 from .ops.kd import kd as _kd
 from .ops.nfd import nfd as _nfd
+from .ops.rdd import difficulty_mask as _difficulty_mask
+from .ops.rdd import kd_with_confidence as _kd_with_confidence
+from .ops.rdd import teacher_confidence as _teacher_confidence
+from .ops.resized_cross_entropy import resized_cross_entropy as _resized_cross_entropy
+from .ops.resized_cross_entropy import resized_cross_entropy_per_pixel as _resized_cross_entropy_per_pixel
+from .ops.resized_kd import resized_kd as _resized_kd
 
 PIXEL_REDUCTIONS = ("mean", "mean_all", "sum", "batchmean", "none")
 FEATURE_REDUCTIONS = ("mean", "sum", "batchmean", "none")
@@ -98,7 +105,8 @@ def nfd_loss(
         if student.numel() == 0:
             loss = torch.where(torch.isfinite(loss), loss, 0)
     else:
-        loss = _nfd(*dense_pair(student, teacher), dims, eps, backend)
+        student, teacher = dense_together(student, teacher)
+        loss = _nfd(student, teacher, dims, eps, backend)
     return _reduce_groups(loss, student, reduction)
 
 
@@ -117,7 +125,8 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, redu
     if backend == "reference" or student.numel() == 0:
         loss = reference.cwd(student, _constant(teacher), temperature)
     else:
-        loss = _cwd(*dense_pair(student, teacher), temperature, backend)
+        student, teacher = dense_together(student, teacher)
+        loss = _cwd(student, teacher, temperature, backend)
     return loss if reduction == "none" else _reduce_cwd(loss, reduction)
 
 
@@ -152,11 +161,8 @@ def kd_loss(
     if backend == "reference" or student.numel() == 0:
         loss = reference.kd(student, _constant(teacher), temperature)
         return _reduce_reference(loss, target, weight, classes, ignore_index, reduction)
-    student, teacher = dense_pair(student, teacher)
-    if target is not None:
-        target = target.contiguous()
-    if weight is not None:
-        weight = weight.to(reference.accumulate_in(student)).contiguous()
+    student, teacher = dense_together(student, teacher)
+    target, weight = _dense(target), _dense(weight, reference.accumulate_in(student))
     return _kd(student, teacher, target, weight, temperature, ignore_index, reduction, backend)
 
 
@@ -188,16 +194,8 @@ def resized_cross_entropy(
         check_class_weight(class_weight, logits)
     if pixel_weight is not None:
         check_pixel_weight("pixel_weight", pixel_weight, logits, (n, None, None))
-    backends.choose("resized_cross_entropy", logits.device)
-    size = (target.shape[-2], target.shape[-1])
-    if logits.numel() == 0 or target.numel() == 0:
-        return _nothing(logits, (n, *size), reduction)
-    resized = reference.resize(logits, size, align_corners)
-    loss, valid, weight = reference.cross_entropy(resized, target, class_weight, ignore_index)
-    if pixel_weight is not None:
-        loss = loss * reference.resize(pixel_weight, size, align_corners).to(loss.dtype)
-        loss = torch.where(valid, loss, 0)
-    return reference.reduce_pixels(loss, weight if class_weight is not None else valid, reduction)
+    loss, _ = _cross_entropy(logits, target, class_weight, pixel_weight, None, ignore_index, align_corners, reduction)
+    return loss
 
 
 def resized_kd_loss(
@@ -230,14 +228,20 @@ def resized_kd_loss(
         check_target(target, student, (n, *size), ignore_index)
     if pixel_weight is not None:
         check_pixel_weight("pixel_weight", pixel_weight, student, (n, None, None))
-    backends.choose("resized_kd", student.device)
+    backend = backends.choose("resized_kd", student.device)
     if student.numel() == 0 or teacher.numel() == 0 or 0 in size:
         return _nothing(student, (n, *size), reduction)
-    student, teacher = (reference.resize(x, size, align_corners) for x in (student, _constant(teacher)))
-    if pixel_weight is not None:
+    if pixel_weight is not None and (reduction == "none" or backend == "reference"):
         pixel_weight = reference.resize(pixel_weight, size, align_corners)
-    loss = reference.kd(student, teacher, temperature)
-    return _reduce_reference(loss, target, pixel_weight, classes, ignore_index, reduction)
+    if backend == "reference":
+        student, teacher = (reference.resize(x, size, align_corners) for x in (student, _constant(teacher)))
+        loss = reference.kd(student, teacher, temperature)
+        return _reduce_reference(loss, target, pixel_weight, classes, ignore_index, reduction)
+    student, teacher = dense_each(student, teacher)
+    target, pixel_weight = _dense(target), _dense(pixel_weight, reference.accumulate_in(student))
+    return _resized_kd(
+        student, teacher, target, pixel_weight, size, temperature, ignore_index, align_corners, reduction, backend
+    )
 
 
 @torch.no_grad()
@@ -257,8 +261,7 @@ def teacher_confidence(main: Tensor, aux: Tensor, *, direction: str = "aux_main"
     check_teacher("main", main)
     check_teacher("aux", aux)
     check_word("direction", direction, ("aux_main", "main_aux"))
-    backends.choose("teacher_confidence", main.device)
-    return reference.teacher_confidence(main, aux, direction)
+    return _confidence(main, aux, direction)
 
 
 @torch.no_grad()
@@ -295,12 +298,8 @@ def difficulty_mask(
     check_number("min_kept", min_kept, minimum=0)
     check_word("confidence", confidence, ("max", "label"))
     check_word("select", select, SELECTIONS)
-    backends.choose("difficulty_mask", student.device)
-    if student.numel() == 0 or target.numel() == 0:
-        return torch.zeros_like(target, dtype=torch.bool)
-    return reference.difficulty_mask(
-        student, teacher, target, threshold, min_kept, confidence, select, ignore_index, align_corners
-    )
+    mask, _ = _mask(student, teacher, target, threshold, min_kept, confidence, select, ignore_index, align_corners)
+    return mask
 
 
 def rdd_loss(
@@ -358,52 +357,36 @@ def rdd_loss(
             "aux_weight=0"
         )
 
-    def tfe() -> Tensor:
-        if teacher_aux is None:
-            raise ValueError(
-                "rdd_loss: the TFE stage compares the teacher's main and auxiliary logits, but teacher_aux is None; pass "
-                'teacher_aux, or leave TFE out (tfe_steps=0 in RDDLoss, stage="tse" here)'
-            )
-        weight = teacher_confidence(teacher, teacher_aux, direction=p.direction)
+    check_pair(student, teacher)
+    check_target(target, student, (student.shape[0], None, None), ignore_index)
+    if class_weight is not None:
+        check_class_weight(class_weight, student)
+    if student_aux is not None:
+        check_float("student_aux", student_aux)
+        check_same("student_aux", student_aux, "student", student, same_size=False)
+    if teacher_aux is not None:
+        check_float("teacher_aux", teacher_aux)
+        check_same("teacher_aux", teacher_aux, "teacher", teacher, same_size=False)
+        check_teacher("teacher_aux", teacher_aux)
 
-        def term(logits: Tensor) -> Tensor:
-            return resized_cross_entropy(
-                logits,
-                target,
-                pixel_weight=weight,
-                ignore_index=ignore_index,
-                align_corners=align,
-                reduction="mean_all",
-            )
+    def tfe(weight: Tensor) -> tuple[Tensor, Tensor]:
+        def term(logits: Tensor) -> tuple[Tensor, Tensor]:
+            return _cross_entropy(logits, target, None, weight, None, ignore_index, align, "mean_all")
 
-        return (
-            term(student) if student_aux is None or aux_weight == 0 else term(student) + aux_weight * term(student_aux)
-        )
+        task, count = term(student)
+        if student_aux is not None and aux_weight > 0:
+            task = task + aux_weight * term(student_aux)[0]
+        return task, (count > 0).to(task.dtype)
 
     def tse() -> tuple[Tensor, Tensor]:
         def term(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            mask = difficulty_mask(
-                s,
-                t,
-                target,
-                threshold=p.threshold if threshold is None else threshold,
-                min_kept=p.min_kept if min_kept is None else min_kept,
-                confidence=p.confidence,
-                select=select,
-                ignore_index=ignore_index,
-                align_corners=align,
-            )
-            loss = resized_cross_entropy(
-                s,
-                torch.where(mask, target.long(), ignore_index),
-                class_weight=class_weight,
-                ignore_index=ignore_index,
-                align_corners=align,
-                reduction=p.tse_reduction,
-            )
-            return loss, mask
+            limit = p.threshold if threshold is None else threshold
+            kept = p.min_kept if min_kept is None else min_kept
+            mask, counts = _mask(s, t, target, limit, kept, p.confidence, select, ignore_index, align)
+            loss, _ = _cross_entropy(s, target, class_weight, None, mask, ignore_index, align, p.tse_reduction)
+            return loss, counts[0] / counts[1].clamp(min=1)
 
-        task, mask = term(student, teacher)
+        task, selected = term(student, teacher)
         if student_aux is not None and aux_weight > 0:
             if teacher_aux is None:
                 raise ValueError(
@@ -411,18 +394,125 @@ def rdd_loss(
                     "it or aux_weight=0"
                 )
             task = task + aux_weight * term(student_aux, teacher_aux)[0]
-        return task, mask
+        return task, selected.to(task.dtype)
 
-    kd = kd_loss(student, teacher, temperature=temperature)
-    valid = reference.valid_pixels(target, student.shape[1], ignore_index)
-    if stage == "tfe":
-        task, selected = tfe(), valid.any().to(kd.dtype)
-    else:
-        task, mask = tse()
-        selected = (mask.sum() / valid.sum().clamp(min=1)).to(kd.dtype)
-        if blend is not None:
-            task = (1 - blend) * task + blend * tfe()
+    if stage == "tse" and blend is None:
+        kd = kd_loss(student, teacher, temperature=temperature)
+        task, selected = tse()
+        return RDDOutput(task + kd_weight * kd, task, kd, stage, selected)
+    if teacher_aux is None:
+        raise ValueError(
+            "rdd_loss: the TFE stage compares the teacher's main and auxiliary logits, but teacher_aux is None; pass "
+            'teacher_aux, or leave TFE out (tfe_steps=0 in RDDLoss, stage="tse" here)'
+        )
+    check_same("teacher_aux", teacher_aux, "teacher", teacher)
+    kd, weight = _kd_and_confidence(student, teacher, teacher_aux, p.direction, temperature)
+    task, selected = tfe(weight)
+    if blend is not None and stage == "tse":
+        early = task
+        task, selected = tse()
+        task = (1 - blend) * task + blend * early
     return RDDOutput(task + kd_weight * kd, task, kd, stage, selected)
+
+
+# The rest of the operators without their checks, so that RDD, which needs several on the same arguments, makes them once.
+
+
+def _cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    mask: Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """:func:`resized_cross_entropy` over the pixels where ``mask`` is True, and the summed class weights of those."""
+    size = (target.shape[-2], target.shape[-1])
+    backend = backends.choose("resized_cross_entropy", logits.device)
+    if logits.numel() == 0 or target.numel() == 0:
+        loss = _nothing(logits, (logits.shape[0], *size), reduction)
+        return loss, loss.new_zeros(())
+    if pixel_weight is not None and (reduction == "none" or backend == "reference"):
+        pixel_weight = reference.resize(pixel_weight, size, align_corners)
+    if backend == "reference":
+        if mask is not None:
+            target = torch.where(mask, target.long(), ignore_index)
+        resized = reference.resize(logits, size, align_corners)
+        loss, valid, weight = reference.cross_entropy(resized, target, class_weight, ignore_index)
+        if pixel_weight is not None:
+            loss = torch.where(valid, loss * pixel_weight.to(loss.dtype), 0)
+        return reference.reduce_pixels(loss, weight, reduction), weight.sum()
+    (logits,) = dense_each(logits)
+    acc = reference.accumulate_in(logits)
+    tensors = (logits, target.contiguous(), _dense(class_weight, acc), _dense(pixel_weight, acc), mask)
+    if reduction == "none":
+        loss = _resized_cross_entropy_per_pixel(*tensors, ignore_index, align_corners, backend)
+        return loss, loss.new_zeros(())
+    return _resized_cross_entropy(*tensors, ignore_index, align_corners, reduction, backend)
+
+
+def _confidence(main: Tensor, aux: Tensor, direction: str) -> Tensor:
+    backend = backends.choose("teacher_confidence", main.device)
+    if backend == "reference" or main.numel() == 0:
+        return reference.teacher_confidence(main, aux, direction)
+    main, aux = dense_together(main, aux)
+    return _teacher_confidence(main, aux, direction, backend)
+
+
+def _kd_and_confidence(
+    student: Tensor, teacher: Tensor, teacher_aux: Tensor, direction: str, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """KD and TFE's map; at temperature 1, which RDD has unless told otherwise, from one read."""
+    backend = backends.choose("teacher_confidence", student.device)
+    if backend == "reference" or temperature != 1 or student.numel() == 0:
+        with torch.no_grad():
+            confidence = _confidence(teacher, teacher_aux, direction)
+        return kd_loss(student, teacher, temperature=temperature), confidence
+    student, teacher, teacher_aux = dense_together(student, teacher, teacher_aux)
+    return _kd_with_confidence(student, teacher, teacher_aux, direction, backend)
+
+
+@torch.no_grad()
+def _mask(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    threshold: float,
+    min_kept: int,
+    confidence: str,
+    select: str,
+    ignore_index: int,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`difficulty_mask`, and the number of selected and of valid pixels."""
+    backend = backends.choose("difficulty_mask", student.device)
+    if student.numel() == 0 or target.numel() == 0:
+        return torch.zeros_like(target, dtype=torch.bool), target.new_zeros(2, dtype=torch.int64)
+    if backend == "reference":
+        mask = reference.difficulty_mask(
+            student, teacher, target, threshold, min_kept, confidence, select, ignore_index, align_corners
+        )
+        valid = reference.valid_pixels(target, student.shape[1], ignore_index)
+        return mask, torch.stack([mask.sum(), valid.sum()])
+    student, teacher = dense_each(student, teacher)
+    return _difficulty_mask(
+        student,
+        teacher,
+        target.contiguous(),
+        threshold,
+        min_kept,
+        confidence,
+        select,
+        ignore_index,
+        align_corners,
+        backend,
+    )
+
+
+def _dense(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    return None if x is None else x.to(dtype or x.dtype).contiguous()
 
 
 def _constant(teacher: Tensor) -> Tensor:

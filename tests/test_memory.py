@@ -27,6 +27,7 @@ for name, loss, shape in (
             student.grad = None
             loss(student, teacher).backward()
         step()
+        student.grad = None  # else the memory it gives back would hide as much of the new one
         extra = peak_memory(step) - student.nbytes
         shares[f"{name} {dtype}"] = extra / (student.nbytes + teacher.nbytes)
 print(json.dumps(shares))

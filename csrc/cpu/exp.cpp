@@ -10,6 +10,11 @@ void kd_forward(const KdForward&);
 void kd_backward(const KdBackward&);
 void cwd_forward(const CwdForward&);
 void cwd_backward(const CwdBackward&);
+void resized_cross_entropy(const ResizedCrossEntropy&);
+void resized_kd(const ResizedKd&);
+void teacher_confidence(const TeacherConfidence&);
+void difficulty_mask(const DifficultyMask&);
+void kth_smallest(const void*, DType, int64_t, int64_t, void*, ParallelFor);
 
 namespace {
 
@@ -31,7 +36,19 @@ const char* name() {
 }  // namespace
 
 Kernels table() {
-    return {name(), nfd_forward, nfd_backward, kd_forward, kd_backward, cwd_forward, cwd_backward, exp_all};
+    return {name(),
+            nfd_forward,
+            nfd_backward,
+            kd_forward,
+            kd_backward,
+            cwd_forward,
+            cwd_backward,
+            resized_cross_entropy,
+            resized_kd,
+            teacher_confidence,
+            difficulty_mask,
+            kth_smallest,
+            exp_all};
 }
 
 }  // namespace fastkd::FASTKD_ISA

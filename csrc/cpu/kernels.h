@@ -86,6 +86,74 @@ struct CwdBackward {
     void* out;          // dtype and layout of student
 };
 
+// One map, (n, c, h, w) in memory or (n, h, w, c) if channels_last.
+struct Map {
+    const void* data;
+    DType type;
+    bool channels_last;
+    int64_t n, c, h, w;
+};
+
+// What a label pixel counts: nothing if its label is ignored or outside [0, c) or its mask is 0, else its class weight
+// times its weight, a map of any size that is resized bilinearly.
+struct LabelPixels {
+    const void* target;  // (n, height, width) or null
+    Label label;
+    int64_t ignore_index;
+    const void* class_weight;  // acc (c,) or null
+    const void* weight;        // acc (n, weight_h, weight_w) or null
+    int64_t weight_h, weight_w;
+    const uint8_t* mask;  // (n, height, width) or null
+};
+
+struct Resized {
+    LabelPixels pixels;
+    int64_t height, width;
+    bool align_corners;
+    bool per_pixel;
+    void* loss;      // acc (n, height, width), or one number
+    void* count;     // acc, one number
+    void* gradient;  // null, or acc in the layout of the logits
+    ParallelFor parallel_for;
+};
+
+struct ResizedCrossEntropy {
+    Map logits;
+    Resized out;
+};
+
+struct ResizedKd {
+    Map student, teacher;
+    double temperature;
+    Resized out;
+};
+
+struct TeacherConfidence {
+    Pair in;             // main, aux
+    const void* student;  // null, or a third map of the same shape and layout
+    DType student_type;
+    bool aux_main;      // KL(aux || main), else KL(main || aux)
+    void* confidence;   // acc (n, hw)
+    void* loss;         // acc, one number, if student
+    void* gradient;     // acc in the layout of student, if student
+};
+
+enum class Select { exclusive, either, both, student, student_only };
+
+struct DifficultyMask {
+    Map student, teacher;
+    LabelPixels pixels;
+    int64_t height, width;
+    bool align_corners;
+    double threshold;
+    int64_t min_kept;
+    bool by_label;  // confidence in the labelled class, else in the largest
+    Select select;
+    uint8_t* mask;    // (n, height, width)
+    int64_t* counts;  // selected, valid
+    ParallelFor parallel_for;
+};
+
 struct Kernels {
     const char* isa;
     void (*nfd_forward)(const NfdForward&);
@@ -94,6 +162,11 @@ struct Kernels {
     void (*kd_backward)(const KdBackward&);
     void (*cwd_forward)(const CwdForward&);
     void (*cwd_backward)(const CwdBackward&);
+    void (*resized_cross_entropy)(const ResizedCrossEntropy&);
+    void (*resized_kd)(const ResizedKd&);
+    void (*teacher_confidence)(const TeacherConfidence&);
+    void (*difficulty_mask)(const DifficultyMask&);
+    void (*kth_smallest)(const void* in, DType type, int64_t n, int64_t k, void* out, ParallelFor parallel_for);
     void (*exp)(const float* in, float* out, int64_t n, ParallelFor parallel_for);
 };
 

@@ -30,11 +30,15 @@ inline void with_type(DType type, const F& f) {
 
 // Runs f(Type<Acc>) with the type the inputs are computed in.
 template <class F>
-inline void with_acc(const Pair& in, const F& f) {
-    if (in.student_type == DType::f64)
+inline void with_acc(DType type, const F& f) {
+    if (type == DType::f64)
         f(Type<double>{});
     else
         f(Type<float>{});
+}
+template <class F>
+inline void with_acc(const Pair& in, const F& f) {
+    with_acc(in.student_type, f);
 }
 
 template <class Acc>

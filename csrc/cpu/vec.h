@@ -141,6 +141,24 @@ inline Float max(Float a, Float b) {
 #endif
 }
 
+// Whether any lane of a comparison holds.
+inline bool any(Vec<int64_t> mask) {
+    int64_t bits = 0;
+    for (int i = 0; i < kLanes<double>; ++i) bits |= mask[i];
+    return bits != 0;
+}
+inline bool any(Int mask) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+    int32_t bits = 0;
+    for (int i = 0; i < kLanes<float>; ++i) bits |= mask[i];
+    return bits != 0;
+#endif
+}
+
 template <class T>
 inline T sum_lanes(Vec<T> v) {
     T lanes[kLanes<T>];

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -32,11 +33,6 @@ def accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gradient that was made in the forward, times what the backward knows, in the student's dtype."""
-    return (gradient * factor).to(dtype)
-
-
 class Saved:
     """Tensors kept for the backward.
 
@@ -61,3 +57,26 @@ class Saved:
                 '`with fastkd.use_backend("reference"):` around the forward of this loss'
             )
         return [s if h is None else h for s, h in zip(ctx.saved_tensors, self.held, strict=True)]
+
+
+class GradientAhead:
+    """A gradient that was made in the forward, in fp32 (fp64) and not scaled yet.
+
+    The first backward scales it in place and hands it out; a further one over the same graph makes it anew. A traced graph
+    must not change what it has saved, and scales a copy.
+    """
+
+    def __init__(self, ctx, gradient: Tensor, *inputs: Tensor | None):
+        self.traced = torch.compiler.is_compiling()
+        self.gradient = None if self.traced else gradient
+        self.saved = Saved(ctx, *((gradient,) if self.traced else inputs))
+
+    def scaled(
+        self, ctx, factor: Tensor, dtype: torch.dtype, make_anew: Callable[[list[Tensor | None]], Tensor]
+    ) -> Tensor:
+        saved = self.saved.tensors(ctx)
+        if saved[0] is not None and self.traced:
+            return (saved[0] * factor).to(dtype)
+        gradient = make_anew(saved) if self.gradient is None else self.gradient
+        self.gradient = None
+        return gradient.mul_(factor).to(dtype)

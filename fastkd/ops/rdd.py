@@ -8,7 +8,7 @@ it.
 import torch
 from torch import Tensor
 
-from ._registry import Saved, accumulator, operators, scaled
+from ._registry import GradientAhead, accumulator, operators
 
 CONFIDENCE = "teacher_confidence(Tensor main, Tensor aux, str direction) -> Tensor"
 """exp(-KL) between the heads, (N, h, w) fp32 (fp64): KL(aux || main) for "aux_main", KL(main || aux) for "main_aux"."""
@@ -95,15 +95,18 @@ class _KDWithConfidence(torch.autograd.Function):
         ctx, student: Tensor, teacher: Tensor, aux: Tensor, direction: str, backend: str
     ) -> tuple[Tensor, Tensor]:
         loss, gradient, confidence = operators(backend).kd_with_confidence(student, teacher, aux, direction)
-        ctx.saved = Saved(ctx, gradient)
+        ctx.ahead = GradientAhead(ctx, gradient, student, teacher, aux)
         ctx.dtype, ctx.scale = student.dtype, 1 / confidence.numel()
+        ctx.direction, ctx.backend = direction, backend
         ctx.mark_non_differentiable(confidence)
         return loss * ctx.scale, confidence
 
     @staticmethod
     def backward(ctx, grad: Tensor, _confidence):
-        (gradient,) = ctx.saved.tensors(ctx)
-        return scaled(gradient, grad * ctx.scale, ctx.dtype), *(None,) * 4
+        def make_anew(saved):
+            return operators(ctx.backend).kd_with_confidence(*saved, ctx.direction)[1]
+
+        return ctx.ahead.scaled(ctx, grad * ctx.scale, ctx.dtype, make_anew), *(None,) * 4
 
 
 def kd_with_confidence(

@@ -9,7 +9,7 @@ backward. Nothing of N*C*H*W elements exists.
 import torch
 from torch import Tensor
 
-from ._registry import Saved, accumulator, operators, scaled
+from ._registry import GradientAhead, Saved, accumulator, operators
 
 FORWARD = (
     "resized_cross_entropy_forward(Tensor logits, Tensor target, Tensor? class_weight, Tensor? pixel_weight, "
@@ -75,18 +75,20 @@ class _Reduced(torch.autograd.Function):
         args = (logits, target, class_weight, pixel_weight, mask, ignore_index, align_corners)
         if needs_gradient:
             loss, count, gradient = operators(backend).resized_cross_entropy_gradient(*args)
-            ctx.saved = Saved(ctx, gradient)
+            ctx.ahead = GradientAhead(ctx, gradient, logits, target, class_weight, pixel_weight, mask)
         else:
             loss, count = operators(backend).resized_cross_entropy_forward(*args, False)
-        ctx.dtype = logits.dtype
+        ctx.dtype, ctx.options, ctx.backend = logits.dtype, (ignore_index, align_corners), backend
         ctx.scale = pixel_scale(reduction, count, target.numel(), target.shape[0])
         ctx.mark_non_differentiable(count)
         return loss * ctx.scale, count
 
     @staticmethod
     def backward(ctx, grad: Tensor, _count):
-        (gradient,) = ctx.saved.tensors(ctx)
-        return scaled(gradient, grad * ctx.scale, ctx.dtype), *(None,) * 9
+        def make_anew(saved):
+            return operators(ctx.backend).resized_cross_entropy_gradient(*saved, *ctx.options)[2]
+
+        return ctx.ahead.scaled(ctx, grad * ctx.scale, ctx.dtype, make_anew), *(None,) * 9
 
 
 class _PerPixel(torch.autograd.Function):

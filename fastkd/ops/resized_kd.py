@@ -8,7 +8,7 @@ As in ``resized_cross_entropy``, the loss and its gradient at logit size are mad
 import torch
 from torch import Tensor
 
-from ._registry import Saved, accumulator, operators, scaled
+from ._registry import GradientAhead, Saved, accumulator, operators
 from .resized_cross_entropy import pixel_scale
 
 FORWARD = (
@@ -82,17 +82,20 @@ class _Reduced(torch.autograd.Function):
         args = (student, teacher, target, pixel_weight, height, width, temperature, ignore_index, align_corners)
         if needs_gradient:
             loss, count, gradient = operators(backend).resized_kd_gradient(*args)
-            ctx.saved = Saved(ctx, gradient)
+            ctx.ahead = GradientAhead(ctx, gradient, student, teacher, target, pixel_weight)
         else:
             loss, count = operators(backend).resized_kd_forward(*args, False)
         n = student.shape[0]
+        ctx.options, ctx.backend = (height, width, temperature, ignore_index, align_corners), backend
         ctx.dtype, ctx.scale = student.dtype, pixel_scale(reduction, count, n * height * width, n)
         return loss * ctx.scale
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (gradient,) = ctx.saved.tensors(ctx)
-        return scaled(gradient, grad * ctx.scale, ctx.dtype), *(None,) * 11
+        def make_anew(saved):
+            return operators(ctx.backend).resized_kd_gradient(*saved, *ctx.options)[2]
+
+        return ctx.ahead.scaled(ctx, grad * ctx.scale, ctx.dtype, make_anew), *(None,) * 11
 
 
 class _PerPixel(torch.autograd.Function):

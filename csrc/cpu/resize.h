@@ -1,0 +1,521 @@
+// Bilinear interpolation as the resized losses see it: by cells.
+//
+// A cell is the space between a logit and its neighbour to the right (and the rows y and y + 1). The label pixels of a
+// row that fall into one cell are its phases. A vector holds one phase of neighbouring cells, so the logits it needs are
+// two plain loads, whatever the ratio, and the transpose of the interpolation is two plain adds: no gather, no
+// permutation, no atomic. A ratio that is no whole number leaves some phases of some cells empty; they weigh 0.
+#pragma once
+
+#include "tile.h"
+
+namespace fastkd::FASTKD_ISA {
+
+// One direction of a bilinear resize, in exact integers: torch's source coordinate without its rounding.
+class Axis {
+public:
+    Axis(int64_t in, int64_t out, bool align_corners) : in_(in), out_(out), align_(align_corners) {}
+
+    struct Tap {
+        int64_t left, right;
+        double weight;  // of right; left has the rest
+    };
+
+    Tap tap(int64_t x) const {
+        const int64_t over = align_ ? x * (in_ - 1) : (2 * x + 1) * in_ - out_;
+        const int64_t under = align_ ? max(out_ - 1, 1) : 2 * out_;
+        const int64_t left = over < 0 ? 0 : over / under;
+        if (over < 0 || left >= in_ - 1) return {min(left, in_ - 1), min(left, in_ - 1), 0};
+        return {left, left + 1, static_cast<double>(over - left * under) / static_cast<double>(under)};
+    }
+
+    // first[cell] = the first output of that cell or a later one; first[in] = out.
+    void starts(int64_t* first) const {
+        int64_t cell = 0;
+        for (int64_t x = 0; x < out_; ++x)
+            for (const int64_t left = tap(x).left; cell <= left; ++cell) first[cell] = x;
+        for (; cell <= in_; ++cell) first[cell] = out_;
+    }
+
+    int64_t in() const { return in_; }
+    int64_t out() const { return out_; }
+
+private:
+    int64_t in_, out_;
+    bool align_;
+};
+
+// The label columns by phase and cell.
+template <class Acc>
+struct Columns {
+    explicit Columns(const Axis& axis)
+        : cells(axis.in()),
+          padded(ceil_div(axis.in(), kLanes<Acc>) * kLanes<Acc>),
+          width(axis.out()),
+          phases(most(axis)),
+          slot(axis.out()),
+          right(phases * padded) {
+        for (int64_t i = 0; i < phases * padded; ++i) right[i] = 0;
+        int64_t cell = -1, phase = 0;
+        for (int64_t x = 0; x < width; ++x) {
+            const Axis::Tap tap = axis.tap(x);
+            phase = tap.left == cell ? phase + 1 : 0;
+            cell = tap.left;
+            slot[x] = static_cast<int32_t>(phase * padded + cell);
+            right[slot[x]] = static_cast<Acc>(tap.weight);
+            blend |= tap.weight != 0;
+        }
+    }
+
+    const int64_t cells, padded, width, phases;
+    const Scratch<int32_t> slot;  // (width,): label column -> phase * padded + cell
+    const Scratch<Acc> right;     // (phases, padded): the weight of the logit to the right
+    bool blend = false;           // whether any weight is not 0
+
+private:
+    static int64_t most(const Axis& axis) {
+        const Scratch<int64_t> first(axis.in() + 1);
+        axis.starts(first);
+        int64_t n = 1;
+        for (int64_t i = 0; i < axis.in(); ++i) n = max(n, first[i + 1] - first[i]);
+        return n;
+    }
+};
+
+// The row of logits a label row sees: loaded as Acc, blended from two, less a bound of each pixel's maximum.
+//
+// The largest class of an interpolated pixel is at most the interpolation of the largest classes, so subtracting that
+// bound keeps every exponential at or below 1 (but for rounding) and costs one operation a logit, not one a label pixel.
+template <class Acc>
+class Row {
+    static constexpr int W = kLanes<Acc>;
+
+public:
+    Row(const Map& map, int64_t padded)
+        : stride(padded + W),
+          map_(map),
+          loaded_{Scratch<Acc>((map.c + 1) * stride), Scratch<Acc>((map.c + 1) * stride)},
+          values_(map.c * stride),
+          scratch_(map.channels_last ? map.w * map.c : 0) {}
+
+    // Blends rows tap.left and tap.right of sample n, times scale.
+    void load(int64_t n, const Axis::Tap& tap, Acc scale) {
+        const Acc *top = row(n, tap.left), *bottom = row(n, tap.right), *top_max = top + map_.c * stride,
+                  *bottom_max = bottom + map_.c * stride;
+        const Vec<Acc> a = set1(static_cast<Acc>(1 - tap.weight)), b = set1(static_cast<Acc>(tap.weight)),
+                       factor = set1(scale);
+        for (int64_t c = 0; c < map_.c; ++c)
+            for (int64_t x = 0; x < stride; x += W) {
+                Vec<Acc> v = load_at(top + c * stride + x), m = load_at(top_max + x);
+                if (tap.weight != 0) {  // else 0 * inf would be NaN
+                    v = a * v + b * load_at(bottom + c * stride + x);
+                    m = a * m + b * load_at(bottom_max + x);
+                }
+                store(values_ + c * stride + x, (v - m) * factor);
+            }
+    }
+
+    const Acc* values() const { return values_; }  // (c, stride), the last logit repeated to the right
+    const int64_t stride;
+
+private:
+    static Vec<Acc> load_at(const Acc* p) { return fastkd::FASTKD_ISA::load(p); }
+
+    const Acc* row(int64_t n, int64_t y) {
+        const int slot = y % 2;
+        Acc* out = loaded_[slot];
+        if (n_[slot] == n && y_[slot] == y) return out;
+        n_[slot] = n;
+        y_[slot] = y;
+        with_type<Acc>(map_.type, [&](auto t) {
+            using T = typename decltype(t)::type;
+            const T* in = static_cast<const T*>(map_.data);
+            if (map_.channels_last) {
+                convert(in + (n * map_.h + y) * map_.w * map_.c, map_.w * map_.c, static_cast<Acc*>(scratch_));
+                for (int64_t c = 0; c < map_.c; ++c)
+                    for (int64_t x = 0; x < map_.w; ++x) out[c * stride + x] = scratch_[x * map_.c + c];
+            } else {
+                for (int64_t c = 0; c < map_.c; ++c)
+                    convert(in + ((n * map_.c + c) * map_.h + y) * map_.w, map_.w, out + c * stride);
+            }
+        });
+        Acc* most = out + map_.c * stride;
+        for (int64_t x = 0; x < stride; ++x) most[x] = -__builtin_inff();
+        for (int64_t c = 0; c < map_.c; ++c) {
+            Acc* values = out + c * stride;
+            for (int64_t x = map_.w; x < stride; ++x) values[x] = values[map_.w - 1];
+            for (int64_t x = 0; x < stride; x += W)
+                store(most + x, max(load_at(values + x), load_at(most + x)));
+        }
+        for (int64_t x = 0; x < stride; ++x)
+            if (most[x] == -__builtin_inff()) most[x] = 0;  // -inf - -inf would be NaN
+        return out;
+    }
+
+    const Map map_;
+    const Scratch<Acc> loaded_[2];  // (c, stride) and the maximum over c (stride,)
+    const Scratch<Acc> values_, scratch_;
+    int64_t n_[2] = {-1, -1}, y_[2] = {-1, -1};
+};
+
+// A sum this small may have lost terms below fp32's range: the bound was far above the true maximum.
+template <class Acc>
+constexpr Acc kTiny = sizeof(Acc) == sizeof(double) ? Acc(1e-140) : Acc(1e-17);
+
+// The values of a vector of label pixels: interpolated from a row of logits, or, if kAhead, laid out by phase before.
+template <class Acc, bool kAhead>
+struct Side {
+    const Acc* values;
+    int64_t stride;  // between classes
+    int64_t phase;   // between phases, if kAhead
+
+    template <bool kBlend>
+    Vec<Acc> value(Vec<Acc> right, int64_t c, int64_t k) const {
+        const Acc* at = values + c * stride;
+        if constexpr (kAhead) return load(at + k * phase);
+        if constexpr (!kBlend) return load(at);
+        return (set1(Acc(1)) - right) * load(at) + right * load(at + 1);
+    }
+};
+
+// Each pixel's value of the class it is labelled with (of class 0 where it is not).
+template <class Acc>
+inline Vec<Acc> labelled_value(const Side<Acc, false>& side, const Acc* labels, Vec<Acc> right) {
+    constexpr int W = kLanes<Acc>;
+    Acc out[W], weight[W];
+    store(weight, right);
+    for (int i = 0; i < W; ++i) {
+        const Acc* at = side.values + (labels[i] < 0 ? 0 : static_cast<int64_t>(labels[i])) * side.stride + i;
+        out[i] = weight[i] == 0 ? at[0] : (1 - weight[i]) * at[0] + weight[i] * at[1];
+    }
+    return load(out);
+}
+
+// The softmaxes of G vectors of label pixels. `e` gets exp(v - shift), classes `e_stride` apart, vectors W apart.
+template <class Acc, int G, bool kAhead>
+struct Softmax {
+    static constexpr int W = kLanes<Acc>;
+    Vec<Acc> sum[G], shift[G], most[G];
+
+    template <bool kStore, bool kMost, bool kBlend>
+    void compute(const Side<Acc, kAhead>& side, const Vec<Acc>* right, int64_t classes, Acc* e, int64_t e_stride) {
+        run<kStore, kMost, kBlend, false>(side, right, classes, e, e_stride);
+        bool small = false;
+        for (int j = 0; j < G; ++j) small |= any(sum[j] < kTiny<Acc>);
+        if (!small) return;
+        for (int j = 0; j < G; ++j) shift[j] = set1(Acc(-__builtin_inff()));
+        for (int64_t c = 0; c < classes; ++c)
+            for (int j = 0; j < G; ++j) shift[j] = max(side.template value<kBlend>(right[j], c, j), shift[j]);
+        for (int j = 0; j < G; ++j) shift[j] = shift[j] == -__builtin_inff() ? Vec<Acc>{} : shift[j];
+        run<kStore, kMost, kBlend, true>(side, right, classes, e, e_stride);
+    }
+
+private:
+    template <bool kStore, bool kMost, bool kBlend, bool kShift>
+    void run(const Side<Acc, kAhead>& side, const Vec<Acc>* right, int64_t classes, Acc* e, int64_t e_stride) {
+        Vec<Acc> left[G];
+        for (int j = 0; j < G; ++j) {
+            left[j] = set1(Acc(1)) - right[j];
+            sum[j] = most[j] = Vec<Acc>{};
+            if constexpr (!kShift) shift[j] = Vec<Acc>{};
+        }
+        constexpr int64_t kRows = 64;  // classes summed on their own first: two levels keep fp32 sums short
+        for (int64_t first = 0; first < classes; first += kRows) {
+            Vec<Acc> part[G] = {};
+            const int64_t last = min(classes, first + kRows);
+            for (int64_t c = first; c < last; ++c) {
+                const Acc* at = side.values + c * side.stride;
+                Vec<Acc> a{}, b{};
+                if constexpr (!kAhead) a = load(at);
+                if constexpr (!kAhead && kBlend) b = load(at + 1);
+                for (int j = 0; j < G; ++j) {
+                    Vec<Acc> v = a;
+                    if constexpr (kAhead) v = load(at + j * side.phase);
+                    else if constexpr (kBlend) v = left[j] * a + right[j] * b;
+                    if constexpr (kShift) v -= shift[j];
+                    const Vec<Acc> ex = exp(v);
+                    part[j] += ex;
+                    if constexpr (kMost) most[j] = max(most[j], ex);
+                    if constexpr (kStore) store(e + c * e_stride + j * W, ex);
+                }
+            }
+            for (int j = 0; j < G; ++j) sum[j] += part[j];
+        }
+    }
+};
+
+// f(Type) with an integral constant 1 to 4 for the number of vectors taken together: it hides the latency of exp.
+template <int N>
+struct Count {
+    static constexpr int value = N;
+};
+template <class F>
+inline void by_count(int64_t n, const F& f) {
+    switch (n) {
+        case 1: f(Count<1>{}); break;
+        case 2: f(Count<2>{}); break;
+        case 3: f(Count<3>{}); break;
+        default: f(Count<4>{});
+    }
+}
+
+// ---- the gradient ---------------------------------------------------------------------------------------------------
+
+// What label rows add to a row of logits: to the left and to the right logit of each cell, (c, stride) each.
+template <class Acc>
+struct RowGradient {
+    static constexpr int W = kLanes<Acc>;
+    RowGradient(int64_t c, int64_t padded) : stride(padded + W), size(c * stride + W), left(size), right(size) {}
+
+    void clear() {
+        for (int64_t i = 0; i < size; i += W) {
+            store(left + i, Vec<Acc>{});
+            store(right + i, Vec<Acc>{});
+        }
+    }
+    void add(const RowGradient& o) {
+        for (int64_t i = 0; i < size; i += W) {
+            store(left + i, load(left + i) + load(o.left + i));
+            store(right + i, load(right + i) + load(o.right + i));
+        }
+    }
+    // Logit (c, x): its own cell and the one to its left. The last cell's right logit is the last logit itself.
+    Acc at(int64_t c, int64_t x, int64_t w) const {
+        const Acc* r = right + c * stride;
+        return left[c * stride + x] + (x ? r[x - 1] : Acc(0)) + (x == w - 1 ? r[x] : Acc(0));
+    }
+
+    const int64_t stride, size;
+    const Scratch<Acc> left, right;
+};
+
+// The gradient at logit size, or a band's last row that the next band's first has to be added to.
+template <class Acc>
+class GradientRows {
+public:
+    GradientRows(void* out, const Map& map, int64_t items)
+        : out_(static_cast<Acc*>(out)), map_(map), spill_(out ? items * map.c * map.w : 0) {}
+
+    void write(int64_t n, int64_t y, const RowGradient<Acc>& row) const {
+        for (int64_t c = 0; c < map_.c; ++c)
+            for (int64_t x = 0; x < map_.w; ++x) out_[offset(n, c, y) + x * step()] = row.at(c, x, map_.w);
+    }
+    void spill(int64_t item, const RowGradient<Acc>& row) const {
+        for (int64_t c = 0; c < map_.c; ++c)
+            for (int64_t x = 0; x < map_.w; ++x) spill_[(item * map_.c + c) * map_.w + x] = row.at(c, x, map_.w);
+    }
+    void add_spill(int64_t item, int64_t n, int64_t y) const {
+        for (int64_t c = 0; c < map_.c; ++c)
+            for (int64_t x = 0; x < map_.w; ++x)
+                out_[offset(n, c, y) + x * step()] += spill_[(item * map_.c + c) * map_.w + x];
+    }
+
+private:
+    int64_t step() const { return map_.channels_last ? map_.c : 1; }
+    int64_t offset(int64_t n, int64_t c, int64_t y) const {
+        return map_.channels_last ? (n * map_.h + y) * map_.w * map_.c + c : ((n * map_.c + c) * map_.h + y) * map_.w;
+    }
+
+    Acc* const out_;
+    const Map map_;
+    const Scratch<Acc> spill_;  // (items, c, w)
+};
+
+// Bands of cell rows, by the shape alone: some 32 in all, so that threads share them evenly.
+struct Bands {
+    Bands(int64_t n, int64_t h) : per_sample(min(h, max(1, ceil_div(32, n)))), h(h) {}
+    int64_t first(int64_t band) const { return band * h / per_sample; }
+    const int64_t per_sample, h;
+};
+
+// ---- label pixels ---------------------------------------------------------------------------------------------------
+
+// One label row by phase and cell: the class (-1 where nothing counts) and what the pixel's term is multiplied by.
+template <class Acc>
+class PixelRow {
+public:
+    PixelRow(const LabelPixels& pixels, int64_t classes, const Axis& rows, const Columns<Acc>& columns, bool align_corners)
+        : label(columns.phases * columns.padded),
+          factor(columns.phases * columns.padded),
+          pixels_(pixels),
+          classes_(classes),
+          columns_(columns),
+          height_(rows.out()),
+          weight_rows_(pixels.weight_h, rows.out(), align_corners),
+          weight_row_(pixels.weight_w),
+          weight_right_(pixels.weight ? columns.width : 0),
+          weight_left_(pixels.weight ? columns.width : 0),
+          weight_next_(pixels.weight ? columns.width : 0) {
+        const Axis axis(pixels.weight_w, columns.width, align_corners);
+        for (int64_t x = 0; pixels.weight && x < columns.width; ++x) {
+            const Axis::Tap tap = axis.tap(x);
+            weight_left_[x] = static_cast<int32_t>(tap.left);
+            weight_next_[x] = static_cast<int32_t>(tap.right);
+            weight_right_[x] = static_cast<Acc>(tap.weight);
+        }
+        for (int64_t i = 0; i < columns.phases * columns.padded; ++i) {
+            label[i] = -1;
+            factor[i] = 0;
+        }
+    }
+
+    // Reads label row y of sample n. Returns the class weights of the pixels that count, summed.
+    double load(int64_t n, int64_t y) const {
+        switch (pixels_.label) {
+            case Label::none: return read(n, y, [](int64_t) { return 0; });
+            case Label::u8: return read_labels<uint8_t>(n, y);
+            case Label::i32: return read_labels<int32_t>(n, y);
+            default: return read_labels<int64_t>(n, y);
+        }
+    }
+
+    const Scratch<Acc> label, factor;
+
+private:
+    template <class T>
+    double read_labels(int64_t n, int64_t y) const {
+        const T* row = static_cast<const T*>(pixels_.target) + (n * height_ + y) * columns_.width;
+        return read(n, y, [&](int64_t x) -> int64_t {
+            const int64_t label = row[x];
+            return label == pixels_.ignore_index || label < 0 || label >= classes_ ? -1 : label;
+        });
+    }
+
+    template <class F>
+    double read(int64_t n, int64_t y, const F& label_at) const {
+        const int64_t width = columns_.width;
+        const uint8_t* mask = pixels_.mask ? pixels_.mask + (n * height_ + y) * width : nullptr;
+        const Acc* class_weight = static_cast<const Acc*>(pixels_.class_weight);
+        double count = 0;
+        for (int64_t x = 0; x < width; ++x) {
+            int64_t c = label_at(x);
+            if (mask && !mask[x]) c = -1;
+            const int32_t at = columns_.slot[x];
+            const Acc weight = c < 0 ? Acc(0) : class_weight ? class_weight[c] : Acc(1);
+            label[at] = static_cast<Acc>(c);
+            factor[at] = weight;
+            count += weight;
+        }
+        if (pixels_.weight) apply_weight(n, y);
+        return count;
+    }
+
+    void apply_weight(int64_t n, int64_t y) const {
+        const Axis::Tap tap = weight_rows_.tap(y);
+        const Acc *map = static_cast<const Acc*>(pixels_.weight) + n * pixels_.weight_h * pixels_.weight_w,
+                  *top = map + tap.left * pixels_.weight_w, *bottom = map + tap.right * pixels_.weight_w;
+        const Acc down = static_cast<Acc>(tap.weight), up = static_cast<Acc>(1 - tap.weight);
+        for (int64_t i = 0; i < pixels_.weight_w; ++i) weight_row_[i] = up * top[i] + down * bottom[i];
+        for (int64_t x = 0; x < columns_.width; ++x) {
+            const int32_t at = columns_.slot[x];
+            const Acc weight = (1 - weight_right_[x]) * weight_row_[weight_left_[x]] +
+                               weight_right_[x] * weight_row_[weight_next_[x]];
+            factor[at] = label[at] < 0 ? Acc(0) : factor[at] * weight;
+        }
+    }
+
+    const LabelPixels pixels_;
+    const int64_t classes_;
+    const Columns<Acc>& columns_;
+    const int64_t height_;
+    const Axis weight_rows_;
+    const Scratch<Acc> weight_row_, weight_right_;  // (weight_w,), (width,)
+    const Scratch<int32_t> weight_left_, weight_next_;
+};
+
+// Exponentials of uncounted pixels that are not finite, seen by their sum, become 0: 0 times them would be NaN.
+template <class Acc, class Mask>
+inline void clear_uncounted(Mask counted, Vec<Acc> sum, Acc* e, int64_t classes, int64_t stride) {
+    const Vec<Acc> nan = sum - sum;
+    if (!any((counted ? Vec<Acc>{} : nan) != 0)) return;
+    for (int64_t c = 0; c < classes; ++c) {
+        const Vec<Acc> kept = load(e + c * stride);
+        store(e + c * stride, counted ? kept : Vec<Acc>{});
+    }
+}
+
+// Phases whose exponentials are kept at a time: as many as fit half the second-level cache's share of a side, at most
+// kMaxPhases.
+constexpr int64_t kMaxPhases = 16;
+template <class Acc>
+inline int64_t phases_kept(int64_t phases, int64_t classes) {
+    const int64_t fit = max(4, int64_t{65536} / (classes * kVecBytes) / 4 * 4);
+    return min(phases, min(fit, kMaxPhases));
+}
+
+// Where a label row's gradient goes: shares of a row of logits and of the one below.
+template <class Acc>
+struct GradientShare {
+    RowGradient<Acc> *top, *bottom;
+    Vec<Acc> up, down;
+
+    void add(int64_t c, int64_t cell, Vec<Acc> to_left, Vec<Acc> to_right) const {
+        const int64_t at = c * top->stride + cell;
+        store(top->left + at, load(top->left + at) + up * to_left);
+        store(top->right + at, load(top->right + at) + up * to_right);
+        store(bottom->left + at, load(bottom->left + at) + down * to_left);
+        store(bottom->right + at, load(bottom->right + at) + down * to_right);
+    }
+};
+
+// Every label row once, by bands of logit rows. make_term() gives each thread its Term, and
+// term.row(n, label_y, pixels, share, losses) adds up one label row: it returns the loss in lanes, adds the gradient to
+// `share` unless out.gradient is null, and writes the loss of each pixel to `losses` (phases, padded) unless that is null.
+template <class Acc, class MakeTerm>
+inline void each_label_row(const Map& map, const Resized& out, const Columns<Acc>& columns, const MakeTerm& make_term) {
+    const Axis rows(map.h, out.height, out.align_corners);
+    const Scratch<int64_t> first(map.h + 1);
+    rows.starts(first);
+    const Bands bands(map.n, map.h);
+    const int64_t items = map.n * bands.per_sample;
+    const GradientRows<Acc> gradient(out.gradient, map, items);
+    const Scratch<double> totals(items), counts(items);
+    parallel_items(out.parallel_for, items, int64_t{1} << 40, [&](int64_t begin, int64_t end) {
+        auto term = make_term();
+        const PixelRow<Acc> pixels(out.pixels, map.c, rows, columns, out.align_corners);
+        const Scratch<Acc> losses(out.per_pixel ? columns.phases * columns.padded : 0);
+        RowGradient<Acc> one(out.gradient ? map.c : 0, columns.padded), two(out.gradient ? map.c : 0, columns.padded);
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t n = item / bands.per_sample, band = item % bands.per_sample;
+            RowGradient<Acc>*top = &one, *bottom = &two;
+            double total = 0, count = 0;
+            top->clear();
+            for (int64_t y = bands.first(band); y < bands.first(band + 1); ++y) {
+                bottom->clear();
+                for (int64_t label_y = first[y]; label_y < first[y + 1]; ++label_y) {
+                    const Axis::Tap tap = rows.tap(label_y);
+                    count += pixels.load(n, label_y);
+                    const GradientShare<Acc> share{top, bottom, set1(static_cast<Acc>(1 - tap.weight)),
+                                                   set1(static_cast<Acc>(tap.weight))};
+                    total += static_cast<double>(
+                        sum_lanes<Acc>(term.row(n, label_y, pixels, share, out.per_pixel ? static_cast<Acc*>(losses) : nullptr)));
+                    if (!out.per_pixel) continue;
+                    Acc* to = static_cast<Acc*>(out.loss) + (n * out.height + label_y) * out.width;
+                    for (int64_t x = 0; x < out.width; ++x) to[x] = losses[columns.slot[x]];
+                }
+                if (!out.gradient) continue;
+                if (y == map.h - 1) top->add(*bottom);
+                gradient.write(n, y, *top);
+                RowGradient<Acc>* next = bottom;
+                bottom = top;
+                top = next;
+            }
+            if (out.gradient && bands.first(band + 1) < map.h) gradient.spill(item, *top);
+            totals[item] = total;
+            counts[item] = count;
+        }
+    });
+    // In order, whatever thread had them.
+    double total = 0, count = 0;
+    for (int64_t i = 0; i < items; ++i) {
+        total += totals[i];
+        count += counts[i];
+    }
+    if (!out.per_pixel) *static_cast<Acc*>(out.loss) = static_cast<Acc>(total);
+    *static_cast<Acc*>(out.count) = static_cast<Acc>(count);
+    for (int64_t item = 0; out.gradient && item < items; ++item) {
+        const int64_t next = item % bands.per_sample + 1;
+        if (next < bands.per_sample) gradient.add_spill(item, item / bands.per_sample, bands.first(next));
+    }
+}
+
+}  // namespace fastkd::FASTKD_ISA

@@ -1,0 +1,146 @@
+// KD at label resolution: tau^2 KL(softmax(bilinear(T) / tau) || softmax(bilinear(S) / tau)) per pixel; and its gradient.
+//
+// As in resized_cross_entropy.cpp, with two sides. The teacher's logits may be of another width; their cells are not the
+// student's then, and each label row of them is laid out by the student's phases first, in cache.
+#include "resize.h"
+
+namespace fastkd::FASTKD_ISA {
+namespace {
+
+template <class Acc, bool kBlend, bool kAhead>
+class Term {
+    static constexpr int W = kLanes<Acc>;
+
+public:
+    Term(const ResizedKd& a, const Columns<Acc>& columns)
+        : classes_(a.student.c),
+          columns_(columns),
+          student_rows_(a.student.h, a.out.height, a.out.align_corners),
+          teacher_rows_(a.teacher.h, a.out.height, a.out.align_corners),
+          teacher_columns_(a.teacher.w, a.out.width, a.out.align_corners),
+          student_(a.student, columns.padded),
+          teacher_(a.teacher, ceil_div(a.teacher.w, W) * W),
+          ahead_(kAhead ? classes_ * columns.phases * columns.padded : 0),
+          inv_tau_(static_cast<Acc>(1 / a.temperature)),
+          tau_(static_cast<Acc>(a.temperature)),
+          kept_(phases_kept<Acc>(columns.phases, 2 * classes_)),
+          e_s_(classes_ * kept_ * W),
+          e_t_(classes_ * kept_ * W),
+          gradient_(a.out.gradient != nullptr) {
+        for (int64_t i = 0; kAhead && i < classes_ * columns.phases * columns.padded; ++i) ahead_[i] = 0;
+    }
+
+    Vec<Acc> row(int64_t n, int64_t label_y, const PixelRow<Acc>& pixels, const GradientShare<Acc>& share, Acc* losses) {
+        student_.load(n, student_rows_.tap(label_y), inv_tau_);
+        teacher_.load(n, teacher_rows_.tap(label_y), inv_tau_);
+        if constexpr (kAhead) lay_out();
+        Vec<Acc> total{};
+        for (int64_t cell = 0; cell < columns_.padded; cell += W)
+            for (int64_t k = 0; k < columns_.phases; k += kept_) {
+                const int64_t phases = min(kept_, columns_.phases - k);
+                for (int64_t j = 0; j < phases; j += 2)
+                    if (phases - j == 1)
+                        total += losses_of<1>(pixels, cell, k, j, losses);
+                    else
+                        total += losses_of<2>(pixels, cell, k, j, losses);
+                if (gradient_) add_gradient(cell, phases, share);
+            }
+        return total;
+    }
+
+private:
+    // The teacher's row at each label pixel, by the student's phases and cells.
+    void lay_out() {
+        for (int64_t x = 0; x < columns_.width; ++x) {
+            const Axis::Tap tap = teacher_columns_.tap(x);
+            const Acc b = static_cast<Acc>(tap.weight), a = static_cast<Acc>(1 - tap.weight);
+            const Acc* from = teacher_.values();
+            Acc* to = ahead_ + columns_.slot[x];
+            for (int64_t c = 0; c < classes_; ++c, from += teacher_.stride, to += columns_.phases * columns_.padded)
+                *to = b == 0 ? from[tap.left] : a * from[tap.left] + b * from[tap.right];
+        }
+    }
+
+    template <int G>
+    Vec<Acc> losses_of(const PixelRow<Acc>& pixels, int64_t cell, int64_t k, int64_t j, Acc* losses) {
+        const int64_t first = (k + j) * columns_.padded + cell;
+        const Side<Acc, false> student{student_.values() + cell, student_.stride, 0};
+        Side<Acc, kAhead> teacher{teacher_.values() + cell, teacher_.stride, columns_.padded};
+        if constexpr (kAhead) teacher = {ahead_ + first, columns_.phases * columns_.padded, columns_.padded};
+        for (int i = 0; i < G; ++i) right_[j + i] = load(columns_.right + first + i * columns_.padded);
+        Softmax<Acc, G, false> s;
+        Softmax<Acc, G, kAhead> t;
+        s.template compute<true, false, kBlend>(student, right_ + j, classes_, e_s_ + j * W, kept_ * W);
+        t.template compute<true, false, kBlend>(teacher, right_ + j, classes_, e_t_ + j * W, kept_ * W);
+        Vec<Acc> dot[G] = {}, total{};
+        for (int64_t c = 0; c < classes_; ++c)
+            for (int i = 0; i < G; ++i) {
+                const Vec<Acc> et = load(e_t_ + (c * kept_ + j + i) * W);
+                const Vec<Acc> d = (teacher.template value<kBlend>(right_[j + i], c, i) - t.shift[i]) -
+                                   (student.template value<kBlend>(right_[j + i], c, i) - s.shift[i]);
+                dot[i] += et == 0 ? Vec<Acc>{} : et * d;  // probability 0 adds 0, even at -inf
+            }
+        for (int i = 0; i < G; ++i) {
+            const int64_t at = first + i * columns_.padded;
+            const Vec<Acc> factor = load(pixels.factor + at);
+            const auto counted = load(pixels.label + at) >= 0;
+            const Vec<Acc> kl = dot[i] / t.sum[i] + log(s.sum[i] / t.sum[i]);
+            const Vec<Acc> loss = (kl < 0 ? Vec<Acc>{} : kl) * (factor * tau_ * tau_);
+            const Vec<Acc> value = counted ? loss : Vec<Acc>{};
+            total += value;
+            if (losses) store(losses + at, value);
+            if (!gradient_) continue;
+            // p_s - p_t as (es - et * ratio) / sum_s: exactly 0 where student and teacher agree.
+            ratio_[j + i] = counted ? s.sum[i] / t.sum[i] : Vec<Acc>{};
+            scale_[j + i] = counted ? factor * tau_ / s.sum[i] : Vec<Acc>{};
+            clear_uncounted<Acc>(counted, s.sum[i], e_s_ + (j + i) * W, classes_, kept_ * W);
+            clear_uncounted<Acc>(counted, t.sum[i], e_t_ + (j + i) * W, classes_, kept_ * W);
+        }
+        return total;
+    }
+
+    void add_gradient(int64_t cell, int64_t phases, const GradientShare<Acc>& share) {
+        for (int64_t c = 0; c < classes_; ++c) {
+            Vec<Acc> sum{}, to_right{};
+            const Acc *e_s = e_s_ + c * kept_ * W, *e_t = e_t_ + c * kept_ * W;
+            for (int64_t j = 0; j < phases; ++j) {
+                const Vec<Acc> g = scale_[j] * (load(e_s + j * W) - load(e_t + j * W) * ratio_[j]);
+                sum += g;
+                if constexpr (kBlend) to_right += right_[j] * g;
+            }
+            share.add(c, cell, sum - to_right, to_right);
+        }
+    }
+
+    const int64_t classes_;
+    const Columns<Acc>& columns_;
+    const Axis student_rows_, teacher_rows_, teacher_columns_;
+    Row<Acc> student_, teacher_;
+    const Scratch<Acc> ahead_;  // (classes, phases, padded)
+    const Acc inv_tau_, tau_;
+    const int64_t kept_;
+    const Scratch<Acc> e_s_, e_t_;  // (classes, kept, W)
+    const bool gradient_;
+    Vec<Acc> right_[kMaxPhases], ratio_[kMaxPhases], scale_[kMaxPhases];
+};
+
+template <class Acc, bool kBlend, bool kAhead>
+void run(const ResizedKd& a) {
+    const Columns<Acc> columns(Axis(a.student.w, a.out.width, a.out.align_corners));
+    each_label_row<Acc>(a.student, a.out, columns, [&] { return Term<Acc, kBlend, kAhead>(a, columns); });
+}
+
+}  // namespace
+
+void resized_kd(const ResizedKd& a) {
+    with_acc(a.student.type, [&](auto t) {
+        using Acc = typename decltype(t)::type;
+        const bool blend = a.student.w != a.out.width;
+        if (a.student.w == a.teacher.w)
+            blend ? run<Acc, true, false>(a) : run<Acc, false, false>(a);
+        else
+            blend ? run<Acc, true, true>(a) : run<Acc, false, true>(a);
+    });
+}
+
+}  // namespace fastkd::FASTKD_ISA
