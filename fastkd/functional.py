@@ -231,6 +231,7 @@ def resized_kd_loss(
     backend = backends.choose("resized_kd", student.device)
     if student.numel() == 0 or teacher.numel() == 0 or 0 in size:
         return _nothing(student, (n, *size), reduction)
+    pixel_weight = _dense(pixel_weight, reference.accumulate_in(student, teacher))
     if pixel_weight is not None and (reduction == "none" or backend == "reference"):
         pixel_weight = reference.resize(pixel_weight, size, align_corners)
     if backend == "reference":
@@ -238,9 +239,17 @@ def resized_kd_loss(
         loss = reference.kd(student, teacher, temperature)
         return _reduce_reference(loss, target, pixel_weight, classes, ignore_index, reduction)
     student, teacher = dense_each(student, teacher)
-    target, pixel_weight = _dense(target), _dense(pixel_weight, reference.accumulate_in(student))
     return _resized_kd(
-        student, teacher, target, pixel_weight, size, temperature, ignore_index, align_corners, reduction, backend
+        student,
+        teacher,
+        _dense(target),
+        pixel_weight,
+        size,
+        temperature,
+        ignore_index,
+        align_corners,
+        reduction,
+        backend,
     )
 
 
@@ -434,6 +443,8 @@ def _cross_entropy(
     if logits.numel() == 0 or target.numel() == 0:
         loss = _nothing(logits, (logits.shape[0], *size), reduction)
         return loss, loss.new_zeros(())
+    acc = reference.accumulate_in(logits)
+    pixel_weight = _dense(pixel_weight, acc)
     if pixel_weight is not None and (reduction == "none" or backend == "reference"):
         pixel_weight = reference.resize(pixel_weight, size, align_corners)
     if backend == "reference":
@@ -445,8 +456,7 @@ def _cross_entropy(
             loss = torch.where(valid, loss * pixel_weight.to(loss.dtype), 0)
         return reference.reduce_pixels(loss, weight, reduction), weight.sum()
     (logits,) = dense_each(logits)
-    acc = reference.accumulate_in(logits)
-    tensors = (logits, target.contiguous(), _dense(class_weight, acc), _dense(pixel_weight, acc), mask)
+    tensors = (logits, target.contiguous(), _dense(class_weight, acc), _dense(pixel_weight), mask)
     if reduction == "none":
         loss = _resized_cross_entropy_per_pixel(*tensors, ignore_index, align_corners, backend)
         return loss, loss.new_zeros(())

@@ -12,10 +12,16 @@ import fastkd
 from fastkd.functional import SELECTIONS
 from fastkd.losses import CITYSCAPES_CLASS_WEIGHTS
 
-from .support import DEVICE
+from .support import DEVICE, kernel_backends
 from .test_kd import labels
 
 CLASSES = 5
+
+
+@pytest.fixture(autouse=True, params=["reference", *kernel_backends()])
+def on_backend(request):
+    with fastkd.use_backend(request.param):
+        yield
 
 
 @pytest.fixture

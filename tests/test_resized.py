@@ -1,4 +1,5 @@
-"""The losses at label resolution equal "interpolate, then the loss", and behave as docs promise at the edges."""
+"""The losses at label resolution equal "interpolate, then the loss" on each backend, and behave as docs promise at the
+edges."""
 
 import pytest
 import torch
@@ -9,11 +10,18 @@ from hypothesis import strategies as st
 import fastkd
 from fastkd.functional import PIXEL_REDUCTIONS
 
-from .support import DEVICE
+from .support import DEVICE, kernel_backends
 from .test_kd import labels
 
 each_convention = pytest.mark.parametrize("align_corners", [False, True])
 each_reduction = pytest.mark.parametrize("reduction", PIXEL_REDUCTIONS)
+
+
+@pytest.fixture(autouse=True, params=["reference", *kernel_backends()])
+def on_backend(request):
+    with fastkd.use_backend(request.param):
+        yield
+
 
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 24), st.integers(1, 24))
 

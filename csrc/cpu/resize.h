@@ -202,10 +202,12 @@ struct Softmax {
         bool small = false;
         for (int j = 0; j < G; ++j) small |= any(sum[j] < kTiny<Acc>);
         if (!small) return;
-        for (int j = 0; j < G; ++j) shift[j] = set1(Acc(-__builtin_inff()));
+        Vec<Acc> top[G];
+        for (int j = 0; j < G; ++j) top[j] = set1(Acc(-__builtin_inff()));
         for (int64_t c = 0; c < classes; ++c)
-            for (int j = 0; j < G; ++j) shift[j] = max(side.template value<kBlend>(right[j], c, j), shift[j]);
-        for (int j = 0; j < G; ++j) shift[j] = shift[j] == -__builtin_inff() ? Vec<Acc>{} : shift[j];
+            for (int j = 0; j < G; ++j) top[j] = max(side.template value<kBlend>(right[j], c, j), top[j]);
+        for (int j = 0; j < G; ++j)  // no other pixel: a pixel's result has nothing to do with its neighbours
+            shift[j] = sum[j] < kTiny<Acc> && top[j] != -__builtin_inff() ? top[j] : Vec<Acc>{};
         run<kStore, kMost, kBlend, true>(side, right, classes, e, e_stride);
     }
 

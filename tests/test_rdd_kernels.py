@@ -1,0 +1,129 @@
+"""The kernels of RDD: the mask bit for bit, ties, the k-th smallest, KD and the confidence in one read."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastkd
+from fastkd import backends
+from fastkd.functional import SELECTIONS
+from fastkd.ops._registry import operators
+
+from .support import DEVICE, each_kernel
+from .test_kd import labels
+from .test_rdd import kl
+
+
+@each_kernel
+@given(
+    shape=st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 19, 150]), st.integers(1, 9), st.integers(1, 20)),
+    size=st.tuples(st.integers(1, 30), st.integers(1, 50)),
+    teacher_size=st.tuples(st.integers(1, 9), st.integers(1, 20)),
+    confidence=st.sampled_from(["max", "label"]),
+    select=st.sampled_from(SELECTIONS),
+    min_kept=st.sampled_from([0, 1, 50, 700, 10**6]),
+    align_corners=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_mask_is_the_references(backend, shape, size, teacher_size, confidence, select, min_kept, align_corners, seed):
+    """Bit for bit in fp64, where no confidence is a rounding away from the threshold."""
+    g = torch.Generator().manual_seed(seed)
+    student = 4 * torch.randn(shape, generator=g, dtype=torch.float64).to(DEVICE)
+    teacher = 4 * torch.randn(*shape[:2], *teacher_size, generator=g, dtype=torch.float64).to(DEVICE)
+    target = labels((shape[0], *size), shape[1], 0.2, torch.int64, seed)
+    options = {"confidence": confidence, "select": select, "min_kept": min_kept, "align_corners": align_corners}
+    masks = []
+    for name in (backend, "reference"):
+        with fastkd.use_backend(name):
+            masks.append(fastkd.difficulty_mask(student, teacher, target, **options))
+    assert torch.equal(*masks)
+
+
+@each_kernel
+@pytest.mark.parametrize("min_kept", [0, 2000])
+def test_mask_differs_by_roundings_alone(backend, min_kept):
+    """In fp32 a pixel may fall on the other side only if its confidence is a few roundings from the threshold."""
+    student, teacher = 3 * torch.randn(2, 2, 19, 16, 32, device=DEVICE)
+    target = labels((2, 128, 256), 19, 0.2, torch.uint8, 1)
+    options = {"min_kept": min_kept, "confidence": "label"}
+    masks = []
+    for name in (backend, "reference"):
+        with fastkd.use_backend(name):
+            masks.append(fastkd.difficulty_mask(student, teacher, target, **options))
+    assert masks[1].any()
+    assert (masks[0] != masks[1]).sum() <= 2
+
+
+@each_kernel
+def test_ties_at_the_threshold_are_hard(backend):
+    """A confidence equal to the threshold, or to the k-th smallest, is hard: flat logits of two classes have 0.5."""
+    student = torch.zeros(1, 2, 4, 4, device=DEVICE)
+    teacher = torch.tensor([8.0, 0.0], device=DEVICE)[None, :, None, None].expand(1, 2, 4, 4)
+    target = torch.zeros(1, 8, 8, dtype=torch.int64, device=DEVICE)
+    with fastkd.use_backend(backend):
+        assert fastkd.difficulty_mask(student, teacher, target, threshold=0.5).all()
+        assert not fastkd.difficulty_mask(student, teacher, target, threshold=0.49).any()
+        kept = fastkd.difficulty_mask(student, teacher, target, threshold=0.1, min_kept=1, select="student")
+        assert kept.all()
+
+
+ADVERSARIAL = {
+    "all equal": torch.full((1000,), 0.3),
+    "all 1": torch.ones(70_000),
+    "one": torch.tensor([0.5]),
+    "uniform": torch.rand(200_001, generator=torch.Generator().manual_seed(0)),
+    "normal": torch.randn(65_537, generator=torch.Generator().manual_seed(1)),
+    "nan": torch.tensor([torch.nan, 0.2, torch.inf, -torch.inf, 0.1, torch.nan, -0.0, 0.0]),
+    "all nan": torch.full((9,), torch.nan),
+    "subnormal": torch.arange(500) * 1e-45,
+    "one bit apart": 0.7 + torch.arange(4000) * 2**-24,
+}
+
+
+@each_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_kth_smallest_is_torchs(backend, name, dtype):
+    x = ADVERSARIAL[name].to(DEVICE, dtype)
+    assert backends.why_not(backend) is None  # loads it
+    for k in (1, 2, x.numel() // 3, x.numel(), x.numel() + 5):
+        got = operators(backend).kth_smallest(x, k)
+        want = x.kthvalue(min(max(k, 1), x.numel())).values
+        assert got.shape == ()
+        assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0)), k
+
+
+@each_kernel
+def test_nan_confidence_is_not_hard(backend):
+    student, teacher = torch.randn(2, 1, 3, 4, 4, device=DEVICE)
+    student[0, 1, 1, 1] = torch.nan
+    target = torch.zeros(1, 4, 4, dtype=torch.int64, device=DEVICE)
+    with fastkd.use_backend(backend):
+        for kept in (0, 3):
+            mask = fastkd.difficulty_mask(student, teacher, target, threshold=1.0, min_kept=kept, select="student")
+            assert mask.sum() == 15
+            assert not mask[0, 1, 1]
+        everything = fastkd.difficulty_mask(student, teacher, target, threshold=0.1, min_kept=16, select="student")
+        assert not everything.any()  # the 16th smallest is NaN
+
+
+@each_kernel
+@pytest.mark.parametrize("direction", ["aux_main", "main_aux"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_kd_and_confidence_in_one_read(backend, direction, layout, dtype):
+    student, teacher, aux = (
+        (3 * x).to(dtype).to(memory_format=layout) for x in torch.randn(3, 2, 21, 9, 11, device=DEVICE)
+    )
+    assert backends.why_not(backend) is None
+    loss, gradient, confidence = operators(backend).kd_with_confidence(student, teacher, aux, direction)
+    s = student.double().requires_grad_()
+    want = kl(teacher.double(), s).sum()
+    want.backward()
+    first, second = (aux, teacher) if direction == "aux_main" else (teacher, aux)
+    torch.testing.assert_close(loss.double(), want.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), s.grad, rtol=1e-4, atol=1e-6)
+    expected = torch.exp(-kl(first.double(), second.double()))
+    torch.testing.assert_close(confidence.double(), expected, rtol=1e-5, atol=1e-6)
+    assert gradient.stride() == student.stride()

@@ -1,0 +1,227 @@
+"""The kernels of the losses at label resolution: error budgets, the transpose, extremes, repetition."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastkd
+from fastkd.functional import PIXEL_REDUCTIONS
+
+from .support import DEVICE, DTYPES, LAYOUTS, assert_within_budget, each_kernel, lay_out
+from .test_kd import labels
+from .test_resized import each_convention, upsample
+
+problems = st.fixed_dictionaries(
+    {
+        "shape": st.tuples(
+            st.integers(1, 3), st.sampled_from([1, 2, 5, 19, 70, 150]), st.integers(1, 20), st.integers(1, 40)
+        ),
+        "size": st.tuples(st.integers(1, 40), st.integers(1, 80)),
+        "same_width": st.booleans(),
+        "dtype": st.sampled_from(DTYPES),
+        "teacher_dtype": st.sampled_from(DTYPES),
+        "layout": st.sampled_from(LAYOUTS),
+        "scale": st.sampled_from([1.0, 10.0]),
+        "align_corners": st.booleans(),
+        "label": st.sampled_from([torch.uint8, torch.int32, torch.int64]),
+        "reduction": st.sampled_from(PIXEL_REDUCTIONS),
+        "weights": st.booleans(),
+        "weight_size": st.tuples(st.integers(1, 30), st.integers(1, 30)),
+        "teacher_size": st.one_of(st.none(), st.tuples(st.integers(1, 20), st.integers(1, 40))),
+        "seed": st.integers(0, 2**16),
+    }
+)
+
+
+def build(problem):
+    n, c, h, w = problem["shape"]
+    height, width = problem["size"]
+    width = w if problem["same_width"] else width
+    g = torch.Generator().manual_seed(problem["seed"])
+    student = problem["scale"] * torch.randn(n, c, h, w, generator=g, dtype=torch.float64)
+    teacher = problem["scale"] * torch.randn(
+        n, c, *(problem["teacher_size"] or (h, w)), generator=g, dtype=torch.float64
+    )
+    student = lay_out(student.to(DEVICE, problem["dtype"]), problem["layout"])
+    teacher = teacher.to(DEVICE, problem["teacher_dtype"])
+    target = labels((n, height, width), c, 0.3, problem["label"], problem["seed"])
+    pixel_weight = torch.rand(n, *problem["weight_size"], generator=g).to(DEVICE) if problem["weights"] else None
+    class_weight = torch.rand(c, generator=g).to(DEVICE) + 0.5 if problem["weights"] else None
+    return student, teacher, target, pixel_weight, class_weight
+
+
+def scale_of(problem, target) -> float:
+    """A loss is a difference of logits as large as the scale; a sum adds up as many as there are pixels."""
+    pixels = {"sum": target.numel(), "batchmean": target[0].numel()}.get(problem["reduction"], 1)
+    return 4 * problem["scale"] * pixels
+
+
+@each_kernel
+@given(problem=problems)
+def test_cross_entropy_within_budget(backend, problem):
+    student, _, target, pixel_weight, class_weight = build(problem)
+    options = {"align_corners": problem["align_corners"], "reduction": problem["reduction"]}
+
+    def loss(s, t):
+        return fastkd.resized_cross_entropy(s, target, pixel_weight=pixel_weight, class_weight=class_weight, **options)
+
+    scale = scale_of(problem, target)
+    assert_within_budget(loss, student, student.clone(), backend, loss_scale=scale, gradient_scale=scale)
+
+
+@each_kernel
+@given(problem=problems, temperature=st.sampled_from([1.0, 4.0]), with_target=st.booleans())
+def test_kd_within_budget(backend, problem, temperature, with_target):
+    student, teacher, target, pixel_weight, _ = build(problem)
+    options = {"align_corners": problem["align_corners"], "reduction": problem["reduction"], "temperature": temperature}
+
+    def loss(s, t):
+        return fastkd.resized_kd_loss(
+            s,
+            t,
+            size=tuple(target.shape[-2:]),
+            target=target if with_target else None,
+            pixel_weight=pixel_weight,
+            **options,
+        )
+
+    scale = scale_of(problem, target) * temperature**2
+    assert_within_budget(loss, student, teacher, backend, loss_scale=scale, gradient_scale=scale)
+
+
+@each_kernel
+@each_convention
+@pytest.mark.parametrize("size", [(40, 90), (7, 11), (10, 3), (1, 1), (33, 12)])
+def test_gradient_is_the_transpose_of_the_interpolation(backend, align_corners, size):
+    """<gradient, v> at logit size = <gradient at label size, interpolated v>, for any v."""
+    logits = torch.randn(2, 7, 9, 12, device=DEVICE, dtype=torch.float64, requires_grad=True)
+    target = labels((2, *size), 7, 0.2, torch.int64, 1)
+    with fastkd.use_backend(backend):
+        loss = fastkd.resized_cross_entropy(logits, target, align_corners=align_corners, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, logits)
+    resized = upsample(logits.detach(), size, align_corners)
+    valid = target != 255
+    onehot = F.one_hot(torch.where(valid, target, 0), 7).movedim(3, 1)
+    at_labels = (F.softmax(resized, 1) - onehot) * valid[:, None]
+    v = torch.randn_like(logits)
+    torch.testing.assert_close(
+        (gradient * v).sum(), (at_labels * upsample(v, size, align_corners)).sum(), rtol=1e-10, atol=1e-10
+    )
+
+
+@each_kernel
+@pytest.mark.parametrize("classes", [2, 19, 300])
+def test_neighbours_that_disagree_by_hundreds(backend, classes):
+    """Between two pixels that are sure of different classes, the largest interpolated logit is far below both."""
+    student = torch.zeros(1, classes, 4, 6, device=DEVICE)
+    student[:, 0, :, ::2] = 400.0
+    student[:, 1, :, 1::2] = 400.0
+    teacher = student.flip(3)
+    target = labels((1, 32, 48), classes, 0.2, torch.int64, 3)
+    assert_within_budget(
+        lambda s, t: fastkd.resized_cross_entropy(s, target), student, teacher, backend, loss_scale=400.0
+    )
+    assert_within_budget(
+        lambda s, t: fastkd.resized_kd_loss(s, t, size=(32, 48)), student, teacher, backend, loss_scale=400.0
+    )
+
+
+@each_kernel
+def test_an_ignored_pixel_may_hold_anything(backend):
+    """Logits that only ignored pixels see may be NaN or infinite: loss and gradient of the others do not change."""
+    student, teacher = torch.randn(2, 1, 5, 8, 20, device=DEVICE)
+    target = labels((1, 32, 80), 5, 0.1, torch.uint8, 2)
+    target[..., 40:] = 255
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        results = []
+        for value in (0.0, bad):
+            s, t = student.clone(), teacher.clone()
+            s[..., 15:], t[..., 15:] = value, value
+            s.requires_grad_()
+            with fastkd.use_backend(backend):
+                loss = fastkd.resized_cross_entropy(s, target) + fastkd.resized_kd_loss(
+                    s, t, size=(32, 80), target=target
+                )
+            (gradient,) = torch.autograd.grad(loss, s)
+            results.append((loss.detach(), gradient[..., :12]))
+            assert gradient.isfinite().all()
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
+
+
+@each_kernel
+def test_nan_propagates(backend):
+    logits = torch.randn(1, 4, 6, 8, device=DEVICE)
+    logits[0, 2, 3, 3] = torch.nan
+    target = torch.zeros(1, 24, 32, dtype=torch.int64, device=DEVICE)
+    with fastkd.use_backend(backend):
+        got = fastkd.resized_cross_entropy(logits, target, reduction="none")
+    want = upsample(logits, (24, 32), False)[:, 2].isnan()
+    assert torch.equal(got.isnan(), want)
+
+
+@each_kernel
+def test_masked_classes_at_ratio_one(backend):
+    """-inf is a class of probability 0, where nothing is interpolated."""
+    logits = torch.randn(2, 5, 7, 9, device=DEVICE)
+    logits[:, 3] = -torch.inf
+    target = labels((2, 7, 9), 3, 0.2, torch.int64, 1)
+    with fastkd.use_backend(backend):
+        got = fastkd.resized_cross_entropy(logits, target)
+        torch.testing.assert_close(got, F.cross_entropy(logits, target, ignore_index=255))
+        student = torch.randn_like(logits)
+        kd = fastkd.resized_kd_loss(student, logits, size=(7, 9))
+        torch.testing.assert_close(kd, fastkd.kd_loss(student, logits))
+
+
+@each_kernel
+def test_same_bits_for_any_number_of_threads(backend):
+    student, teacher = torch.randn(2, 3, 19, 16, 20, device=DEVICE)
+    target = labels((3, 70, 90), 19, 0.2, torch.uint8, 1)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            s = student.clone().requires_grad_()
+            with fastkd.use_backend(backend):
+                loss = fastkd.resized_cross_entropy(s, target) + fastkd.resized_kd_loss(s, teacher, size=(70, 90))
+            results.append((loss.detach(), *torch.autograd.grad(loss, s)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@each_kernel
+def test_backward_twice(backend):
+    """A second backward over the same graph makes the gradient anew; a graph of the backward is refused."""
+    student, teacher = torch.randn(2, 2, 4, 5, 6, device=DEVICE)
+    target = labels((2, 10, 12), 4, 0.3, torch.int64, 4)
+    for loss in (
+        lambda s: fastkd.resized_cross_entropy(s, target),
+        lambda s: fastkd.resized_kd_loss(s, teacher, size=(10, 12)),
+        lambda s: fastkd.rdd_loss(s, teacher, target, stage="tfe", teacher_aux=teacher.flip(1)).loss,
+    ):
+        s = student.clone().requires_grad_()
+        with fastkd.use_backend(backend):
+            value = loss(s)
+            (once,) = torch.autograd.grad(value, s, retain_graph=True)
+            kept = once.clone()
+            (twice,) = torch.autograd.grad(value, s, torch.tensor(3.0, device=DEVICE), retain_graph=True)
+            assert torch.equal(once, kept)
+            torch.testing.assert_close(twice, 3 * once)
+            with pytest.raises(RuntimeError, match="double backward"):
+                torch.autograd.grad(value, s, create_graph=True)
+
+
+@each_kernel
+def test_half_precision_does_not_overflow(backend):
+    """A gradient of a sum over 65 536 label pixels of one logit is beyond fp16; its mean is not."""
+    logits = torch.zeros(1, 2, 1, 1, device=DEVICE, dtype=torch.float16, requires_grad=True)
+    target = torch.zeros(1, 512, 512, dtype=torch.uint8, device=DEVICE)
+    with fastkd.use_backend(backend):
+        fastkd.resized_cross_entropy(logits, target).backward()
+    torch.testing.assert_close(logits.grad.flatten().tolist(), [-0.5, 0.5])
