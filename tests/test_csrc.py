@@ -15,19 +15,6 @@ import fastkd
 LIBRARY = Path(fastkd.__file__).parent / "_cpu.so"
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="the C++ library is not built (pip install -e .)")
 
-SCHEMAS = {
-    "nfd_forward": "(Tensor student, Tensor teacher, str dims, float eps) -> (Tensor loss, Tensor stats)",
-    "nfd_backward": "(Tensor grad, Tensor student, Tensor teacher, Tensor stats, str dims) -> Tensor",
-    "kd_forward": "(Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
-    "int ignore_index, bool per_pixel) -> (Tensor loss, Tensor count)",
-    "kd_backward": "(Tensor grad, Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
-    "int ignore_index) -> Tensor",
-    "cwd_forward": "(Tensor student, Tensor teacher, float temperature) -> (Tensor loss, Tensor stats)",
-    "cwd_backward": "(Tensor grad, Tensor student, Tensor teacher, Tensor stats, float temperature) -> Tensor",
-    "exp": "(Tensor x) -> Tensor",
-    "isa": "() -> str",
-}
-
 
 def ops() -> object:
     """torch.ops.fastkd_cpu; loading a library twice is harmless."""
@@ -58,6 +45,22 @@ def run_all(
             grad = op.kd_backward(torch.ones_like(loss), student, teacher, labels, weight, 2.0, 255)
             name = f"kd {None if labels is None else labels.dtype} {per_pixel}"
             out[name], out[name + " count"], out[name + " grad"] = loss, count, grad
+    sizes = {"up": (5 * h + 1, 3 * w + 2), "same": (h, w), "down": (h // 2 + 1, w // 3 + 1)}
+    for name, (height, width) in sizes.items():
+        labels = torch.randint(0, c, (n, height, width), generator=generator)
+        labels[:, ::3] = 255
+        args = (None, weight, None, 255, name == "up")
+        out[f"ce {name}"], _, out[f"ce {name} grad"] = op.resized_cross_entropy_gradient(student, labels, *args)
+        args = (labels, weight, height, width, 2.0, 255, name == "up")
+        out[f"resized kd {name}"], _, out[f"resized kd {name} grad"] = op.resized_kd_gradient(student, teacher, *args)
+        narrow = teacher[..., : max(1, w // 2)].contiguous()
+        out[f"resized kd {name} other"], _, _ = op.resized_kd_gradient(student, narrow, *args)
+    if (student_dtype == torch.float64) == (teacher_dtype == torch.float64):
+        parts = op.kd_with_confidence(
+            student, teacher, teacher.flip(1).contiguous(memory_format=memory_format), "aux_main"
+        )
+        out["kd with confidence"], out["kd with confidence grad"], out["confidence"] = parts
+        out["kth"] = op.kth_smallest(out["confidence"], n * h * w // 2)
     loss, stats = op.cwd_forward(student, teacher, 4.0)
     out["cwd"], out["cwd stats"] = loss, stats
     out["cwd grad"] = op.cwd_backward(torch.ones_like(loss), student, teacher, stats, 4.0)
@@ -71,12 +74,6 @@ CASES = [
     ((1, 3, 150, 140), torch.float32, torch.bfloat16, torch.channels_last),
     ((2, 5, 1, 1), torch.float64, torch.float64, torch.contiguous_format),
 ]
-
-
-@pytest.mark.parametrize("name", sorted(SCHEMAS))
-def test_schema(name: str) -> None:
-    """The operators have the schemas the other backends share."""
-    assert str(getattr(ops(), name).default._schema) == f"fastkd_cpu::{name}{SCHEMAS[name]}"
 
 
 def test_instruction_sets_agree(tmp_path: Path) -> None:
@@ -194,5 +191,16 @@ def test_inputs_are_checked() -> None:
         ops().cwd_forward(x, x.contiguous(memory_format=torch.channels_last), 4.0)
     with pytest.raises(RuntimeError, match="target must have 40 elements"):
         ops().kd_forward(x, x, torch.zeros(2, 4, 4, dtype=torch.uint8), None, 1.0, 255, False)
+    labels = torch.zeros(2, 8, 9, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="logits must be dense"):
+        ops().resized_cross_entropy_forward(x[..., ::2], labels, None, None, None, 255, False, False)
+    with pytest.raises(RuntimeError, match="class_weight must have 3 elements"):
+        ops().resized_cross_entropy_forward(x, labels, torch.ones(4), None, None, 255, False, False)
+    with pytest.raises(RuntimeError, match="pixel_weight must be"):
+        ops().resized_cross_entropy_forward(x, labels, None, torch.ones(3, 4, 4), None, 255, False, False)
+    with pytest.raises(RuntimeError, match="target must be"):
+        ops().resized_kd_forward(x, x, labels, None, 8, 10, 1.0, 255, False, False)
+    with pytest.raises(RuntimeError, match="same N and C"):
+        ops().difficulty_mask(x, torch.randn(2, 4, 4, 5), labels, 0.7, 0, "max", "xor", 255, False)
     with pytest.raises(RuntimeError, match="dims must be"):
         ops().nfd_forward(x, x, "wh", 1e-5)

@@ -43,3 +43,45 @@ def test_extra_memory():
     shares = json.loads(out.stdout)
     assert len(shares) == 8
     assert max(shares.values()) < 0.01, shares
+
+
+RESIZED = """
+import json, sys, torch, fastkd
+sys.path.insert(0, sys.argv[1])
+from benchmarks.harness import peak_memory
+height, width = 1024, 2048
+target = torch.randint(0, 19, (1, height, width), dtype=torch.uint8)
+bytes_a_pixel = {}
+for classes, h, w in ((19, 128, 256), (150, 64, 128)):
+    for dtype in (torch.float32, torch.bfloat16):
+        student, teacher, aux = (torch.randn(1, classes, h, w, dtype=dtype) for _ in range(3))
+        student.requires_grad_()
+        rdd = dict(preset="official", teacher_aux=aux)
+        for name, loss in {
+            "cross-entropy": lambda: fastkd.resized_cross_entropy(student, target),
+            "kd": lambda: fastkd.resized_kd_loss(student, teacher, size=(height, width), target=target),
+            "tfe": lambda: fastkd.rdd_loss(student, teacher, target, stage="tfe", **rdd).loss,
+            "tse": lambda: fastkd.rdd_loss(student, teacher, target, stage="tse", **rdd).loss,
+        }.items():
+            def step():
+                student.grad = None
+                loss().backward()
+            step()
+            student.grad = None  # else the memory it gives back would hide as much of the new one
+            extra = peak_memory(step) - student.nbytes
+            bytes_a_pixel[f"{name}, {classes} classes, {dtype}"] = extra / (height * width)
+print(json.dumps(bytes_a_pixel))
+"""
+
+
+@pytest.mark.skipif(backends.why_not("cpu") is not None, reason=str(backends.why_not("cpu")))
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_extra_memory_at_label_resolution():
+    """Beyond the gradient: at most 8 bytes a label pixel, 16 in TSE, where the logits alone would be 76 or 600."""
+    root = str(Path(__file__).parents[1])
+    out = subprocess.run([sys.executable, "-c", RESIZED, root], capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+    used = json.loads(out.stdout)
+    assert len(used) == 16
+    print(used)
+    assert all(used[name] <= (16 if name.startswith("tse") else 8) for name in used), used

@@ -1,0 +1,179 @@
+"""Time and memory against label resolution: cross-entropy and RDD's TSE step, logits at 1/8, 19 classes, batch 1.
+
+    python -m benchmarks.full_resolution
+
+Every measurement is made in a process of its own whose memory is limited (``--limit-gib``), so a rival that needs more
+dies alone and is listed as such. CPU only. Appends to ``results/full_resolution.csv``, draws
+``docs/images/full-resolution.png`` and prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from . import bench_rdd
+from .bench_resized_cross_entropy import upsample
+from .harness import RESULTS, commit, device, kernels, peak_memory
+
+ROOT = Path(__file__).parents[1]
+HEIGHTS = (256, 512, 1024, 2048, 4096)
+RIVALS = ("ours", "eager", "compile")
+COLUMNS = ("date", "commit", "device", "threads", "torch", "loss", "height", "width", "rival", "median_ms", "extra_mib")
+CLASSES, STRIDE = 19, 8
+
+
+def losses(height: int):
+    """{name: {rival: a function of (student, teacher)}} for labels of height x 2 height, and the logits' shape."""
+    shape, size = (1, CLASSES, height // STRIDE, 2 * height // STRIDE), (height, 2 * height)
+    bench_rdd.SHAPE, bench_rdd.SIZE = shape, size
+    tse = bench_rdd.case("tse", torch.float32)
+    target = bench_rdd.labels(1, CLASSES, size)
+
+    def ce(student, teacher):
+        return torch.nn.functional.cross_entropy(upsample(student, size), target, ignore_index=255)
+
+    def our_ce(student, teacher):
+        import fastkd
+
+        return fastkd.resized_cross_entropy(student, target)
+
+    return {"cross-entropy": (our_ce, ce), "RDD TSE": (tse.ours, tse.plain)}, shape
+
+
+def measure(loss_name: str, height: int, rival: str, limit_gib: float) -> dict[str, float | str]:
+    """In this process: median milliseconds and extra MiB of forward + backward, or what it died of."""
+    resource.setrlimit(resource.RLIMIT_DATA, (int(limit_gib * 2**30),) * 2)
+    try:
+        named, shape = losses(height)
+        ours, plain = named[loss_name]
+        loss = {"ours": ours, "eager": plain, "compile": torch.compile(plain, fullgraph=True)}[rival]
+        g = torch.Generator().manual_seed(0)
+        student, teacher = (torch.randn(shape, generator=g) for _ in range(2))
+        student.requires_grad_()
+
+        def step() -> None:
+            student.grad = None
+            loss(student, teacher).backward()
+
+        step()
+        student.grad = None
+        extra = peak_memory(step) - student.nbytes
+        times: list[float] = []
+        while len(times) < 3 or (len(times) < 15 and sum(times) < 2):
+            begin = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - begin)
+        return {"median_ms": statistics.median(times) * 1e3, "extra_mib": extra / 2**20}
+    except (RuntimeError, MemoryError) as error:
+        return {"died": str(error).partition("\n")[0][:80]}
+
+
+def table(rows: dict[tuple[str, int], dict[str, dict]], limit_gib: float) -> str:
+    def cell(result: dict, key: str, digits: int) -> str:
+        return f"{result[key]:,.{digits}f}" if key in result else f"more than {limit_gib:g} GiB"
+
+    lines = [
+        "| loss | labels | ours ms | eager ms | compile ms | ours MiB | eager MiB | compile MiB |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for (name, height), results in rows.items():
+        cells = [cell(results[r], "median_ms", 0) for r in RIVALS] + [cell(results[r], "extra_mib", 1) for r in RIVALS]
+        lines.append(f"| {name} | {height}×{2 * height} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows: dict[tuple[str, int], dict[str, dict]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
+    colours = {"ours": "#0b7a75", "eager": "#c8553d", "compile": "#8d8d8d"}
+    for axis, key, label in zip(
+        axes, ("median_ms", "extra_mib"), ("time, ms", "memory beyond the gradient, MiB"), strict=True
+    ):
+        for name, style in (("cross-entropy", "-"), ("RDD TSE", "--")):
+            for rival in RIVALS:
+                points = [
+                    (2 * height**2 / 1e6, results[rival][key])
+                    for (loss, height), results in rows.items()
+                    if loss == name and key in results[rival]
+                ]
+                if points:
+                    axis.plot(
+                        *zip(*points, strict=True),
+                        style,
+                        marker="o",
+                        ms=4,
+                        color=colours[rival],
+                        label=f"{name}, {rival}",
+                    )
+        axis.set(xscale="log", yscale="log", xlabel="label pixels, millions", ylabel=label)
+        axis.grid(which="major", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(fontsize=8, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--limit-gib", type=float, default=18, help="memory a process may have")
+    parser.add_argument("--heights", type=int, nargs="+", default=HEIGHTS)
+    parser.add_argument("--one", nargs=3, metavar=("LOSS", "HEIGHT", "RIVAL"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        name, height, rival = args.one
+        print(json.dumps(measure(name, int(height), rival, args.limit_gib)))
+        return
+    rows: dict[tuple[str, int], dict[str, dict]] = {}
+    for name in ("cross-entropy", "RDD TSE"):
+        for height in args.heights:
+            for rival in RIVALS:
+                print(f"… {name} {height} {rival}", file=sys.stderr)
+                command = [sys.executable, "-m", "benchmarks.full_resolution", "--limit-gib", str(args.limit_gib)]
+                child = subprocess.run(
+                    [*command, "--one", name, str(height), rival], capture_output=True, text=True, cwd=ROOT, check=False
+                )
+                last = (child.stdout.strip().splitlines() or [""])[-1]
+                result = json.loads(last) if child.returncode == 0 else {"died": f"exit {child.returncode}"}
+                rows.setdefault((name, height), {})[rival] = result
+                if "died" in result:
+                    print(f"  died: {result['died']}", file=sys.stderr)
+    append(rows)
+    plot(rows, ROOT / "docs" / "images" / "full-resolution.png")
+    where = f"{device()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {kernels()}, commit {commit()}"
+    print(f"{where}\n\n{table(rows, args.limit_gib)}")
+
+
+def append(rows: dict[tuple[str, int], dict[str, dict]]) -> None:
+    path = RESULTS / "full_resolution.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(COLUMNS)
+        for (name, height), results in rows.items():
+            for rival, result in results.items():
+                numbers = [f"{result[k]:.2f}" if k in result else "died" for k in ("median_ms", "extra_mib")]
+                date, threads = datetime.date.today().isoformat(), torch.get_num_threads()
+                writer.writerow(
+                    [date, commit(), device(), threads, torch.__version__, name, height, 2 * height, rival, *numbers]
+                )
+
+
+if __name__ == "__main__":
+    main()
