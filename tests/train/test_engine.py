@@ -72,10 +72,10 @@ def test_every_method_trains(method, teacher, tmp_path):
 
 
 def test_training_learns(tmp_path):
-    config = tiny.config(tmp_path, train={"steps": 30, "log_every": 10}, optim=OptimConfig(name="adamw", lr=0.01))
+    config = tiny.config(tmp_path, train={"steps": 30}, optim=OptimConfig(name="adamw", lr=0.01))
     result = run(config)
-    train = lines(tmp_path, "train")
-    assert train[-1]["loss"] < 0.6 * train[0]["loss"]
+    losses = [line["loss"] for line in lines(tmp_path, "train")]
+    assert sum(losses[-5:]) / 5 < 0.4 * losses[0]  # the first is that of a network that knows nothing, log 3
     assert result["pixel_accuracy"] > 0.6
 
 
