@@ -9,7 +9,7 @@ import triton
 
 from fastkd.ops._registry import families
 
-from . import cwd, kd, nfd
+from . import cwd, kd, nfd, resized_cross_entropy
 
 LAUNCHERS = {
     "nfd_forward": nfd.forward,
@@ -18,6 +18,8 @@ LAUNCHERS = {
     "kd_backward": kd.backward,
     "cwd_forward": cwd.forward,
     "cwd_backward": cwd.backward,
+    "resized_cross_entropy_forward": resized_cross_entropy.forward,
+    "resized_cross_entropy_gradient": resized_cross_entropy.gradient,
 }
 library = torch.library.Library("fastkd_triton", "DEF")  # the operators live as long as this object
 

@@ -77,9 +77,9 @@ def _forward(
         offset = base[:, None] + r[None, :] * stride_reduced
         s = tl.load(student + offset, mask=mask, other=-float("inf")).to(ACC)
         t = tl.load(teacher + offset, mask=mask, other=-float("inf")).to(ACC)
-        higher_s, total_s = grow(s, inv_tau, peak_s, total_s)
-        higher_t, more_t = grow(t, inv_tau, peak_t, total_t)
-        cross = grow_cross(s, t, inv_tau, cross, total_t, peak_s, peak_t, higher_s, higher_t)
+        higher_s, total_s = grow(s, inv_tau, peak_s, total_s, 1)
+        higher_t, more_t = grow(t, inv_tau, peak_t, total_t, 1)
+        cross = grow_cross(s, t, inv_tau, cross, total_t, peak_s, peak_t, higher_s, higher_t, 1)
         peak_s, peak_t, total_t = higher_s, higher_t, more_t
     if part is None:
         group = outer * inner + i

@@ -68,9 +68,9 @@ def _forward(
         offset = base[:, None] + r[None, :] * stride_reduced
         s = tl.load(student + offset, mask=mask, other=-float("inf")).to(ACC)
         t = tl.load(teacher + offset, mask=mask, other=-float("inf")).to(ACC)
-        higher_s, total_s = grow(s, inv_tau, peak_s, total_s)
-        higher_t, more_t = grow(t, inv_tau, peak_t, total_t)
-        cross = grow_cross(s, t, inv_tau, cross, total_t, peak_s, peak_t, higher_s, higher_t)
+        higher_s, total_s = grow(s, inv_tau, peak_s, total_s, 1)
+        higher_t, more_t = grow(t, inv_tau, peak_t, total_t, 1)
+        cross = grow_cross(s, t, inv_tau, cross, total_t, peak_s, peak_t, higher_s, higher_t, 1)
         peak_s, peak_t, total_t = higher_s, higher_t, more_t
     pixel = outer * inner + i
     counted = _counted(target, pixel, inside, ignore_index, length)
@@ -145,8 +145,8 @@ def _backward(
         offset = base[:, None] + r[None, :] * stride_reduced
         s = tl.load(student + offset, mask=mask, other=-float("inf")).to(ACC)
         t = tl.load(teacher + offset, mask=mask, other=-float("inf")).to(ACC)
-        peak_s, total_s = grow(s, inv_tau, peak_s, total_s)
-        peak_t, total_t = grow(t, inv_tau, peak_t, total_t)
+        peak_s, total_s = grow(s, inv_tau, peak_s, total_s, 1)
+        peak_t, total_t = grow(t, inv_tau, peak_t, total_t, 1)
     pixel = outer * inner + i
     counted = _counted(target, pixel, inside, ignore_index, length)
     scale = tl.load(grad + pixel, mask=inside, other=0) if PER_PIXEL else tl.load(grad)

@@ -1,4 +1,4 @@
-"""The online softmax shared by kd and cwd: one read of a row gives its peak, its sum, and a KL in log space.
+"""The online softmax shared by all losses on logits: one read of a row gives its peak, its sum, and a KL in log space.
 
 Peaks stay in units of the logits and are subtracted before the temperature divides, so no rounding of a large logit
 enters the exponent. A row that is empty so far has peak START and sum 0.
@@ -14,24 +14,24 @@ START = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def grow(x, inv_tau, peak, total):
-    """Takes x [rows, block], -inf where masked, into ``peak`` = max x and ``total`` = sum exp((x - peak) / tau)."""
-    higher = tl.maximum(peak, tl.max(x, 1))
-    more = tl.sum(tl.exp((x - higher[:, None]) * inv_tau), 1)
+def grow(x, inv_tau, peak, total, AXIS: tl.constexpr):
+    """Takes x, -inf where masked, into ``peak`` = max x and ``total`` = sum exp((x - peak) / tau) over ``AXIS``."""
+    higher = tl.maximum(peak, tl.max(x, AXIS))
+    more = tl.sum(tl.exp((x - tl.expand_dims(higher, AXIS)) * inv_tau), AXIS)
     return higher, total * tl.exp((peak - higher) * inv_tau) + more
 
 
 @triton.jit
-def grow_cross(s, t, inv_tau, cross, total_t, peak_s, peak_t, higher_s, higher_t):
+def grow_cross(s, t, inv_tau, cross, total_t, peak_s, peak_t, higher_s, higher_t, AXIS: tl.constexpr):
     """Takes s and t into ``cross`` = sum exp((t - peak_t) / tau) * ((t - peak_t) - (s - peak_s)).
 
     ``total_t`` and the peaks are those before the block, ``higher_*`` those after it. exp = 0 adds 0, whatever s is.
     """
     moved = (peak_t - higher_t) - (peak_s - higher_s)
-    s = s - higher_s[:, None]
-    t = t - higher_t[:, None]
+    s = s - tl.expand_dims(higher_s, AXIS)
+    t = t - tl.expand_dims(higher_t, AXIS)
     e = tl.exp(t * inv_tau)
-    more = tl.sum(tl.where(e == 0, 0, e * (t - s)), 1)
+    more = tl.sum(tl.where(e == 0, 0, e * (t - s)), AXIS)
     return tl.exp((peak_t - higher_t) * inv_tau) * (cross + total_t * moved) + more
 
 
