@@ -12,7 +12,7 @@ Taps are exact integers: x * (in - 1) / (out - 1) with aligned corners, ((2 x + 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,10 +22,11 @@ from torch import Tensor
 from .softmax import START, grow
 from .tiles import accumulator, launch
 
-# A tile is CLASSES x LANES label pixels, 16 elements a thread; half the lanes for fp64. Phases come PHASES at a time, so
-# that what is loaded and blended for a cell serves many of them.
+# A tile is CLASSES x LANES label pixels, a pixel a thread: the gradient kernel holds three such tiles and what they come
+# down to at the cells, some 120 registers, so that 16 warps fit an SM. Phases come PHASES at a time, so that what is
+# loaded and blended for a cell serves many of them.
 CLASSES = 8
-LANES = 256
+LANES = 128
 PHASES = 8
 # The gradient kernel takes bands of up to BAND rows of cells, which halves what it writes beside the gradient, as long as
 # PROGRAMS are left, some three times what one big GPU holds at a time.
@@ -41,25 +42,35 @@ class Plan(NamedTuple):
     strides: tuple[int, int, int, int]  # of n, c, y, x, in elements
     blocks: int  # of cells in a row
     whole: int  # phases of a cell taken PHASES at a time; what some cells have beyond them comes one by one
-    constants: dict[str, int | bool]  # ALIGN, BLEND, BLOCK_CLASSES, BLOCK_CELLS, PHASES
+    constants: dict[str, Any]  # ALIGN, BLEND, INT, BLOCK_CLASSES, BLOCK_CELLS, PHASES
 
 
-def plan(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Plan:
-    """The cut of dense ``logits``, NCHW-contiguous or channels_last."""
+def plan(logits: Tensor, size: tuple[int, int], align_corners: bool, other: tuple[int, int] = (1, 1)) -> Plan:
+    """The cut of dense ``logits``, NCHW-contiguous or channels_last; ``other``: of a second map that is resized too."""
     lanes = LANES // 2 if logits.dtype == torch.float64 else LANES
-    return _plan(logits.shape, logits.is_contiguous(), size, align_corners, lanes)
+    return _plan(logits.shape, logits.is_contiguous(), tuple(size), align_corners, tuple(other), lanes)
 
 
 @lru_cache(maxsize=1024)
-def _plan(shape: tuple[int, ...], nchw: bool, size: tuple[int, int], align_corners: bool, lanes: int) -> Plan:
+def _plan(
+    shape: tuple[int, ...],
+    nchw: bool,
+    size: tuple[int, int],
+    align_corners: bool,
+    other: tuple[int, int],
+    lanes: int,
+) -> Plan:
     n, c, h, w = shape
     strides = (c * h * w, h * w, w, 1) if nchw else (c * h * w, 1, w * c, c)
     ratio = max(1, size[1] // w)
     phases = min((p for p in (8, 4, 2, 1) if p <= min(ratio, PHASES)), key=lambda p: ratio // p + ratio % p)
-    cells = min(triton.next_power_of_2(w), max(1, lanes // phases))
+    # Four sums a cell are held too: where a cell is one pixel there are as many of them as there are pixels.
+    cells = min(triton.next_power_of_2(w), lanes // max(phases, 2))
     constants = {
         "ALIGN": align_corners,
         "BLEND": size[1] != w,
+        # What taps are computed in: 32 bits where their products fit.
+        "INT": tl.int32 if 4 * (max(size) + 1) * (max(h, w, *other) + 1) < 2**31 else tl.int64,
         "BLOCK_CLASSES": min(triton.next_power_of_2(c), CLASSES),
         "BLOCK_CELLS": cells,
         "PHASES": phases,
@@ -102,9 +113,18 @@ def left_of(x, size_in, size_out, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def cells_of(block, width, out_width, ALIGN: tl.constexpr, BLOCK_CELLS: tl.constexpr):
+def rows_of(logits, sample, row, height, out_height, stride_n, stride_y, ALIGN: tl.constexpr, ACC: tl.constexpr):
+    """Pointers to the two rows of logits that a label row lies between, and the weight of the second."""
+    y = left_of(row, height, out_height, ALIGN)
+    top = logits + sample * stride_n + y.to(tl.int64) * stride_y
+    bottom = logits + sample * stride_n + tl.minimum(y + 1, height - 1).to(tl.int64) * stride_y
+    return top, bottom, right_weight(row, y, height, out_height, ALIGN, ACC)
+
+
+@triton.jit
+def cells_of(block, width, out_width, ALIGN: tl.constexpr, INT: tl.constexpr, BLOCK_CELLS: tl.constexpr):
     """A block's cells, their first output and the one past their last; cells beyond the row are empty."""
-    cell = block.to(tl.int64) * BLOCK_CELLS + tl.arange(0, BLOCK_CELLS)
+    cell = block.to(INT) * BLOCK_CELLS + tl.arange(0, BLOCK_CELLS)
     start = first_output(cell, width, out_width, ALIGN)
     return cell, start, first_output(cell + 1, width, out_width, ALIGN)
 
@@ -112,7 +132,7 @@ def cells_of(block, width, out_width, ALIGN: tl.constexpr, BLOCK_CELLS: tl.const
 @triton.jit
 def phase(start, end, cell, k, width, out_width, ALIGN: tl.constexpr, PHASES: tl.constexpr, ACC: tl.constexpr):
     """Phases k to k + PHASES of cells: the label columns (cells, phases), which exist, the right neighbour's weight."""
-    x = start[:, None] + k + tl.arange(0, PHASES).to(tl.int64)[None, :]
+    x = start[:, None] + k + tl.arange(0, PHASES)[None, :]
     return x, x < end[:, None], right_weight(x, cell[:, None], width, out_width, ALIGN, ACC)
 
 
@@ -144,6 +164,7 @@ def corners(
     A class beyond the last is -inf to the left and 0 to the right, so that all its interpolations are -inf.
     """
     inside = (c < classes)[:, None] & (cell < width)[None, :]
+    cell = cell.to(tl.int64)
     offset = c[:, None] * stride_c
     left = blend(top, bottom, down, offset + cell[None, :] * stride_x, inside, scale, ACC)
     right = blend(top, bottom, down, offset + tl.minimum(cell + 1, width - 1)[None, :] * stride_x, inside, scale, ACC)
@@ -179,7 +200,8 @@ def of_label(
     BLEND: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The interpolated logit of each label pixel's own class, (cells, phases); 0 where not ``counted``."""
-    offset = label * stride_c
+    offset = label.to(tl.int64) * stride_c
+    cell = cell.to(tl.int64)
     value = blend(top, bottom, down, offset + cell[:, None] * stride_x, counted, scale, ACC)
     if BLEND:
         right = offset + tl.minimum(cell + 1, width - 1)[:, None] * stride_x
@@ -191,20 +213,21 @@ def of_label(
 def counted_labels(
     target,  # (N, H, W) uint8, int32 or int64, or None
     mask,  # (N, H, W) bool, or None
-    pixel,  # (cells, phases) offset of each label pixel
+    offset,  # of the row
+    x,  # (cells, phases) label columns
     inside,
     ignore_index,
     classes,
 ):
     """Each pixel's label (0 where there are none), and whether it counts. Labels are compared before they are an offset."""
-    label = tl.zeros_like(pixel)
+    label = tl.zeros_like(x)
     counted = inside
     if target is not None:
-        label = tl.load(target + pixel, mask=inside, other=0).to(tl.int64)
-        counted = inside & (label != ignore_index) & (label >= 0) & (label < classes)
-        label = tl.where(counted, label, 0)
+        given = tl.load(target + offset + x, mask=inside, other=0).to(tl.int64)
+        counted = inside & (given != ignore_index) & (given >= 0) & (given < classes)
+        label = tl.where(counted, given, 0).to(tl.int32)
     if mask is not None:
-        counted = counted & (tl.load(mask + pixel, mask=inside, other=0) != 0)
+        counted = counted & (tl.load(mask + offset + x, mask=inside, other=0) != 0)
     return label, counted
 
 
@@ -212,7 +235,7 @@ def counted_labels(
 def pixel_weights(
     weight,  # (N, weight_height, weight_width) ACC
     sample,
-    row,
+    row,  # of the labels, INT
     x,  # (cells, phases) label columns
     counted,
     weight_height,
@@ -223,10 +246,8 @@ def pixel_weights(
     ACC: tl.constexpr,
 ):
     """A map of any size, resized bilinearly, at each label pixel of a row; 0 where not ``counted``."""
-    y = left_of(row, weight_height, height, ALIGN)
-    down = right_weight(row, y, weight_height, height, ALIGN, ACC)
-    top = weight + (sample * weight_height + y) * weight_width
-    bottom = weight + (sample * weight_height + tl.minimum(y + 1, weight_height - 1)) * weight_width
+    plane = tl.cast(weight_height, tl.int64) * weight_width
+    top, bottom, down = rows_of(weight, sample, row, weight_height, height, plane, weight_width, ALIGN, ACC)
     left = left_of(x, weight_width, width, ALIGN)
     share = right_weight(x, left, weight_width, width, ALIGN, ACC)
     here = blend(top, bottom, down, left, counted, 1.0, ACC)

@@ -21,12 +21,12 @@ from .resize import (
     first_output,
     interpolate,
     join,
-    left_of,
     of_label,
     phase,
     pixel_weights,
     plan,
     right_weight,
+    rows_of,
     shares,
     softmax,
     spread,
@@ -44,8 +44,8 @@ def _losses(
 ):  # fmt: skip
     """The loss of PHASES phases of a row of cells, stored, and the sums of the losses and of the class weights."""
     x, inside, weight = phase(start, end, cell, k, width, out_width, ALIGN, PHASES, ACC)
-    pixel = (sample * out_height + row) * out_width + x
-    label, counted = counted_labels(target, mask, pixel, inside, ignore_index, classes)
+    offset = (sample * out_height + row) * out_width
+    label, counted = counted_labels(target, mask, offset, x, inside, ignore_index, classes)
     peak, sums = softmax(
         top, bottom, down, classes, cell, weight, width, stride_c, stride_x, 1.0, BLEND, BLOCK_CLASSES, ACC
     )
@@ -61,13 +61,13 @@ def _losses(
             pixel_weight, sample, row, x, counted, weight_height, weight_width, out_height, out_width, ALIGN, ACC
         )
     if factor is not None:
-        tl.store(factor + pixel, scale, mask=inside)
+        tl.store(factor + offset + x, scale, mask=inside)
     log_sum = tl.log(sums)
     value = tl.where(counted, scale * ((peak - own) + log_sum), 0)
     if loss is not None:
-        tl.store(loss + pixel, value, mask=inside)
+        tl.store(loss + offset + x, value, mask=inside)
     if lse is not None:
-        tl.store(lse + pixel, peak + log_sum, mask=inside)
+        tl.store(lse + offset + x, peak + log_sum, mask=inside)
     return tl.sum(value), tl.sum(share)
 
 
@@ -98,6 +98,7 @@ def _forward(
     whole,
     ALIGN: tl.constexpr,
     BLEND: tl.constexpr,
+    INT: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
     BLOCK_CELLS: tl.constexpr,
@@ -105,13 +106,10 @@ def _forward(
 ):
     """One label row of a block of cells."""
     program = tl.program_id(0)
-    row = (program // blocks % out_height).to(tl.int64)
+    row = (program // blocks % out_height).to(INT)
     sample = (program // blocks // out_height).to(tl.int64)
-    y = left_of(row, height, out_height, ALIGN)
-    down = right_weight(row, y, height, out_height, ALIGN, ACC)
-    top = logits + sample * stride_n + y * stride_y
-    bottom = logits + sample * stride_n + tl.minimum(y + 1, height - 1) * stride_y
-    cell, start, end = cells_of(program % blocks, width, out_width, ALIGN, BLOCK_CELLS)
+    top, bottom, down = rows_of(logits, sample, row, height, out_height, stride_n, stride_y, ALIGN, ACC)
+    cell, start, end = cells_of(program % blocks, width, out_width, ALIGN, INT, BLOCK_CELLS)
     losses = tl.zeros([], ACC)
     counts = tl.zeros([], ACC)
     for k in range(0, whole, PHASES):
@@ -146,19 +144,19 @@ def _shares(
     to_top = tl.zeros_like(c[:, None, None].to(ACC) + weight[None, :, :])
     to_bottom = to_top
     for row in range(first_output(y, height, out_height, ALIGN), first_output(y + 1, height, out_height, ALIGN)):
-        pixel = (sample * out_height + row) * out_width + x
-        label, counted = counted_labels(target, mask, pixel, inside, ignore_index, classes)
+        offset = (sample * out_height + row) * out_width
+        label, counted = counted_labels(target, mask, offset, x, inside, ignore_index, classes)
         down = right_weight(row, y, height, out_height, ALIGN, ACC)
         left, right = corners(top, bottom, down, c, classes, cell, width, stride_c, stride_x, 1.0, ACC)
-        log_sum = tl.load(lse + pixel, mask=counted, other=0)
+        log_sum = tl.load(lse + offset + x, mask=counted, other=0)
         if factor is not None:
-            scale = tl.load(factor + pixel, mask=counted, other=0)
+            scale = tl.load(factor + offset + x, mask=counted, other=0)
         elif class_weight is not None:
             scale = tl.load(class_weight + label, mask=counted, other=0)
         else:
             scale = counted.to(ACC)
         p = tl.exp(interpolate(left, right, weight, BLEND) - log_sum[None, :, :])
-        p = tl.where(counted[None, :, :], p - (c[:, None, None] == label[None, :, :]).to(ACC), 0)
+        p = tl.where(counted[None, :, :], p - (c.to(tl.int32)[:, None, None] == label[None, :, :]).to(ACC), 0)
         to_top += p * (scale * (1 - down))[None, :, :]
         to_bottom += p * (scale * down)[None, :, :]
     return spread(to_top, to_bottom, weight)
@@ -191,6 +189,7 @@ def _gradient(
     bands,
     ALIGN: tl.constexpr,
     BLEND: tl.constexpr,
+    INT: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
     BLOCK_CELLS: tl.constexpr,
@@ -201,17 +200,18 @@ def _gradient(
     which = program // blocks % bands
     sample = (program // blocks // bands).to(tl.int64)
     c = tl.program_id(1).to(tl.int64) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
-    cell, start, end = cells_of(program % blocks, width, out_width, ALIGN, BLOCK_CELLS)
+    cell, start, end = cells_of(program % blocks, width, out_width, ALIGN, INT, BLOCK_CELLS)
     most = tl.max(end - start).to(tl.int32)
     inside = (c < classes)[:, None] & (cell < width)[None, :]
     logits += sample * stride_n
-    offset = sample * stride_n + c[:, None] * stride_c + cell[None, :] * stride_x
+    offset = sample * stride_n + c[:, None] * stride_c + cell.to(tl.int64)[None, :] * stride_x
     carry_left = tl.zeros([BLOCK_CLASSES, BLOCK_CELLS], ACC)
     carry_right = tl.zeros([BLOCK_CLASSES, BLOCK_CELLS], ACC)
     for y in range(which * band, tl.minimum((which + 1) * band, height)):
-        y = tl.cast(y, tl.int64)
-        top = logits + y * stride_y
-        bottom = logits + tl.minimum(y + 1, height - 1) * stride_y
+        y = tl.cast(y, INT)
+        at = y.to(tl.int64) * stride_y
+        top = logits + at
+        bottom = logits + tl.minimum(y + 1, height - 1).to(tl.int64) * stride_y
         left, right = carry_left, carry_right
         carry_left = tl.zeros([BLOCK_CLASSES, BLOCK_CELLS], ACC)
         carry_right = tl.zeros([BLOCK_CLASSES, BLOCK_CELLS], ACC)
@@ -235,13 +235,17 @@ def _gradient(
             right += top_right
             carry_left += bottom_left
             carry_right += bottom_right
-        tl.store(out + offset + y * stride_y, left, mask=inside)
-        tl.store(out_right + offset + y * stride_y, right, mask=inside)
+        tl.store(out + offset + at, left, mask=inside)
+        tl.store(out_right + offset + at, right, mask=inside)
     if spill is not None:
         plane = tl.cast(classes, tl.int64) * width
         below = spill + (sample * bands + which) * 2 * plane + c[:, None] * width + cell[None, :]
         tl.store(below, carry_left, mask=inside)
         tl.store(below + plane, carry_right, mask=inside)
+
+
+def _size(weight: Tensor | None) -> tuple[int, int]:
+    return (1, 1) if weight is None else weight.shape[1:]
 
 
 def _losses_of(
@@ -263,10 +267,9 @@ def _losses_of(
     lse = target.new_empty(target.shape, dtype=acc) if for_gradient else None
     factor = target.new_empty(target.shape, dtype=acc) if for_gradient and pixel_weight is not None else None
     loss = target.new_empty(target.shape, dtype=acc) if per_pixel else None
-    weight_size = (1, 1) if pixel_weight is None else pixel_weight.shape[1:]
     launch(
         _forward, (programs,), logits, logits, target, class_weight, pixel_weight, mask, lse, factor, loss, part,
-        ignore_index, c, *cut.size, *weight_size, *cut.strides, cut.blocks, cut.whole, ACC=ACC, **cut.constants,
+        ignore_index, c, *cut.size, *_size(pixel_weight), *cut.strides, cut.blocks, cut.whole, ACC=ACC, **cut.constants,
     )  # fmt: skip
     summed, count = total(part)
     return summed if loss is None else loss, count, lse, factor
@@ -289,7 +292,7 @@ def forward(
         target: (N, H, W). class_weight: (C,) or None. pixel_weight: (N, h', w') or None; both fp32 (fp64).
         mask: bool (N, H, W) or None. All contiguous.
     """
-    cut = plan(logits, tuple(target.shape[1:]), align_corners)
+    cut = plan(logits, target.shape[1:], align_corners, _size(pixel_weight))
     return _losses_of(cut, logits, target, class_weight, pixel_weight, mask, ignore_index, per_pixel, False)[:2]
 
 
@@ -303,7 +306,7 @@ def gradient(
     align_corners: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss, the count, and the gradient of the summed loss in fp32 (fp64), in the layout of the logits."""
-    cut = plan(logits, tuple(target.shape[1:]), align_corners)
+    cut = plan(logits, target.shape[1:], align_corners, _size(pixel_weight))
     loss, count, lse, factor = _losses_of(
         cut, logits, target, class_weight, pixel_weight, mask, ignore_index, False, True
     )
