@@ -9,7 +9,7 @@ import triton
 
 from fastkd.ops._registry import families
 
-from . import cwd, kd, nfd, resized_cross_entropy
+from . import cwd, kd, nfd, rdd, resized_cross_entropy, resized_kd
 
 LAUNCHERS = {
     "nfd_forward": nfd.forward,
@@ -20,6 +20,12 @@ LAUNCHERS = {
     "cwd_backward": cwd.backward,
     "resized_cross_entropy_forward": resized_cross_entropy.forward,
     "resized_cross_entropy_gradient": resized_cross_entropy.gradient,
+    "resized_kd_forward": resized_kd.forward,
+    "resized_kd_gradient": resized_kd.gradient,
+    "teacher_confidence": rdd.teacher_confidence,
+    "kd_with_confidence": rdd.kd_with_confidence,
+    "difficulty_mask": rdd.difficulty_mask,
+    "kth_smallest": rdd.kth_smallest,
 }
 library = torch.library.Library("fastkd_triton", "DEF")  # the operators live as long as this object
 
