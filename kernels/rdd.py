@@ -82,10 +82,7 @@ def _heads(
             peak_s = higher_s
         peak_m, total_m = higher_m, more_m
         peak_a, total_a = higher_a, more_a
-    if AUX_MAIN:
-        d = divergence(1.0, total_m, total_a, heads)
-    else:
-        d = divergence(1.0, total_a, total_m, heads)
+    d = divergence(1.0, total_m, total_a, heads) if AUX_MAIN else divergence(1.0, total_a, total_m, heads)
     tl.store(confidence + outer * inner + i, tl.exp(-tl.maximum(d, 0, propagate_nan=tl.PropagateNan.ALL)), mask=inside)
     if student is not None:
         program = tl.program_id(0)

@@ -11,6 +11,7 @@ Taps are exact integers: x * (in - 1) / (out - 1) with aligned corners, ((2 x + 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -45,10 +46,11 @@ class Plan(NamedTuple):
     constants: dict[str, Any]  # ALIGN, BLEND, INT, BLOCK_CLASSES, BLOCK_CELLS, PHASES
 
 
-def plan(logits: Tensor, size: tuple[int, int], align_corners: bool, other: tuple[int, int] = (1, 1)) -> Plan:
+def plan(logits: Tensor, size: Sequence[int], align_corners: bool, other: Sequence[int] = (1, 1)) -> Plan:
     """The cut of dense ``logits``, NCHW-contiguous or channels_last; ``other``: of a second map that is resized too."""
     lanes = LANES // 2 if logits.dtype == torch.float64 else LANES
-    return _plan(logits.shape, logits.is_contiguous(), tuple(size), align_corners, tuple(other), lanes)
+    (height, width), (h, w) = size, other
+    return _plan(logits.shape, logits.is_contiguous(), (height, width), align_corners, (h, w), lanes)
 
 
 @lru_cache(maxsize=1024)
@@ -60,7 +62,7 @@ def _plan(
     other: tuple[int, int],
     lanes: int,
 ) -> Plan:
-    n, c, h, w = shape
+    _, c, h, w = shape
     strides = (c * h * w, h * w, w, 1) if nchw else (c * h * w, 1, w * c, c)
     ratio = max(1, size[1] // w)
     phases = min((p for p in (8, 4, 2, 1) if p <= min(ratio, PHASES)), key=lambda p: ratio // p + ratio % p)
@@ -161,14 +163,18 @@ def corners(
 ):
     """The logits to the left and to the right of each cell, (classes, cells), blended from two rows, times ``scale``.
 
-    A class beyond the last is -inf to the left and 0 to the right, so that all its interpolations are -inf.
+    Finite, so that a neighbour of weight 0 has no say: -inf, and a class beyond the last, are so low that their
+    exponential is 0 whatever they are blended with. NaN and inf stay.
     """
+    low: tl.constexpr = -1e300 if ACC == tl.float64 else -1e37
     inside = (c < classes)[:, None] & (cell < width)[None, :]
     cell = cell.to(tl.int64)
     offset = c[:, None] * stride_c
     left = blend(top, bottom, down, offset + cell[None, :] * stride_x, inside, scale, ACC)
     right = blend(top, bottom, down, offset + tl.minimum(cell + 1, width - 1)[None, :] * stride_x, inside, scale, ACC)
-    return tl.where((c < classes)[:, None], left, -float("inf")), right
+    left = tl.where((c < classes)[:, None], tl.maximum(left, low, propagate_nan=tl.PropagateNan.ALL), low)
+    right = tl.where((c < classes)[:, None], tl.maximum(right, low, propagate_nan=tl.PropagateNan.ALL), low)
+    return left, right
 
 
 @triton.jit
@@ -205,7 +211,8 @@ def of_label(
     value = blend(top, bottom, down, offset + cell[:, None] * stride_x, counted, scale, ACC)
     if BLEND:
         right = offset + tl.minimum(cell + 1, width - 1)[:, None] * stride_x
-        value = (1 - weight) * value + weight * blend(top, bottom, down, right, counted, scale, ACC)
+        beside = blend(top, bottom, down, right, counted, scale, ACC)
+        value = tl.where(weight == 0, value, (1 - weight) * value + weight * beside)
     return value
 
 

@@ -8,7 +8,8 @@ nothing of N*C*H*W elements.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -244,7 +245,7 @@ def _gradient(
         tl.store(below + plane, carry_right, mask=inside)
 
 
-def _size(weight: Tensor | None) -> tuple[int, int]:
+def _size(weight: Tensor | None) -> Sequence[int]:
     return (1, 1) if weight is None else weight.shape[1:]
 
 

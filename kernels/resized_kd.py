@@ -8,7 +8,6 @@ their cells are not the student's then, and four of them are gathered for each l
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -94,7 +94,9 @@ def accumulator(x: Tensor) -> tuple[torch.dtype, tl.dtype]:
     return (torch.float64, tl.float64) if x.dtype == torch.float64 else (torch.float32, tl.float32)
 
 
-def launch(kernel: Any, grid: tuple[int], like: Tensor, *args: Any, num_warps: int = WARPS, **constants: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, num_warps: int = WARPS, **constants: Any
+) -> None:
     """Runs ``kernel`` on the device of ``like``, whichever device is current."""
     with torch.cuda.device_of(like):
         kernel[grid](*args, num_warps=num_warps, **constants)

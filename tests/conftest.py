@@ -1,5 +1,7 @@
 """Every test sees fresh memory filled with NaN, so that an element nobody writes cannot pass."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -8,7 +10,9 @@ settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("thorough", settings.get_profile("default"), derandomize=False, max_examples=1000)
-settings.load_profile("default")
+# Triton's interpreter runs a kernel's every operation in NumPy, program by program.
+settings.register_profile("interpreter", settings.get_profile("default"), max_examples=8)
+settings.load_profile("interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "default")
 
 
 @pytest.fixture(autouse=True)

@@ -19,12 +19,13 @@ from fastkd import backends
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def kernel_backends() -> list:
     """Backends that can run on this machine's tensors; one that cannot is a skipped parameter with its reason."""
     names = ("triton",) if DEVICE == "cuda" else ("cpu",)
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if INTERPRETER:
         names = ("triton",)
     return [
         pytest.param(
