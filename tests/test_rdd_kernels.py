@@ -76,10 +76,10 @@ def test_ties_at_the_threshold_are_hard(backend):
 
 ADVERSARIAL = {
     "all equal": torch.full((1000,), 0.3),
-    "all 1": torch.ones(7_000 if INTERPRETER else 70_000),
+    "all 1": torch.ones(5_000 if INTERPRETER else 70_000),
     "one": torch.tensor([0.5]),
-    "uniform": torch.rand(20_001 if INTERPRETER else 200_001, generator=torch.Generator().manual_seed(0)),
-    "normal": torch.randn(6_537 if INTERPRETER else 65_537, generator=torch.Generator().manual_seed(1)),
+    "uniform": torch.rand(9_001 if INTERPRETER else 200_001, generator=torch.Generator().manual_seed(0)),
+    "normal": torch.randn(4_537 if INTERPRETER else 65_537, generator=torch.Generator().manual_seed(1)),
     "nan": torch.tensor([torch.nan, 0.2, torch.inf, -torch.inf, 0.1, torch.nan, -0.0, 0.0]),
     "all nan": torch.full((9,), torch.nan),
     "subnormal": torch.arange(500) * 1e-45,
@@ -93,7 +93,7 @@ ADVERSARIAL = {
 def test_kth_smallest_is_torchs(backend, name, dtype):
     x = ADVERSARIAL[name].to(DEVICE, dtype)
     assert backends.why_not(backend) is None  # loads it
-    for k in (1, 2, x.numel() // 3, x.numel(), x.numel() + 5):
+    for k in (1, x.numel() // 3) if INTERPRETER else (1, 2, x.numel() // 3, x.numel(), x.numel() + 5):
         got = operators(backend).kth_smallest(x, k)
         want = x.kthvalue(min(max(k, 1), x.numel())).values
         assert got.shape == ()
