@@ -23,7 +23,6 @@ from torch import Tensor
 
 import fastkd
 from fastkd import backends
-from fastkd.functional import SELECTIONS
 
 from .support import DEVICE, LAYOUTS, each_backend, each_kernel, lay_out, loss_and_gradient
 from .test_kd import labels
@@ -381,3 +380,276 @@ def test_a_student_equal_to_its_teacher(backend, shape, power, kind, dtype, size
     with fastkd.use_backend(backend):
         assert not fastkd.difficulty_mask(x, x.clone(), y).any()
         assert (fastkd.teacher_confidence(x, x.clone()) == 1).all()
+
+
+# ---- the maps of RDD ------------------------------------------------------------------------------------------------
+
+
+@each_kernel
+@settings(max_examples=40)
+@given(
+    shape=shapes,
+    kinds=st.tuples(st.sampled_from(CONTENTS), st.sampled_from(CONTENTS)),
+    powers=st.tuples(*[st.sampled_from([-30, -3, 0, 1, 2, 8, 15])] * 2),
+    bad=st.sampled_from([None, torch.nan, torch.inf, -torch.inf]),
+    size=st.tuples(st.integers(1, 20), st.integers(1, 60)),
+    kept=st.sampled_from([0, 1, 40, 10**9]),
+    confidence=st.sampled_from(["max", "label"]),
+    seed=st.integers(0, 2**16),
+)
+def test_rdd_maps_of_extreme_logits(backend, shape, kinds, powers, bad, size, kept, confidence, seed):
+    """In fp64, where kernel and reference differ by nothing that decides: the same mask, confidences in [0, 1]."""
+    student, teacher = (
+        content(kind, shape, torch.float32, power, seed + i).double()
+        for i, (kind, power) in enumerate(zip(kinds, powers, strict=True))
+    )
+    if bad is not None:
+        student = student.flatten().index_fill(0, torch.tensor(seed % student.numel(), device=DEVICE), bad).view(shape)
+    y = labels((shape[0], *size), shape[1], 0.2, torch.int64, seed)
+    valid = y != 255
+    masks, maps = [], []
+    for name in (backend, "reference"):
+        with fastkd.use_backend(name):
+            masks.append(
+                fastkd.difficulty_mask(
+                    student, teacher, y, min_kept=kept, confidence=confidence, threshold=0.61803, select="or"
+                )
+            )
+            maps.append(fastkd.teacher_confidence(student, teacher))
+    assert not masks[0][~valid].any()
+    finite = maps[1].isfinite()
+    assert ((maps[0] >= 0) & (maps[0] <= 1))[finite].all()
+    torch.testing.assert_close(maps[0][finite], maps[1][finite], rtol=1e-6, atol=1e-6)
+    if bad is None and max(powers) <= 2:  # beyond, a rounding of the interpolation moves a probability from 0 to 1
+        assert torch.equal(*masks)
+
+
+# ---- half precision -------------------------------------------------------------------------------------------------
+
+CONVERSIONS = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+op = torch.ops.fastkd_cpu
+every = torch.arange(-(2**15), 2**15).to(torch.int16)
+edges = (every.view(torch.bfloat16).float().view(torch.int32)[:, None] + torch.tensor([0, 1, 0x7fff, 0x8000, 0x8001, 0xffff]))
+for dtype in (torch.float16, torch.bfloat16):
+    # Read: the mean of a group of one element is the element, whatever vector or tail it is loaded by.
+    x = every.view(dtype)
+    for shape in ((1, 65536, 1, 1), (65536, 1, 1, 1)):
+        _, stats = op.nfd_forward(x.view(shape), x.view(shape), "hw", 1.0)
+        mean, want = stats.view(-1, 6)[:, 0], x.float()
+        assert torch.equal(mean[x.isfinite()], want[x.isfinite()]), (dtype, "read")
+        assert not mean[~x.isfinite()].isfinite().any(), (dtype, "read")
+    # Write: with these statistics the gradient is grad * (1 * s - 1 * 0), rounded to the student's type.
+    grad = torch.cat([edges.int().view(torch.float32).flatten(), x.float(), torch.nextafter(x.float(), torch.tensor(9e9))])
+    grad = torch.cat([grad, (x.float() + torch.nextafter(x, torch.tensor(torch.inf, dtype=dtype)).float()) / 2])  # ties
+    stats = torch.tensor([0.0, 0, 0, 0, 1, 1]).expand(1, grad.numel(), 6).contiguous()
+    for form in (torch.contiguous_format, torch.channels_last):
+        one = torch.ones(1, grad.numel(), 1, 3, dtype=dtype).contiguous(memory_format=form)
+        out = op.nfd_backward(grad[None], one, one * 0, stats, "hw")
+        want = grad.to(dtype)[None, :, None, None].expand_as(out)
+        assert torch.equal(out.isnan(), want.isnan()), (dtype, "NaN")
+        assert torch.equal(out.nan_to_num(7.0, 8.0, -8.0), want.nan_to_num(7.0, 8.0, -8.0)), (dtype, "write")
+print(op.isa())
+"""
+
+
+@pytest.mark.skipif(backends.why_not("cpu") is not None, reason=str(backends.why_not("cpu")))
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_number_of_half_precision(isa):
+    """Each fp16 and bf16 number is read exactly; what lies between two of them, and the ties, are written as torch does."""
+    library = str(Path(fastkd.__file__).with_name("_cpu.so"))
+    done = subprocess.run(
+        [sys.executable, "-c", CONVERSIONS, library],
+        env={**os.environ, "FASTKD_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "which this processor does not have" in done.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == isa
+
+
+# ---- sequences ------------------------------------------------------------------------------------------------------
+
+
+class Sequences(RuleBasedStateMachine):
+    """Calls in any order, with any number of threads, forced backends, from other Python threads: each gives the bits it
+    gave the first time, and nothing that was handed in changes."""
+
+    @initialize()
+    def start(self):
+        self.threads = torch.get_num_threads()
+        g = torch.Generator().manual_seed(0)
+        student, teacher = torch.randn(2, 2, 5, 9, 40, generator=g).to(DEVICE)
+        self.inputs = (
+            student,
+            teacher,
+            labels((2, 20, 70), 5, 0.2, torch.uint8, 0),
+            labels((2, 9, 40), 5, 0.2, torch.int64, 1),
+        )
+        self.copies = [x.clone() for x in self.inputs]
+        self.first: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+
+    def call(self, name: str, backend: str) -> None:
+        got = on(backend, LOSSES[name], *self.inputs)
+        want = self.first.setdefault((name, backend), got)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), (name, backend)
+
+    @rule(name=st.sampled_from(list(LOSSES)), backend=st.sampled_from(["auto", "reference"]))
+    def a_call(self, name, backend):
+        self.call(name, backend)
+
+    @rule(count=st.integers(1, 4))
+    def other_threads(self, count):
+        torch.set_num_threads(count)
+
+    @rule(
+        names=st.lists(st.sampled_from(list(LOSSES)), min_size=2, max_size=4),
+        backend=st.sampled_from(["auto", "reference"]),
+    )
+    def calls_at_once(self, names, backend):
+        failures = []
+
+        def one(name, backend):
+            try:
+                self.call(name, backend)
+            except BaseException as error:
+                failures.append(error)
+
+        others = {"auto": "reference", "reference": "auto"}
+        workers = [
+            threading.Thread(target=one, args=(name, backend if i % 2 else others[backend]))
+            for i, name in enumerate(names)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert not failures, failures
+
+    @rule(name=st.sampled_from(list(LOSSES)))
+    def a_refused_call(self, name):
+        with pytest.raises(ValueError, match="expected 4 dimensions"):
+            LOSSES[name](self.inputs[0][0], *self.inputs[1:])
+
+    @invariant()
+    def inputs_are_unchanged(self):
+        assert all(torch.equal(a, b) for a, b in zip(self.inputs, self.copies, strict=True))
+        assert backends.requested() == "auto"
+
+    def teardown(self):
+        torch.set_num_threads(self.threads)
+
+
+Sequences.TestCase.settings = settings(max_examples=15, stateful_step_count=20)
+TestSequences = Sequences.TestCase
+
+
+class Heap(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    ]
+
+
+def bytes_in_use() -> int:
+    """What glibc's malloc has handed out and not got back."""
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = Heap
+    heap = mallinfo2()
+    return heap.uordblks + heap.hblkhd
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="counts bytes by glibc's mallinfo2")
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts the heap of the C++ kernels")
+@each_loss
+def test_no_leak(name):
+    """A hundred more steps leave no byte of a map behind, nor the scratch of a call that is refused half way."""
+    student, teacher = torch.randn(2, 2, 16, 24, 40)
+    y, z = labels((2, 48, 80), 16, 0.2, torch.uint8, 0), labels((2, 24, 40), 16, 0.2, torch.int64, 1)
+
+    def steps(count):
+        for _ in range(count):
+            on("cpu", LOSSES[name], student, teacher, y, z)
+        return bytes_in_use()
+
+    steps(20)
+    before = steps(20)
+    grown = steps(100) - before
+    assert grown < 100 * 1000, f"{grown} bytes in 100 steps"
+
+
+# ---- size -----------------------------------------------------------------------------------------------------------
+
+
+def available() -> int:
+    text = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else "MemAvailable: 0"
+    return 1024 * int(text.partition("MemAvailable:")[2].split()[0])
+
+
+needs_memory = pytest.mark.skipif(
+    available() < 18 << 30, reason=f"needs 18 GiB of free memory, there are {available() >> 30}"
+)
+
+
+@pytest.mark.slow
+@needs_memory
+@pytest.mark.parametrize("name", ["nfd", "cwd", "kd"])
+def test_more_than_two_to_the_31_elements(name):
+    """What lies beyond element 2^31 is read and written there: the second sample against the same sample alone."""
+    shape = (2, 64, 4096, 4100)  # a sample has 2^30 elements and a little more
+    loss = {
+        "nfd": lambda s, t: fastkd.nfd_loss(s, t, reduction="none")[:, 0],
+        "cwd": lambda s, t: fastkd.cwd_loss(s, t, reduction="none")[:, 0],
+        "kd": lambda s, t: fastkd.kd_loss(s, t, reduction="none")[:, ::512, ::512],
+    }[name]
+    pattern = torch.randn(1_000_003).bfloat16()
+    count = torch.Size(shape).numel()
+    storage = torch.empty(count + 1, dtype=torch.bfloat16)
+    for first in range(0, count + 1, pattern.numel()):
+        storage[first : first + pattern.numel()] = pattern[: count + 1 - first]
+    student, teacher = storage[:count].view(shape), storage[1:].view(shape)
+    whole = student.requires_grad_()
+    value = loss(whole, teacher)
+    value.sum().backward()
+    alone = student.detach()[1:].requires_grad_()
+    want = loss(alone, teacher[1:])
+    want.sum().backward()
+    assert torch.equal(value[1:].detach(), want.detach())
+    assert torch.equal(whole.grad[1, ::7, ::5], alone.grad[0, ::7, ::5])
+
+
+@pytest.mark.slow
+@needs_memory
+def test_more_than_two_to_the_31_label_pixels():
+    """One label of the last row alone counts: the loss is that pixel's."""
+    height, width = (1 << 16) + 8, 1 << 15
+    logits = torch.randn(1, 3, 9, 5)
+    target = torch.full((1, height, width), 255, dtype=torch.uint8)
+    target[0, -1, -3] = 2
+    logits.requires_grad_()
+    value = fastkd.resized_cross_entropy(logits, target)
+    value.backward()
+    corner = logits.detach()[:, :, -1, -1].requires_grad_()  # the last pixels see the last logit alone
+    want = torch.nn.functional.cross_entropy(corner, torch.tensor([2]))
+    want.backward()
+    torch.testing.assert_close(value, want)
+    torch.testing.assert_close(logits.grad[:, :, -1, -1], corner.grad)
+    assert logits.grad.count_nonzero() == 3
+    mask = fastkd.difficulty_mask(logits.detach(), logits.detach().flip(1), target, threshold=1.0, select="or")
+    assert mask.sum() == 1
+    assert mask[0, -1, -3]
