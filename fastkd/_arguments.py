@@ -20,10 +20,9 @@ def check_word(name: str, got: str, known: tuple[str, ...]) -> None:
 def check_number(
     name: str, got: float, *, minimum: float = -math.inf, above: float = -math.inf, maximum: float = math.inf
 ) -> None:
-    if not (minimum <= got <= maximum and got > above):  # also refuses NaN
+    if not (minimum <= got <= maximum and above < got < math.inf):  # also refuses NaN
         bounds = [f"> {above}"] if above > -math.inf else [f">= {minimum}"]
-        if maximum < math.inf:
-            bounds.append(f"<= {maximum}")
+        bounds.append(f"<= {maximum}" if maximum < math.inf else "< infinity")
         raise ValueError(f"{name}: got {got}, expected a number {' and '.join(bounds)}")
 
 

@@ -11,6 +11,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +35,10 @@ _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 _LIBRARY = "_cpu.so"
 
 _T = TypeVar("_T")
-_forced: str | None = None
+# Of this thread (or asyncio task) alone. Dynamo guards on a ContextVar, but cannot trace setting one: a `with use_backend`
+# inside compiled code sets the global for as long as it is traced.
+_forced: ContextVar[str | None] = ContextVar("fastkd_backend", default=None)
+_forced_in_trace: str | None = None
 _why_not: dict[str, str | None] = {}
 
 
@@ -90,7 +94,7 @@ def why_not(backend: str) -> str | None:
 
 def requested() -> str:
     """The backend forced by :class:`use_backend` or ``FASTKD_BACKEND``, else ``"auto"``."""
-    name = _forced or os.environ.get("FASTKD_BACKEND", "auto")
+    name = _forced_in_trace or _forced.get() or os.environ.get("FASTKD_BACKEND", "auto")
     if name not in NAMES:
         raise ValueError(f"FASTKD_BACKEND is {name!r}; expected one of {', '.join(NAMES)}")
     return name
@@ -156,7 +160,7 @@ def _warn_once(backend: str, device: str) -> None:
 
 
 class use_backend:
-    """Context manager that forces a backend for every call inside it, in the whole process.
+    """Context manager that forces a backend for every call inside it, in this thread.
 
     Args:
         name: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
@@ -174,13 +178,21 @@ class use_backend:
         self.name = name
 
     def __enter__(self) -> use_backend:
-        global _forced
-        self._outer, _forced = _forced, self.name
+        global _forced_in_trace
+        self._traced = torch.compiler.is_compiling()
+        if self._traced:
+            self._outer, _forced_in_trace = _forced_in_trace, self.name
+        else:
+            self._outer = _forced.get()
+            _forced.set(self.name)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        global _forced
-        _forced = self._outer
+        global _forced_in_trace
+        if self._traced:
+            _forced_in_trace = self._outer
+        else:
+            _forced.set(self._outer)
 
 
 def backend_info() -> dict[str, Any]:

@@ -453,7 +453,7 @@ def _cross_entropy(
         resized = reference.resize(logits, size, align_corners)
         loss, valid, weight = reference.cross_entropy(resized, target, class_weight, ignore_index)
         if pixel_weight is not None:
-            loss = torch.where(valid, loss * pixel_weight.to(loss.dtype), 0)
+            loss = loss * torch.where(valid, pixel_weight.to(loss.dtype), 0)
         return reference.reduce_pixels(loss, weight, reduction), weight.sum()
     (logits,) = dense_each(logits)
     tensors = (logits, target.contiguous(), _dense(class_weight, acc), _dense(pixel_weight), mask)
@@ -571,7 +571,8 @@ def _reduce_reference(
 ) -> Tensor:
     valid = None if target is None else reference.valid_pixels(target, classes, ignore_index)
     if weight is not None:
-        loss = loss * weight.to(loss.dtype)
+        weight = weight.to(loss.dtype)
+        loss = loss * (weight if valid is None else torch.where(valid, weight, 0))
     if valid is not None:
         loss = torch.where(valid, loss, 0)
     return reference.reduce_pixels(loss, valid, reduction)

@@ -18,14 +18,10 @@ template <class Acc>
 void finish(const SoftmaxPair& m, double tau, Acc* loss, Acc* stats) {
     const double kl = m.dot / m.sum_t + __builtin_log(m.sum_s / m.sum_t);
     *loss = static_cast<Acc>((kl < 0 ? 0 : kl) * tau * tau);
-    const auto save = [&](double top, double sum, Acc* out) {
-        out[0] = static_cast<Acc>(top / tau);
-        // Relative to the rounded maximum as the backward reads it, so that the rounding cancels.
-        const Acc reference = out[0] * static_cast<Acc>(tau);
-        out[1] = static_cast<Acc>(__builtin_log(sum) + (top - static_cast<double>(reference)) / tau);
-    };
-    save(m.max_s, m.sum_s, stats);
-    save(m.max_t, m.sum_t, stats + 2);
+    stats[0] = static_cast<Acc>(m.max_s);  // an element: exact
+    stats[1] = static_cast<Acc>(__builtin_log(m.sum_s));
+    stats[2] = static_cast<Acc>(m.max_t);
+    stats[3] = static_cast<Acc>(__builtin_log(m.sum_t));
 }
 
 // ---- forward ------------------------------------------------------------------------------------------------------
@@ -101,19 +97,19 @@ void forward_channels(const CwdForward& a) {
 
 template <class T>
 struct Coefficients {
-    T ref_s, log_s, ref_t, log_t, scale;
+    T max_s, log_s, max_t, log_t, scale;
 };
 
 template <class Acc>
 inline Coefficients<Acc> coefficients(const CwdBackward& a, int64_t group) {
     const Acc* stats = static_cast<const Acc*>(a.stats) + group * kStats;
-    const Acc tau = static_cast<Acc>(a.temperature);
-    return {stats[0] * tau, stats[1], stats[2] * tau, stats[3], static_cast<const Acc*>(a.grad)[group] * tau};
+    return {stats[0], stats[1], stats[2], stats[3],
+            static_cast<const Acc*>(a.grad)[group] * static_cast<Acc>(a.temperature)};
 }
 
 template <class V, class Acc>
 inline V gradient(const Coefficients<V>& k, V s, V t, Acc inv_tau) {
-    return k.scale * (exp((s - k.ref_s) * inv_tau - k.log_s) - exp((t - k.ref_t) * inv_tau - k.log_t));
+    return k.scale * (exp((s - k.max_s) * inv_tau - k.log_s) - exp((t - k.max_t) * inv_tau - k.log_t));
 }
 
 template <class Acc>
@@ -128,7 +124,7 @@ void backward_runs(const CwdBackward& a) {
             const int64_t g = item / items, first = item % items * kSpan, n = min(kSpan, in.hw - first);
             const int64_t offset = g * in.hw + first;
             const Coefficients<Acc> c = coefficients<Acc>(a, g);
-            const Coefficients<Vec<Acc>> k{set1(c.ref_s), set1(c.log_s), set1(c.ref_t), set1(c.log_t), set1(c.scale)};
+            const Coefficients<Vec<Acc>> k{set1(c.max_s), set1(c.log_s), set1(c.max_t), set1(c.log_t), set1(c.scale)};
             const Acc* s = view(in.student, in.student_type, offset, n, s_scratch);
             const Acc* t = view(in.teacher, in.teacher_type, offset, n, t_scratch);
             Acc* out = target_span(a.out, in.student_type, offset, out_scratch);
@@ -157,7 +153,7 @@ void backward_channels(const CwdBackward& a) {
             const int64_t n = item / items, last = min(in.hw, (item % items + 1) * rows);
             for (int64_t l = 0; l < padded; ++l) {
                 const Coefficients<Acc> c = l < in.c ? coefficients<Acc>(a, n * in.c + l) : Coefficients<Acc>{};
-                const Acc fields[5] = {c.ref_s, c.log_s, c.ref_t, c.log_t, c.scale};
+                const Acc fields[5] = {c.max_s, c.log_s, c.max_t, c.log_t, c.scale};
                 for (int f = 0; f < 5; ++f) k[f * padded + l] = fields[f];
             }
             for (int64_t p = item % items * rows, count; p < last; p += count) {

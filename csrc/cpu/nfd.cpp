@@ -21,8 +21,10 @@ struct Finished {
     double loss, a, b;
 };
 
+// A variance that rounding left below 0, or a covariance above what the variances allow, would be divided by eps alone.
 inline Finished finished(const Moments& m, double eps) {
-    const double vs = m.ss / m.n, vt = m.tt / m.n, c = m.st / m.n;
+    const double vs = m.ss < 0 ? 0 : m.ss / m.n, vt = m.tt < 0 ? 0 : m.tt / m.n, most = __builtin_sqrt(vs * vt);
+    const double st = m.st / m.n, c = st > most ? most : st < -most ? -most : st;
     const double is = 1 / __builtin_sqrt(vs + eps), it = 1 / __builtin_sqrt(vt + eps);
     const double own = vs * is * is, other = vt * it * it, both = c * is * it, d = (own + other) - 2 * both;
     return {d < 0 ? 0 : d, 2 / m.n * is * is * (1 - (own - both)), 2 / m.n * is * it};

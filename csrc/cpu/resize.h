@@ -81,6 +81,9 @@ private:
     }
 };
 
+template <class Acc>
+constexpr Acc kLowest = sizeof(Acc) == sizeof(double) ? Acc(-0x1p1022) : Acc(-0x1p126);  // two of them add up
+
 // The row of logits a label row sees: loaded as Acc, blended from two, less a bound of each pixel's maximum.
 //
 // The largest class of an interpolated pixel is at most the interpolation of the largest classes, so subtracting that
@@ -102,7 +105,7 @@ public:
         const Acc *top = row(n, tap.left), *bottom = row(n, tap.right), *top_max = top + map_.c * stride,
                   *bottom_max = bottom + map_.c * stride;
         const Vec<Acc> a = set1(static_cast<Acc>(1 - tap.weight)), b = set1(static_cast<Acc>(tap.weight)),
-                       factor = set1(scale);
+                       factor = set1(scale), lowest = set1(kLowest<Acc>), none = set1(Acc(-__builtin_inff()));
         for (int64_t c = 0; c < map_.c; ++c)
             for (int64_t x = 0; x < stride; x += W) {
                 Vec<Acc> v = load_at(top + c * stride + x), m = load_at(top_max + x);
@@ -110,7 +113,10 @@ public:
                     v = a * v + b * load_at(bottom + c * stride + x);
                     m = a * m + b * load_at(bottom_max + x);
                 }
-                store(values_ + c * stride + x, (v - m) * factor);
+                // Rounding may leave a huge logit above its bound, where exp() has no meaning, and a difference or a product
+                // may overflow, where the weight 0 of a neighbour would make NaN; -inf and NaN stay.
+                const Vec<Acc> d = (v - m) * factor, below = d > 0 ? Vec<Acc>{} : d;
+                store(values_ + c * stride + x, v > none ? max(lowest, below) : d);
             }
     }
 
@@ -168,12 +174,16 @@ struct Side {
     int64_t stride;  // between classes
     int64_t phase;   // between phases, if kAhead
 
-    template <bool kBlend>
+    // kCareful: a neighbour of weight 0 has no say, even at -inf, whose product with 0 is NaN.
+    template <bool kBlend, bool kCareful>
     Vec<Acc> value(Vec<Acc> right, int64_t c, int64_t k) const {
         const Acc* at = values + c * stride;
         if constexpr (kAhead) return load(at + k * phase);
-        if constexpr (!kBlend) return load(at);
-        return (set1(Acc(1)) - right) * load(at) + right * load(at + 1);
+        const Vec<Acc> own = load(at);
+        if constexpr (!kBlend) return own;
+        const Vec<Acc> blend = (set1(Acc(1)) - right) * own + right * load(at + 1);
+        if constexpr (kCareful) return right == 0 ? own : blend;
+        return blend;
     }
 };
 
@@ -191,34 +201,35 @@ inline Vec<Acc> labelled_value(const Side<Acc, false>& side, const Acc* labels, 
 }
 
 // The softmaxes of G vectors of label pixels. `e` gets exp(v - shift), classes `e_stride` apart, vectors W apart.
+// Where a sum is small or not a number, the vectors are done again about their maxima and carefully.
 template <class Acc, int G, bool kAhead>
 struct Softmax {
     static constexpr int W = kLanes<Acc>;
     Vec<Acc> sum[G], shift[G], most[G];
+    bool careful = false;
 
     template <bool kStore, bool kMost, bool kBlend>
     void compute(const Side<Acc, kAhead>& side, const Vec<Acc>* right, int64_t classes, Acc* e, int64_t e_stride) {
         run<kStore, kMost, kBlend, false>(side, right, classes, e, e_stride);
-        bool small = false;
-        for (int j = 0; j < G; ++j) small |= any(sum[j] < kTiny<Acc>);
-        if (!small) return;
+        for (int j = 0; j < G; ++j) careful |= any(!(sum[j] >= kTiny<Acc>));
+        if (!careful) return;
         Vec<Acc> top[G];
         for (int j = 0; j < G; ++j) top[j] = set1(Acc(-__builtin_inff()));
         for (int64_t c = 0; c < classes; ++c)
-            for (int j = 0; j < G; ++j) top[j] = max(side.template value<kBlend>(right[j], c, j), top[j]);
+            for (int j = 0; j < G; ++j) top[j] = max(side.template value<kBlend, true>(right[j], c, j), top[j]);
         for (int j = 0; j < G; ++j)  // no other pixel: a pixel's result has nothing to do with its neighbours
-            shift[j] = sum[j] < kTiny<Acc> && top[j] != -__builtin_inff() ? top[j] : Vec<Acc>{};
+            shift[j] = !(sum[j] >= kTiny<Acc>) && top[j] != -__builtin_inff() ? top[j] : Vec<Acc>{};
         run<kStore, kMost, kBlend, true>(side, right, classes, e, e_stride);
     }
 
 private:
-    template <bool kStore, bool kMost, bool kBlend, bool kShift>
+    template <bool kStore, bool kMost, bool kBlend, bool kCareful>
     void run(const Side<Acc, kAhead>& side, const Vec<Acc>* right, int64_t classes, Acc* e, int64_t e_stride) {
         Vec<Acc> left[G];
         for (int j = 0; j < G; ++j) {
             left[j] = set1(Acc(1)) - right[j];
             sum[j] = most[j] = Vec<Acc>{};
-            if constexpr (!kShift) shift[j] = Vec<Acc>{};
+            if constexpr (!kCareful) shift[j] = Vec<Acc>{};
         }
         constexpr int64_t kRows = 64;  // classes summed on their own first: two levels keep fp32 sums short
         for (int64_t first = 0; first < classes; first += kRows) {
@@ -233,7 +244,8 @@ private:
                     Vec<Acc> v = a;
                     if constexpr (kAhead) v = load(at + j * side.phase);
                     else if constexpr (kBlend) v = left[j] * a + right[j] * b;
-                    if constexpr (kShift) v -= shift[j];
+                    if constexpr (kCareful && !kAhead && kBlend) v = right[j] == 0 ? a : v;
+                    if constexpr (kCareful) v -= shift[j];
                     const Vec<Acc> ex = exp(v);
                     part[j] += ex;
                     if constexpr (kMost) most[j] = max(most[j], ex);
@@ -406,11 +418,11 @@ private:
         const Acc *map = static_cast<const Acc*>(pixels_.weight) + n * pixels_.weight_h * pixels_.weight_w,
                   *top = map + tap.left * pixels_.weight_w, *bottom = map + tap.right * pixels_.weight_w;
         const Acc down = static_cast<Acc>(tap.weight), up = static_cast<Acc>(1 - tap.weight);
-        for (int64_t i = 0; i < pixels_.weight_w; ++i) weight_row_[i] = up * top[i] + down * bottom[i];
+        for (int64_t i = 0; i < pixels_.weight_w; ++i) weight_row_[i] = down == 0 ? top[i] : up * top[i] + down * bottom[i];
         for (int64_t x = 0; x < columns_.width; ++x) {
             const int32_t at = columns_.slot[x];
-            const Acc weight = (1 - weight_right_[x]) * weight_row_[weight_left_[x]] +
-                               weight_right_[x] * weight_row_[weight_next_[x]];
+            const Acc right = weight_right_[x], own = weight_row_[weight_left_[x]];
+            const Acc weight = right == 0 ? own : (1 - right) * own + right * weight_row_[weight_next_[x]];
             factor[at] = label[at] < 0 ? Acc(0) : factor[at] * weight;
         }
     }
@@ -449,11 +461,13 @@ template <class Acc>
 struct GradientShare {
     RowGradient<Acc> *top, *bottom;
     Vec<Acc> up, down;
+    bool blend;  // whether `down` is not 0
 
     void add(int64_t c, int64_t cell, Vec<Acc> to_left, Vec<Acc> to_right) const {
         const int64_t at = c * top->stride + cell;
         store(top->left + at, load(top->left + at) + up * to_left);
         store(top->right + at, load(top->right + at) + up * to_right);
+        if (!blend) return;
         store(bottom->left + at, load(bottom->left + at) + down * to_left);
         store(bottom->right + at, load(bottom->right + at) + down * to_right);
     }
@@ -487,7 +501,7 @@ inline void each_label_row(const Map& map, const Resized& out, const Columns<Acc
                     const Axis::Tap tap = rows.tap(label_y);
                     count += pixels.load(n, label_y);
                     const GradientShare<Acc> share{top, bottom, set1(static_cast<Acc>(1 - tap.weight)),
-                                                   set1(static_cast<Acc>(tap.weight))};
+                                                   set1(static_cast<Acc>(tap.weight)), tap.weight != 0};
                     total += static_cast<double>(
                         sum_lanes<Acc>(term.row(n, label_y, pixels, share, out.per_pixel ? static_cast<Acc*>(losses) : nullptr)));
                     if (!out.per_pixel) continue;

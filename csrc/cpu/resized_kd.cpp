@@ -73,13 +73,8 @@ private:
         s.template compute<true, false, kBlend>(student, right_ + j, classes_, e_s_ + j * W, kept_ * W);
         t.template compute<true, false, kBlend>(teacher, right_ + j, classes_, e_t_ + j * W, kept_ * W);
         Vec<Acc> dot[G] = {}, total{};
-        for (int64_t c = 0; c < classes_; ++c)
-            for (int i = 0; i < G; ++i) {
-                const Vec<Acc> et = load(e_t_ + (c * kept_ + j + i) * W);
-                const Vec<Acc> d = (teacher.template value<kBlend>(right_[j + i], c, i) - t.shift[i]) -
-                                   (student.template value<kBlend>(right_[j + i], c, i) - s.shift[i]);
-                dot[i] += et == 0 ? Vec<Acc>{} : et * d;  // probability 0 adds 0, even at -inf
-            }
+        s.careful || t.careful ? add_dot<G, true>(student, teacher, s, t, j, dot)
+                               : add_dot<G, false>(student, teacher, s, t, j, dot);
         for (int i = 0; i < G; ++i) {
             const int64_t at = first + i * columns_.padded;
             const Vec<Acc> factor = load(pixels.factor + at);
@@ -97,6 +92,19 @@ private:
             clear_uncounted<Acc>(counted, t.sum[i], e_t_ + (j + i) * W, classes_, kept_ * W);
         }
         return total;
+    }
+
+    // dot += exp(t - shift_t) ((t - shift_t) - (s - shift_s))
+    template <int G, bool kCareful>
+    void add_dot(const Side<Acc, false>& student, const Side<Acc, kAhead>& teacher, const Softmax<Acc, G, false>& s,
+                 const Softmax<Acc, G, kAhead>& t, int64_t j, Vec<Acc>* dot) const {
+        for (int64_t c = 0; c < classes_; ++c)
+            for (int i = 0; i < G; ++i) {
+                const Vec<Acc> et = load(e_t_ + (c * kept_ + j + i) * W);
+                const Vec<Acc> d = (teacher.template value<kBlend, kCareful>(right_[j + i], c, i) - t.shift[i]) -
+                                   (student.template value<kBlend, kCareful>(right_[j + i], c, i) - s.shift[i]);
+                dot[i] += et == 0 ? Vec<Acc>{} : et * d;  // probability 0 adds 0, even at -inf
+            }
     }
 
     void add_gradient(int64_t cell, int64_t phases, const GradientShare<Acc>& share) {

@@ -94,9 +94,11 @@ class _KD(torch.autograd.Function):
         counted = reduction == "mean" and target is not None
         ctx.one_read, ctx.gradient = one_read, None
         if one_read:
-            # The part of the scale that is known by now is in the gradient, the rest is applied in the backward: all of it
-            # for fp16, whose range ends where a gradient divided by the number of pixels begins.
-            ctx.known = 1.0 if counted or student.dtype == torch.float16 else float(scale)
+            # The part of the scale that is known by now is in the gradient, the rest is applied in the backward. For fp16,
+            # whose range ends where a gradient divided by the number of pixels begins, that part leaves p_S - p_T alone.
+            ctx.known = 1.0 if counted else float(scale)
+            if student.dtype == torch.float16:
+                ctx.known = 1 / temperature
             loss, count, ctx.gradient = operators(backend).kd_with_gradient(*args, ctx.known)
         else:
             loss, count = operators(backend).kd_forward(*args, reduction == "none")
@@ -141,5 +143,6 @@ def kd(
         and student.requires_grad
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and (weight is None or student.dtype != torch.float16)  # unscaled, a weighted gradient may be beyond fp16
     )
     return _KD.apply(student, teacher, target, weight, temperature, ignore_index, reduction, backend, one_read)

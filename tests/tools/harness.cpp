@@ -1,0 +1,154 @@
+// Every kernel without Python and torch: for tools that cannot see into OpenMP (ThreadSanitizer) or that are too slow for
+// all of torch (valgrind). Threads are std::thread, inputs are exact-size allocations, and each result with several
+// threads, and from several callers at once, must be the result with one, bit for bit.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+
+using namespace fastkd;
+
+namespace {
+
+thread_local int threads = 1;
+
+// The grain is a hint, and ignored: small cases must be shared by threads too.
+void parallel_for(int64_t begin, int64_t end, int64_t, Body body, void* context) {
+    const int64_t chunk = std::max<int64_t>(1, (end - begin + threads - 1) / threads);
+    std::vector<std::thread> workers;
+    for (int64_t i = begin; i < end; i += chunk)
+        workers.emplace_back([=] { body(i, std::min(end, i + chunk), context); });
+    for (std::thread& worker : workers) worker.join();
+}
+
+int64_t bytes(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
+int64_t acc(DType type) { return type == DType::f64 ? 8 : 4; }
+
+// Random numbers of a type; half precisions as the upper half of a float's bits (bf16) or small halves (f16).
+std::vector<char> numbers(int64_t n, DType type, uint32_t seed) {
+    std::mt19937 random(seed);
+    std::normal_distribution<double> normal;
+    std::vector<char> out(n * bytes(type));
+    for (int64_t i = 0; i < n; ++i) {
+        const double x = normal(random);
+        const float f = static_cast<float>(x);
+        uint32_t bits;
+        std::memcpy(&bits, &f, 4);
+        uint16_t half = static_cast<uint16_t>(bits >> 16);
+        if (type == DType::f16) half = static_cast<uint16_t>((bits >> 16 & 0x8000) | (0x3000 + random() % 0x1000));
+        if (type == DType::f64) std::memcpy(&out[i * 8], &x, 8);
+        else if (type == DType::f32) std::memcpy(&out[i * 4], &f, 4);
+        else std::memcpy(&out[i * 2], &half, 2);
+    }
+    return out;
+}
+
+std::vector<char> real(int64_t n, DType like, uint32_t seed) {
+    return numbers(n, like == DType::f64 ? DType::f64 : DType::f32, seed);
+}
+
+struct Case {
+    DType s, t;
+    bool channels_last;
+    int64_t n, c, h, w, height, width, teacher_h, teacher_w;
+};
+
+// All results of all kernels, end to end.
+class Outputs {
+public:
+    void* add(int64_t size) {
+        parts_.emplace_back(size, static_cast<char>(0x7f));
+        return parts_.back().data();
+    }
+    int64_t* count() { return static_cast<int64_t*>(add(8)); }
+    bool operator==(const Outputs& o) const { return parts_ == o.parts_; }
+
+private:
+    std::vector<std::vector<char>> parts_;
+};
+
+Outputs run(const Case& x, int with_threads) {
+    threads = with_threads;
+    const int64_t hw = x.h * x.w, size = x.n * x.c * hw, a = acc(x.s), pixels = x.n * x.height * x.width;
+    const std::vector<char> s = numbers(size, x.s, 1), t = numbers(size, x.t, 2), aux = numbers(size, x.t, 3),
+                            other = numbers(x.n * x.c * x.teacher_h * x.teacher_w, x.t, 4),
+                            weight = real(x.n * hw, x.s, 5), class_weight = real(x.c, x.s, 6);
+    std::vector<uint8_t> small(x.n * hw), large(pixels), mask(pixels);
+    std::mt19937 random(7);
+    for (uint8_t& y : small) y = random() % 5 ? random() % (x.c < 250 ? x.c : 250) : 255;
+    for (uint8_t& y : large) y = random() % 5 ? random() % (x.c < 250 ? x.c : 250) : 255;
+    for (uint8_t& y : mask) y = random() % 2;
+    const Pair in{s.data(), t.data(), x.s, x.t, x.channels_last, x.n, x.c, hw, parallel_for};
+    const Kernels& k = kernels();
+    Outputs out;
+    for (Group group : {Group::hw, Group::nhw, Group::c, Group::chw}) {
+        const int64_t groups = group == Group::hw ? x.n * x.c : group == Group::nhw ? x.c : group == Group::c ? x.n * hw : x.n;
+        void *loss = out.add(groups * a), *stats = out.add(groups * 6 * a);
+        k.nfd_forward({in, group, 1e-5, loss, stats});
+        k.nfd_backward({in, group, loss, stats, out.add(size * bytes(x.s))});
+    }
+    void *cwd_loss = out.add(x.n * x.c * a), *cwd_stats = out.add(x.n * x.c * 4 * a);
+    k.cwd_forward({in, 4, cwd_loss, cwd_stats});
+    k.cwd_backward({in, 4, cwd_loss, cwd_stats, out.add(size * bytes(x.s))});
+    const Pixels labelled{small.data(), Label::u8, 255, weight.data()}, all{nullptr, Label::none, 255, nullptr};
+    for (const Pixels& p : {labelled, all}) {
+        k.kd_forward({in, p, 2, true, out.add(x.n * hw * a), out.count()});
+        k.kd_backward({in, p, 2, weight.data(), true, out.add(size * bytes(x.s)), nullptr, nullptr});
+        k.kd_backward({in, p, 2, weight.data(), false, out.add(size * bytes(x.s)), out.add(a), out.count()});
+    }
+    const Map student{s.data(), x.s, x.channels_last, x.n, x.c, x.h, x.w},
+        teacher{other.data(), x.t, false, x.n, x.c, x.teacher_h, x.teacher_w};
+    for (bool corners : {false, true}) {
+        const LabelPixels p{large.data(), Label::u8, 255, class_weight.data(), weight.data(), x.h, x.w, mask.data()};
+        const auto resized = [&](bool per_pixel) {
+            return Resized{p, x.height, x.width, corners, per_pixel, out.add(per_pixel ? pixels * a : a), out.add(a),
+                           per_pixel ? nullptr : out.add(size * a), parallel_for};
+        };
+        for (bool per_pixel : {false, true}) {
+            k.resized_cross_entropy({student, resized(per_pixel)});
+            k.resized_kd({student, teacher, 2, resized(per_pixel)});
+        }
+        for (int64_t kept : {int64_t{0}, pixels / 2})
+            k.difficulty_mask({student, teacher, p, x.height, x.width, corners, 0.7, kept, corners, Select::exclusive,
+                               static_cast<uint8_t*>(out.add(pixels)), static_cast<int64_t*>(out.add(16)), parallel_for});
+    }
+    if ((x.s == DType::f64) == (x.t == DType::f64)) {
+        const Pair heads{t.data(), aux.data(), x.t, x.t, x.channels_last, x.n, x.c, hw, parallel_for};
+        k.teacher_confidence({heads, s.data(), x.s, true, out.add(x.n * hw * a), out.add(a), out.add(size * a)});
+        k.teacher_confidence({heads, nullptr, x.s, false, out.add(x.n * hw * a), nullptr, nullptr});
+    }
+    const std::vector<char> many = real(100'001, x.s, 8);
+    k.kth_smallest(many.data(), x.s == DType::f64 ? DType::f64 : DType::f32, 100'001, 5'000, out.add(a), parallel_for);
+    return out;
+}
+
+}  // namespace
+
+int main() {
+    const DType f32 = DType::f32, f16 = DType::f16, bf16 = DType::bf16, f64 = DType::f64;
+    const Case cases[] = {
+        {f32, f32, false, 2, 19, 9, 37, 30, 70, 9, 37}, {f32, bf16, true, 1, 5, 33, 70, 33, 70, 5, 9},
+        {bf16, f32, false, 3, 130, 4, 9, 7, 50, 6, 8},  {f16, f16, true, 1, 150, 3, 17, 11, 3, 3, 17},
+        {f64, f64, false, 2, 7, 5, 11, 12, 40, 3, 4},   {f64, f64, true, 1, 3, 1, 1, 5, 5, 1, 1},
+        {f32, f32, true, 1, 1100, 2, 3, 4, 9, 2, 3},    {f32, f16, false, 1, 1, 40, 130, 60, 150, 40, 130},
+    };
+    int failed = 0;
+    for (const Case& x : cases) {
+        const Outputs want = run(x, 1);
+        bool good = true;
+        for (int n : {2, 5}) good = good && run(x, n) == want;
+        std::vector<char> callers(3);
+        std::vector<std::thread> at_once;
+        for (char& ok : callers) at_once.emplace_back([&] { ok = run(x, 2) == want; });
+        for (std::thread& caller : at_once) caller.join();
+        for (char ok : callers) good = good && ok;
+        failed += !good;
+        std::printf("%s: (%ld, %ld, %ld, %ld) %s\n", kernels().isa, long(x.n), long(x.c), long(x.h), long(x.w),
+                    good ? "same" : "DIFFERS");
+    }
+    return failed;
+}

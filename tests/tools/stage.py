@@ -1,0 +1,106 @@
+"""A copy of the project in another folder with a C++ library of its own: what the scripts here build, break and run.
+
+The package in the copy is found before an installed one, since pytest and ``python -m`` run in that folder.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).parents[2]
+KERNELS = ("nfd", "kd", "cwd", "resized_cross_entropy", "resized_kd", "rdd", "exp")
+FLAGS = ("-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-w")
+ISA_FLAGS = {
+    "baseline": (),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+}
+# One instruction set, in the place of the baseline; FASTKD_CPU_ISA=baseline keeps the others from being asked for.
+OTHERS = """#include "kernels.h"
+namespace fastkd {
+namespace avx2 { Kernels table() { return {}; } }
+namespace avx512 { Kernels table() { return {}; } }
+}
+"""
+
+
+def widest() -> str:
+    """The widest instruction set of this processor, "baseline" on one that is not x86."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "avx512" if "avx512vl" in flags else "avx2" if "avx2" in flags and "fma" in flags else "baseline"
+
+
+def copy(to: Path) -> Path:
+    """The package, its sources and its tests, without anything built."""
+    if to.exists():
+        shutil.rmtree(to)
+    ignore = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in ("fastkd", "kernels", "csrc", "tests", "benchmarks"):
+        shutil.copytree(ROOT / name, to / name, ignore=ignore)
+    for name in ("pyproject.toml", "setup.py", "Makefile"):
+        shutil.copy(ROOT / name, to / name)
+    (to / "fastkd" / "kernels").symlink_to("../kernels")
+    return to
+
+
+def build(
+    stage: Path, isa: str, flags: tuple[str, ...], units: tuple[str, ...] | None = None, link: bool = True
+) -> None:
+    """Compiles ``stage/csrc`` for one instruction set into ``stage/fastkd/_cpu.so``.
+
+    Args:
+        flags: of the compiler and the linker, e.g. ``("-O1", "-fsanitize=address")``.
+        units: what to compile anew (:data:`KERNELS`, "registration", "dispatch", "others"); None: everything.
+        link: whether the library is made, or only ``stage/objects``.
+
+    Raises:
+        subprocess.CalledProcessError: it does not compile; ``stderr`` holds the compiler's words.
+    """
+    csrc, objects = stage / "csrc", stage / "objects"
+    objects.mkdir(exist_ok=True)
+    (objects / "others.cpp").write_text(OTHERS)
+    compiler = os.environ.get("CXX", "g++")
+    headers = [f"-I{path}" for path in include_paths()]
+    sources = {
+        "registration": (csrc / "registration.cpp", ("-DTORCH_TARGET_VERSION=0x020a000000000000", *headers)),
+        "dispatch": (csrc / "cpu" / "dispatch.cpp", ()),
+        "others": (objects / "others.cpp", (f"-I{csrc / 'cpu'}",)),
+    }
+    for name in KERNELS:
+        sources[name] = (csrc / "cpu" / f"{name}.cpp", ("-DFASTKD_ISA=baseline", *ISA_FLAGS[isa]))
+
+    def compile_unit(name: str) -> None:
+        source, extra = sources[name]
+        run([compiler, *FLAGS, *flags, *extra, "-c", str(source), "-o", str(objects / f"{name}.o")])
+
+    wanted = [name for name in sources if units is None or name in units]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_unit, wanted))
+    if not link:
+        return
+    libs = Path(torch.__file__).parent / "lib"
+    linked = [str(objects / f"{name}.o") for name in sources]
+    run([compiler, *flags, "-shared", *linked, "-o", str(stage / "fastkd" / "_cpu.so"), f"-L{libs}", "-ltorch_cpu"])
+
+
+def run(command: list[str], **options) -> subprocess.CompletedProcess:
+    return subprocess.run(command, check=True, capture_output=True, text=True, **options)
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """What a process in a stage needs; the library holds one instruction set under the baseline's name."""
+    return {**os.environ, "FASTKD_CPU_ISA": "baseline", "PYTHONDONTWRITEBYTECODE": "1", **extra}
+
+
+def python(stage: Path, *args: str, **extra: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *args], cwd=stage, env=environment(**extra), capture_output=True, text=True, check=False
+    )
