@@ -211,6 +211,18 @@ def test_ifvd_without_a_label_is_zero():
 
 
 @pytest.mark.parametrize("name", LITERAL)
+def test_the_graph_can_be_used_twice(name, monkeypatch):
+    """As when the trainer logs gradients before the step."""
+    monkeypatch.setattr(base, "CHUNK", 40)
+    loss, _, channels = LITERAL[name]
+    student, teacher = pair(channels)
+    value = loss(student.requires_grad_(), teacher)
+    first = torch.autograd.grad(value, student, retain_graph=True)[0]
+    value.backward()
+    assert torch.equal(first, student.grad)
+
+
+@pytest.mark.parametrize("name", LITERAL)
 def test_zero_features_have_finite_gradients(name):
     """Behind a ReLU a pixel may be zero in every channel."""
     loss, _, channels = LITERAL[name]
@@ -306,6 +318,7 @@ def test_each_method_trains_alone(method, networks):
     terms, student = steps(method, networks, config)
     assert set(terms.parts) == {"task", method}
     assert terms.parts[method] > 0
+    assert terms.parts[method].requires_grad
     adapted = {"nfd", "cwd", "fitnet"}  # these compare channel by channel
     assert set(student.adapters) == ({f"{method}/low", f"{method}/high"} if method in adapted else set())
     assert all(p.grad.abs().sum() > 0 for p in student.adapters.parameters())
@@ -322,7 +335,9 @@ def test_weights_and_taps_can_be_chosen(networks):
     config.at.features = ("high",)
     one, _ = steps("at", networks, config, count=1)
     config.at.weight *= 3
-    assert steps("at", networks, config, count=1)[0].parts["at"] == pytest.approx(3 * one.parts["at"].item(), rel=1e-4)
+    assert steps("at", networks, config, count=1)[0].parts["at"].item() == pytest.approx(
+        3 * one.parts["at"].item(), rel=1e-4
+    )
     config.at.features = ("hihg",)
     with pytest.raises(ValueError, match=r"feature 'hihg' is not tapped in the student, .* did you mean 'high'\?"):
         steps("at", networks, config)

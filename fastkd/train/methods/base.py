@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,22 +43,24 @@ class Distiller(nn.Module):
     """A term beside the task: forward(student, teacher, labels) -> 0-d loss, weighted.
 
     Args:
+        weight: by which it is multiplied, to log.
         features: what the student must return for it, under these names.
+        over_valid: whether it is a mean over the pixels that have a label.
     """
 
-    def __init__(self, features: dict[str, Feature] | None = None):
+    def __init__(self, weight: float, features: dict[str, Feature] | None = None, *, over_valid: bool = False):
         super().__init__()
-        self.features = features or {}
+        self.weight, self.features, self.over_valid = weight, features or {}, over_valid
 
     def forward(self, student: Output, teacher: Output, labels: Tensor) -> Tensor:
         raise NotImplementedError
 
 
 class OnLogits(Distiller):
-    """`loss(student, teacher)` of the logits."""
+    """`loss(student, teacher)` of the logits; like every loss here, it has a `loss_weight`."""
 
     def __init__(self, loss: nn.Module):
-        super().__init__()
+        super().__init__(cast(float, loss.loss_weight))
         self.loss = loss
 
     def forward(self, student: Output, teacher: Output, labels: Tensor) -> Tensor:
@@ -81,7 +83,7 @@ class OnFeatures(Distiller):
             adapted = adapt is not None and pair.student.channels[name] != channels
             keys[name] = f"{adapt}/{name}" if adapted else name
             features[keys[name]] = Feature(name, channels if adapted else None)
-        super().__init__(features)
+        super().__init__(cast(float, loss.loss_weight), features, over_valid=labelled)
         self.keys = keys  # tap -> the name under which the student returns it
         self.loss, self.labelled = loss, labelled
 

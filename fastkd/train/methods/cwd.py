@@ -36,7 +36,7 @@ class CWDConfig(FeatureConfig):
 
 class _Both(Distiller):
     def __init__(self, logits: Distiller, features: Distiller):
-        super().__init__(features.features)
+        super().__init__(logits.weight, features.features)
         self.on_logits, self.on_features = logits, features
 
     def forward(self, student: Output, teacher: Output, labels: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def correlation(logits: Tensor, temperature: float) -> Tensor:
 
 class _DSD(Distiller):
     def __init__(self, loss: DSDLoss, names: tuple[str, ...]):
-        super().__init__({name: Feature(name, None) for name in names})
+        super().__init__(loss.loss_weight, {name: Feature(name, None) for name in names})
         self.loss, self.names = loss, names
 
     def forward(self, student: Output, teacher: Output, labels: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ class KDConfig:
 
 class _Resized(Distiller):
     def __init__(self, temperature: float, weight: float, align_corners: bool):
-        super().__init__()
-        self.temperature, self.weight, self.align_corners = temperature, weight, align_corners
+        super().__init__(weight)
+        self.temperature, self.align_corners = temperature, align_corners
 
     def forward(self, student: Output, teacher: Output, labels: Tensor) -> Tensor:
         return self.weight * fastkd.resized_kd_loss(

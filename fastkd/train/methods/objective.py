@@ -6,7 +6,8 @@ With RDD the task term is RDD's own (its auxiliary term included). The other ter
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from fastkd.train.models import Feature, Output, SegmentationModel
 
 
 class Terms(NamedTuple):
-    """total: 0-d, differentiable. parts: its weighted summands, detached. info: other 0-d values to log, detached."""
+    """total: 0-d. parts: its weighted summands. Both differentiable. info: other 0-d values to log, detached."""
 
     total: Tensor
     parts: dict[str, Tensor]
@@ -40,6 +41,8 @@ class Objective(nn.Module):
         ValueError: teacher and student cannot be compared by this method: no teacher, another number of classes, no auxiliary
             head where RDD needs one, no feature tapped under the same name in both.
     """
+
+    task = frozenset({"task", "aux", "rdd_task"})  # parts that compare with labels; the others compare with the teacher
 
     def __init__(
         self,
@@ -88,7 +91,20 @@ class Objective(nn.Module):
             for name, distil in self.distillers.items():
                 terms[name] = distil(student, teacher, labels)
                 total = total + terms[name]
-        return Terms(total, {name: term.detach() for name, term in terms.items()}, info)
+        return Terms(total, terms, info)
+
+    @property
+    def valid_means(self) -> frozenset[str]:
+        """Parts that are means over valid pixels, of which each share of a batch has another number."""
+        task = {"task", "aux"} if self.rdd is None else set()
+        return frozenset(task | {name for name, distil in self.distillers.items() if distil.over_valid})
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each part."""
+        task = {"task": 1.0, "aux": self.aux_weight} if self.rdd is None else {"rdd_task": self.rdd.loss_weight}
+        kd = {} if self.rdd is None else {"rdd_kd": self.rdd.loss_weight * self.rdd.kd_weight}
+        return task | kd | {name: cast(float, distil.weight) for name, distil in self.distillers.items()}
 
 
 def student_features(
@@ -124,7 +140,7 @@ def _pair(config: LossConfig, student: SegmentationModel, teacher: SegmentationM
 
 
 @torch.no_grad()
-def teacher_forward(teacher: SegmentationModel, images: Tensor) -> Output:
+def teacher_forward(teacher: Callable[[Tensor], Output], images: Tensor) -> Output:
     """The teacher's output, computed in inference mode, as tensors that autograd may save.
 
     An inference tensor cannot be saved for a backward pass. The result is an ordinary tensor on the same memory (no copy).
