@@ -52,7 +52,7 @@ def load_network(path: str | Path, state: dict[str, Any] | None = None) -> tuple
     """The network of a checkpoint, on the CPU, in eval mode, and the checkpoint's dict."""
     state = load(path) if state is None else state
     config = from_dict(ModelConfig, state["config"]["model"])
-    network = build_model(config, len(state["classes"]), load_encoder=False)
+    network = build_model(config, len(state["classes"]), from_checkpoint=True)
     try:
         network.load_state_dict(state["model"])
     except RuntimeError as error:

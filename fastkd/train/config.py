@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 import yaml
 
+from fastkd.train.methods.registry import LossConfig, parse_method
+
 RECIPES = Path(__file__).parent / "recipes"
-METHODS = ("kd", "nfd", "cwd", "rdd")
 
 
 @dataclass
@@ -54,14 +55,20 @@ class ModelConfig:
 
     Args:
         library: "smp" (segmentation-models-pytorch) or "torchvision".
-        arch: class of smp (FPN, DeepLabV3Plus, Unet, ...) or function of torchvision.models.segmentation.
-        encoder: smp encoder; "tu-<name>" is any timm model. Not used by torchvision.
-        encoder_weights: file with the encoder's state dict (.safetensors, or a torch file); None: random start.
-        options: further keywords of the architecture.
-        logits: path of the module that returns the raw logits; None: the architecture's known one.
-        features: name -> path of the features that feature losses compare (see fastkd.features).
+        arch: class of smp (DeepLabV3, PSPNet, Segformer, FPN, ...), function of torchvision.models.segmentation, or
+            "package.module:factory", a callable that is given classes=... and `options` and returns the network.
+        encoder: smp encoder (resnet18, resnet101, mobilenet_v2, mit_b0, ...); "tu-<name>" is any timm model. Only for smp.
+        encoder_weights: file with the encoder's state dict (.safetensors, or a torch file); None: random start. Only for smp.
+        weights: file with the whole network's state dict, under its own names or those of CIRKD; None: random start.
+        options: further keywords of the architecture; with smp, encoder_output_stride: 8 gives dilated features.
+        logits: path of the module that returns the raw logits; None: the architecture's known one (of a factory: the network).
+        features: name -> path of the features that feature losses compare (see fastkd.features); None: {encoder: the encoder's
+            last} for a library's network, none for a factory's.
         aux: path of the feature map that feeds an FCN auxiliary head, e.g. "encoder[-2]"; None: no such head.
-        mean: input mean, for images scaled to [0, 1].
+        aux_logits: path of the module that returns the logits of an auxiliary head that the network has itself.
+        channels: order in which the network takes the channels of an image.
+        max_value: of white in the images the network takes, 1 or 255; mean and std are in the same units and channel order.
+        mean: input mean.
         std: input standard deviation.
     """
 
@@ -69,63 +76,16 @@ class ModelConfig:
     arch: str = "DeepLabV3Plus"
     encoder: str = "tu-mobilenetv3_small_100"
     encoder_weights: str | None = None
+    weights: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     logits: str | None = None
-    features: dict[str, str] = field(default_factory=lambda: {"encoder": "encoder[-1]"})
+    features: dict[str, str] | None = None
     aux: str | None = None
+    aux_logits: str | None = None
+    channels: Literal["rgb", "bgr"] = "rgb"
+    max_value: float = 1.0
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-
-
-@dataclass
-class KDConfig:
-    """Pixel-wise KD on the logits. resized: at label resolution instead of the logits' own."""
-
-    weight: float = 1.0
-    temperature: float = 1.0
-    resized: bool = False
-
-
-@dataclass
-class NFDConfig:
-    """Normalised feature distillation over every tapped feature that student and teacher share by name."""
-
-    weight: float = 5.0
-    dims: Literal["hw", "nhw", "c", "chw"] = "hw"
-
-
-@dataclass
-class CWDConfig:
-    """Channel-wise distillation on the logits ("logits") or on the tapped features ("features")."""
-
-    weight: float = 3.0
-    temperature: float = 4.0
-    on: Literal["logits", "features"] = "logits"
-
-
-@dataclass
-class RDDConfig:
-    """Relative difficulty distillation; None takes the preset's value (see fastkd.RDDLoss)."""
-
-    weight: float = 1.0
-    preset: Literal["paper", "official"] = "paper"
-    tfe_steps: int | None = None
-    kd_weight: float = 1.0
-    temperature: float = 1.0
-    threshold: float | None = None
-    min_kept: int | None = None
-    select: Literal["xor", "or", "and", "student", "student_only"] = "xor"
-
-
-@dataclass
-class LossConfig:
-    """Weights and options of the losses; `method` says which of them are summed. aux_weight: the student's auxiliary head."""
-
-    aux_weight: float = 0.4
-    kd: KDConfig = field(default_factory=KDConfig)
-    nfd: NFDConfig = field(default_factory=NFDConfig)
-    cwd: CWDConfig = field(default_factory=CWDConfig)
-    rdd: RDDConfig = field(default_factory=RDDConfig)
 
 
 @dataclass
@@ -174,7 +134,7 @@ class Config:
     Args:
         out: run directory.
         name: name in reports; None: the directory's.
-        method: "none" or a sum of kd, nfd, cwd, rdd, e.g. "nfd+rdd".
+        method: "none" or a sum of kd, nfd, cwd, rdd, at, fitnet, skd, ifvd, dsd and cirkd, e.g. "nfd+rdd".
         teacher: checkpoint of a run of this trainer (best.pt or last.pt); None only with method "none".
         seed: of everything; runs that differ in their method alone start from the same student and see the same crops.
         data: data set and augmentation.
@@ -196,23 +156,6 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-
-
-def parse_method(method: str) -> tuple[str, ...]:
-    """The losses a method sums: "none" -> (), "nfd+rdd" -> ("nfd", "rdd"). ValueError for unknown or repeated words."""
-    if method == "none":
-        return ()
-    words = tuple(word.strip().lower() for word in method.split("+"))
-    for word in words:
-        if word not in METHODS:
-            raise ValueError(
-                f"method {method!r}: unknown loss {word!r}; expected 'none' or a sum of {', '.join(METHODS)}"
-            )
-    if len(set(words)) != len(words):
-        raise ValueError(
-            f"method {method!r} names a loss twice; set its weight instead, e.g. --loss.{words[0]}.weight 2"
-        )
-    return words
 
 
 def check(config: Config) -> None:
@@ -264,7 +207,7 @@ def _typed(hint: Any, value: Any) -> Any:
         hint = next(option for option in typing.get_args(hint) if option is not type(None))
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_dict(hint, value)
-    return tuple(value) if typing.get_origin(hint) is tuple else value
+    return tuple(value) if typing.get_origin(hint) is tuple and isinstance(value, list) else value
 
 
 def _with_recipes(argv: list[str]) -> list[str]:

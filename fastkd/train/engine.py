@@ -24,7 +24,7 @@ from fastkd.train.data import build_dataset, eval_transform, train_transform
 from fastkd.train.evaluation import Scores, SegmentationSet, evaluate
 from fastkd.train.loader import train_loader
 from fastkd.train.log import RunLog, Stopwatch, versions, write_json
-from fastkd.train.methods import Objective, Terms, teacher_channels, teacher_forward
+from fastkd.train.methods import Objective, Terms, student_features, teacher_forward
 from fastkd.train.models import Output, SegmentationModel, Student, build_model
 
 
@@ -78,7 +78,7 @@ class Run:
         set_seed(config.seed)
         network = build_model(config.model, len(self.classes))
         self.teacher, self.teacher_digest = self._teacher()
-        student = Student(network, teacher_channels(config.method, config.loss, network, self.teacher))
+        student = Student(network, student_features(config.method, config.loss, network, self.teacher))
         self.parameters = sum(p.numel() for p in network.parameters())
         self.objective = Objective(
             config.method,

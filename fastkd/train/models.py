@@ -1,27 +1,32 @@
 """Segmentation networks with the taps that distillation needs.
 
 `SegmentationModel` takes images as they are loaded and returns the raw logits at their own resolution, the tapped features
-and, where the network has one, the logits of an FCN auxiliary head. `Student` adds the 1x1 adapters of the feature losses.
-Nothing here downloads anything: encoder weights come from a file the user names.
+and, where the network has one, the logits of an auxiliary head. `Student` adds the 1x1 adapters of the feature losses.
+Nothing here downloads anything: weights come from a file the user names (`weights.py`).
 """
 
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+import importlib
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.features import Tapped
-from fastkd.train.config import ModelConfig
+from fastkd.train.weights import load_encoder_weights, load_network_weights
+
+if TYPE_CHECKING:
+    from fastkd.train.config import ModelConfig
 
 PROBE = (2, 3, 128, 128)  # images of the dummy forward that sizes heads and adapters
+TRUSTED = "FASTKD_FACTORIES"  # environment variable: factories that a checkpoint may name, separated by commas
 
 
 class Output(NamedTuple):
@@ -30,6 +35,13 @@ class Output(NamedTuple):
     logits: Tensor
     features: dict[str, Tensor]
     aux: Tensor | None
+
+
+class Feature(NamedTuple):
+    """What a method needs of the student: a tapped feature, as it is (channels None) or adapted to so many channels."""
+
+    source: str
+    channels: int | None
 
 
 class FCNHead(nn.Sequential):
@@ -55,10 +67,12 @@ class SegmentationModel(nn.Module):
         logits: path of the module that returns the raw logits.
         features: name -> path of the features to return.
         aux: path of the feature map an FCN head is put on, or None.
-        mean, std: of images in [0, 1].
+        aux_logits: path of the module that returns the logits of the network's own auxiliary head, or None.
+        channels: "rgb" or "bgr", the order the network takes.
+        max_value: of white in what the network takes; mean, std: in the same units and order.
 
-    forward(images): uint8 in [0, 255] or floats in [0, 1], (N, 3, H, W). The auxiliary logits are resized bilinearly to the
-    main logits, so that the two heads can be compared pixel by pixel.
+    forward(images): RGB, uint8 in [0, 255] or floats in [0, 1], (N, 3, H, W). The auxiliary logits are resized bilinearly to
+    the main logits, so that the two heads can be compared pixel by pixel.
     """
 
     mean: Tensor
@@ -72,48 +86,56 @@ class SegmentationModel(nn.Module):
         logits: str,
         features: Mapping[str, str],
         aux: str | None = None,
+        aux_logits: str | None = None,
+        channels: str = "rgb",
+        max_value: float = 1.0,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ):
         super().__init__()
-        self.feature_names = tuple(features)
-        paths = {f"feature/{name}": path for name, path in features.items()} | {"logits": logits}
+        if aux is not None and aux_logits is not None:
+            raise ValueError(
+                "model.aux puts a new auxiliary head on the network, model.aux_logits taps its own: give one"
+            )
+        self.classes, self.feature_names = classes, tuple(features)
+        self.bgr, self.max_value = channels == "bgr", max_value
+        # Named as in the configuration, for messages.
+        paths = {f"model.features.{name}": path for name, path in features.items()} | {"model.logits": logits}
         if aux is not None:
-            paths["aux"] = aux
+            paths["model.aux"] = aux
+        if aux_logits is not None:
+            paths["model.aux_logits"] = aux_logits
         self.tapped = Tapped(network, paths)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
         taps = self._probe()
-        if taps["logits"].dim() != 4 or taps["logits"].shape[1] != classes:
-            shape = tuple(taps["logits"].shape)
-            raise ValueError(
-                f"model.logits {logits!r} returns shape {shape}, expected (N, {classes}, h, w); name the last layer"
-            )
-        for name in self.feature_names:
-            if taps[f"feature/{name}"].dim() != 4:
-                shape = tuple(taps[f"feature/{name}"].shape)
+        for name, tap in taps.items():
+            wanted = classes if name in ("model.logits", "model.aux_logits") else None
+            if tap.dim() != 4 or tap.shape[1] != (wanted or tap.shape[1]):
                 raise ValueError(
-                    f"model.features {name!r} ({features[name]!r}) has shape {shape}, expected (N, C, h, w)"
+                    f"{name} {paths[name]!r} returns shape {tuple(tap.shape)}, expected (N, {wanted or 'C'}, h, w)"
+                    + (f"; name the layer that returns the raw logits of the {classes} classes" if wanted else "")
                 )
-        self.channels = {name: taps[f"feature/{name}"].shape[1] for name in self.feature_names}
-        self.aux_head = FCNHead(taps["aux"].shape[1], classes) if aux is not None else None
-
-    @property
-    def has_aux(self) -> bool:
-        return self.aux_head is not None
+        self.channels = {name: taps[f"model.features.{name}"].shape[1] for name in self.feature_names}
+        self.has_aux = aux is not None or aux_logits is not None
+        self.aux_head = FCNHead(taps["model.aux"].shape[1], classes) if aux is not None else None
 
     def normalise(self, images: Tensor) -> Tensor:
         images = images.float() / 255 if images.dtype == torch.uint8 else images
+        if self.bgr:
+            images = images.flip(1)
+        if self.max_value != 1:
+            images = images * self.max_value
         return (images - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Output:
         taps = self.tapped(self.normalise(images)).taps
-        logits, aux = taps["logits"], None
-        if self.aux_head is not None:
-            aux = self.aux_head(taps["aux"])
+        logits, aux = taps["model.logits"], None
+        if self.has_aux:
+            aux = taps["model.aux_logits"] if self.aux_head is None else self.aux_head(taps["model.aux"])
             if aux.shape[-2:] != logits.shape[-2:]:
                 aux = F.interpolate(aux, logits.shape[-2:], mode="bilinear", align_corners=False)
-        return Output(logits, {name: taps[f"feature/{name}"] for name in self.feature_names}, aux)
+        return Output(logits, {name: taps[f"model.features.{name}"] for name in self.feature_names}, aux)
 
     @torch.no_grad()
     def _probe(self) -> dict[str, Tensor]:
@@ -125,47 +147,72 @@ class SegmentationModel(nn.Module):
 
 
 class Student(nn.Module):
-    """The trained module: a model and, where the teacher's channels differ, a 1x1 adapter for each compared feature.
+    """The trained module: a model and a 1x1 adapter for each feature that is compared in the teacher's channels.
 
     Args:
         model: the network.
-        teacher_channels: feature name -> channels of the teacher; these features are returned, adapted, and no others.
+        features: what its output holds; no other feature is returned.
     """
 
-    def __init__(self, model: SegmentationModel, teacher_channels: Mapping[str, int] | None = None):
+    def __init__(self, model: SegmentationModel, features: Mapping[str, Feature] | None = None):
         super().__init__()
         self.model = model
-        self.returned = tuple(teacher_channels or ())
+        self.features = dict(features or {})
         self.adapters = nn.ModuleDict()
-        for name, channels in (teacher_channels or {}).items():
-            if model.channels[name] != channels:
-                self.adapters[name] = nn.Conv2d(model.channels[name], channels, 1)
+        for name, feature in self.features.items():
+            if feature.channels is not None:
+                self.adapters[name] = nn.Conv2d(model.channels[feature.source], feature.channels, 1)
 
     def forward(self, images: Tensor) -> Output:
         out = self.model(images)
-        features = {
-            n: self.adapters[n](out.features[n]) if n in self.adapters else out.features[n] for n in self.returned
-        }
+        features = {}
+        for name, feature in self.features.items():
+            tapped = out.features[feature.source]
+            features[name] = self.adapters[name](tapped) if name in self.adapters else tapped
         return Output(out.logits, features, out.aux)
 
 
-def build_model(config: ModelConfig, classes: int, *, load_encoder: bool = True) -> SegmentationModel:
-    """The network of `config` for `classes` classes, randomly started but for the encoder's weights file.
+def build_model(config: ModelConfig, classes: int, *, from_checkpoint: bool = False) -> SegmentationModel:
+    """The network of `config` for `classes` classes, randomly started but for the weights files it names.
 
-    load_encoder=False leaves the file out, for a model whose whole state is loaded next. ValueError names what does not fit.
+    from_checkpoint: the whole state is loaded next, so the files are left out; and the configuration comes from a file, so a
+    factory is called only if the environment variable FASTKD_FACTORIES lists it. ValueError names what does not fit.
     """
-    network = (_smp if config.library == "smp" else _torchvision)(config, classes)
-    if config.encoder_weights and load_encoder:
-        if config.library != "smp":
-            raise ValueError("model.encoder_weights is read by library 'smp' only; leave it out with 'torchvision'")
+    if ":" in config.arch:
+        kind, network, logits, features = "factory", _factory(config, classes, from_checkpoint), "", {}
+    elif config.library == "smp":
+        kind, network, logits, features = (
+            "smp",
+            _smp(config, classes),
+            "segmentation_head.0",
+            {"encoder": "encoder[-1]"},
+        )
+    else:
+        kind, network, logits = "torchvision", _torchvision(config, classes), "classifier"
+        features = {"encoder": "backbone[out]"}
+    if config.encoder_weights and kind != "smp":
+        raise ValueError(
+            f"model.encoder_weights is read by library 'smp' only, got a {kind} network; use model.weights"
+        )
+    if config.encoder_weights and not from_checkpoint:
         load_encoder_weights(network.get_submodule("encoder"), config.encoder, Path(config.encoder_weights))
-    logits = config.logits or ("segmentation_head.0" if config.library == "smp" else "classifier")
     model = SegmentationModel(
-        network, classes, logits=logits, features=config.features, aux=config.aux, mean=config.mean, std=config.std
+        network,
+        classes,
+        logits=logits if config.logits is None else config.logits,
+        features=features if config.features is None else config.features,
+        aux=config.aux,
+        aux_logits=config.aux_logits,
+        channels=config.channels,
+        max_value=config.max_value,
+        mean=config.mean,
+        std=config.std,
     )
     head = getattr(network, "segmentation_head", None)
-    if config.logits is None and isinstance(head, nn.Sequential) and len(head) > 1:
+    if kind == "smp" and config.logits is None and isinstance(head, nn.Sequential):
         head[1] = nn.Identity()  # the up-sampling after the tapped logits would be thrown away
+    if config.weights and not from_checkpoint:
+        load_network_weights(model, Path(config.weights))
     return model
 
 
@@ -178,12 +225,32 @@ def _smp(config: ModelConfig, classes: int) -> nn.Module:
         raise ValueError(
             f"model.arch: segmentation-models-pytorch has no {config.arch!r}; did you mean {', '.join(close)}?"
         )
+    options = dict(config.options)
+    if config.arch == "PSPNet" and "encoder_output_stride" in options:
+        # smp's own PSPNet stops at the third stage; the published one dilates the last two.
+        options = {"encoder_depth": 5, "output_stride": options.pop("encoder_output_stride")} | options
     try:
-        return known[config.arch](config.encoder, encoder_weights=None, classes=classes, **config.options)
+        network = known[config.arch](config.encoder, encoder_weights=None, classes=classes, **options)
     except (TypeError, KeyError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"cannot build {config.arch} with encoder {config.encoder!r}, options {config.options}: {error}"
         ) from error
+    _keep_first_dilation(network.get_submodule("encoder"))
+    return network
+
+
+def _keep_first_dilation(encoder: nn.Module) -> None:
+    """In a dilated ResNet, the convolution that lost its stride keeps the dilation of the stage before.
+
+    So it is in torchvision and in the published networks, and so weights trained there expect it; smp dilates it further.
+    """
+    for stage in (getattr(encoder, "layer3", None), getattr(encoder, "layer4", None)):
+        if isinstance(stage, nn.Sequential):
+            block: Any = stage[0]
+            convolution = block.conv2 if hasattr(block, "conv3") else block.conv1
+            if convolution.dilation[0] > 1:
+                halved = (convolution.dilation[0] // 2,) * 2
+                convolution.dilation = convolution.padding = halved
 
 
 def _torchvision(config: ModelConfig, classes: int) -> nn.Module:
@@ -198,59 +265,37 @@ def _torchvision(config: ModelConfig, classes: int) -> nn.Module:
     return get_model(config.arch, weights=None, weights_backbone=None, num_classes=classes, **config.options)
 
 
-def load_state_file(path: Path) -> dict[str, Tensor]:
-    """State dict of a .safetensors or torch file (read without running code from it). ValueError names an unreadable file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader has its own exceptions; all of them mean the same here
-        raise ValueError(f"cannot read weights from {path}: {error}") from error
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+def _factory(config: ModelConfig, classes: int, from_checkpoint: bool) -> nn.Module:
+    """Calls the "package.module:factory" of `config.arch`."""
+    where = f"model.arch {config.arch!r}"
+    if from_checkpoint and config.arch not in os.environ.get(TRUSTED, "").split(","):
         raise ValueError(
-            f"{path} holds no state dict: expected a mapping from names to tensors, got {type(state).__name__}"
+            f"{where} is code that a checkpoint names; if you trust it, allow it with {TRUSTED}={config.arch} in the environment"
         )
-    return dict(state)
-
-
-def load_encoder_weights(encoder: nn.Module, name: str, path: Path) -> None:
-    """Loads `path` into an smp encoder, strictly: every tensor of the encoder must be there with its shape, and the only
-    tensors left over may be the classifier's (for timm: those of the full model that the encoder does not use)."""
-    state = load_state_file(path)
-    own = encoder.state_dict()
-    matched = {}
-    for key in own:
-        source = key.removeprefix("model.")
-        if source not in state:  # timm flattens `stages.0` to `stages_0` when it extracts features
-            source = re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", source)
-        matched[key] = source
-    missing = [source for source in matched.values() if source not in state]
-    extra = [key for key in set(state) - set(matched.values()) if not _is_classifier(name, key)]
-    shapes = [
-        f"{source} is {tuple(state[source].shape)}, expected {tuple(own[key].shape)}"
-        for key, source in matched.items()
-        if source in state and state[source].shape != own[key].shape
-    ]
-    if missing or extra or shapes:
-        parts = [f"{what}: {', '.join(sorted(names)[:4])}{' ...' if len(names) > 4 else ''} ({len(names)})"
-                 for what, names in (("missing", missing), ("unknown", extra), ("shape", shapes)) if names]  # fmt: skip
-        raise ValueError(f"{path} does not fit encoder {name!r}: {'; '.join(parts)}")
-    encoder.load_state_dict({key: state[source] for key, source in matched.items()})
-
-
-def _is_classifier(encoder: str, key: str) -> bool:
-    if encoder.startswith("tu-"):
-        return key in _timm_keys(encoder.removeprefix("tu-"))
-    return key.split(".")[0] in ("fc", "classifier", "head", "last_linear")
-
-
-@lru_cache
-def _timm_keys(name: str) -> frozenset[str]:
-    import timm
-
-    with torch.device("meta"):
-        return frozenset(timm.create_model(name, pretrained=False).state_dict())
+    module_name, _, path = config.arch.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{where}: {error}; install it, or put the folder that holds it into the environment variable PYTHONPATH"
+        ) from error
+    for name in path.split("."):
+        if not hasattr(found, name):
+            close = difflib.get_close_matches(name, dir(found), n=3)
+            raise ValueError(
+                f"{where}: {getattr(found, '__name__', module_name)} has no {name!r}"
+                + (f"; did you mean {', '.join(close)}?" if close else "")
+            )
+        found = getattr(found, name)
+    try:
+        inspect.signature(found).bind(classes=classes, **config.options)
+    except TypeError as error:
+        raise ValueError(
+            f"{where} cannot be called with classes={classes} and model.options {config.options}: {error}; expected a function "
+            "or class that takes classes=... and returns a torch.nn.Module"
+        ) from error
+    factory: Callable[..., Any] = found
+    network = factory(classes=classes, **config.options)
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{where} returned a {type(network).__name__}, expected a torch.nn.Module")
+    return network

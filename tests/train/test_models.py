@@ -8,8 +8,9 @@ import torch
 pytest.importorskip("segmentation_models_pytorch")
 
 from fastkd.train.config import LossConfig, ModelConfig
-from fastkd.train.methods import Objective, teacher_channels, teacher_forward
-from fastkd.train.models import Student, build_model, load_encoder_weights, load_state_file
+from fastkd.train.methods import Objective, student_features, teacher_forward
+from fastkd.train.models import Student, build_model
+from fastkd.train.weights import load_encoder_weights, load_state_file
 from tests.train import tiny
 
 IMAGES = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
@@ -89,10 +90,10 @@ def test_wrong_models_are_named(changes, says):
 
 def test_student_returns_what_the_method_compares_adapted(teacher):
     network = build_model(small(), 5)
-    student = Student(network, teacher_channels("nfd", LossConfig(), network, teacher))
-    assert student(IMAGES).features["decoder"].shape[1] == teacher.channels["decoder"] == 64
-    assert "adapters.decoder.weight" in student.state_dict()
-    assert Student(network, teacher_channels("kd", LossConfig(), network, teacher))(IMAGES).features == {}
+    student = Student(network, student_features("nfd", LossConfig(), network, teacher))
+    assert student(IMAGES).features["nfd/decoder"].shape[1] == teacher.channels["decoder"] == 64
+    assert "adapters.nfd/decoder.weight" in student.state_dict()
+    assert Student(network, student_features("kd", LossConfig(), network, teacher))(IMAGES).features == {}
 
 
 def test_teacher_output_shares_memory_and_can_be_saved_for_backward(teacher):

@@ -1,0 +1,157 @@
+"""What the methods share: what they are built for, where they look, and how they count."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastkd.train.models import Feature, Output, SegmentationModel
+
+CHUNK = 1 << 24  # elements of a similarity matrix that exist at once; 64 MiB in fp32
+
+
+class Pair(NamedTuple):
+    """The networks a method is built for, and the conventions of the run."""
+
+    student: SegmentationModel
+    teacher: SegmentationModel
+    ignore_index: int = 255
+    align_corners: bool = False
+
+
+@dataclass
+class FeatureConfig:
+    """Options of every method that compares features.
+
+    Args:
+        weight: of the mean over the compared features.
+        features: names of the taps (model.features) to compare; None: all that student and teacher share.
+    """
+
+    weight: float = 1.0
+    features: tuple[str, ...] | None = None
+
+
+class Distiller(nn.Module):
+    """A term beside the task: forward(student, teacher, labels) -> 0-d loss, weighted.
+
+    Args:
+        weight: by which it is multiplied, to log.
+        features: what the student must return for it, under these names.
+        over_valid: whether it is a mean over the pixels that have a label.
+    """
+
+    def __init__(self, weight: float, features: dict[str, Feature] | None = None, *, over_valid: bool = False):
+        super().__init__()
+        self.weight, self.features, self.over_valid = weight, features or {}, over_valid
+
+    def forward(self, student: Output, teacher: Output, labels: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class OnLogits(Distiller):
+    """`loss(student, teacher)` of the logits; like every loss here, it has a `loss_weight`."""
+
+    def __init__(self, loss: nn.Module):
+        super().__init__(cast(float, loss.loss_weight))
+        self.loss = loss
+
+    def forward(self, student: Output, teacher: Output, labels: Tensor) -> Tensor:
+        return self.loss(student.logits, teacher.logits)
+
+
+class OnFeatures(Distiller):
+    """Mean over the compared features of `loss(student, teacher)`, or of `loss(student, teacher, labels)` with `labelled`.
+
+    `adapt`: name of a method whose student features pass a trained 1x1 convolution where the teacher has other channels.
+    A teacher's feature of another size is resized bilinearly to the student's.
+    """
+
+    def __init__(
+        self, loss: nn.Module, config: FeatureConfig, pair: Pair, *, adapt: str | None = None, labelled: bool = False
+    ):
+        keys, features = {}, {}
+        for name in compared_features(pair, config.features):
+            channels = pair.teacher.channels[name]
+            adapted = adapt is not None and pair.student.channels[name] != channels
+            keys[name] = f"{adapt}/{name}" if adapted else name
+            features[keys[name]] = Feature(name, channels if adapted else None)
+        super().__init__(cast(float, loss.loss_weight), features, over_valid=labelled)
+        self.keys = keys  # tap -> the name under which the student returns it
+        self.loss, self.labelled = loss, labelled
+
+    def forward(self, student: Output, teacher: Output, labels: Tensor) -> Tensor:
+        terms = []
+        for name, key in self.keys.items():
+            s = student.features[key]
+            pair = s, resize(teacher.features[name], s)
+            terms.append(self.loss(*pair, labels) if self.labelled else self.loss(*pair))
+        return torch.stack(terms).mean()
+
+
+def compared_features(pair: Pair, names: tuple[str, ...] | None = None) -> tuple[str, ...]:
+    """The taps to compare: `names`, or all that both networks have. ValueError where there are none, or one is not tapped."""
+    taps = {"student": pair.student.feature_names, "teacher": pair.teacher.feature_names}
+    shared = tuple(name for name in taps["student"] if name in taps["teacher"])
+    for name in names or ():
+        for who, have in taps.items():
+            if name not in have:
+                close = difflib.get_close_matches(name, have, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else "add it to model.features"
+                raise ValueError(f"feature {name!r} is not tapped in the {who}, which has {list(have)}; {hint}")
+    if names is None and not shared:
+        raise ValueError(
+            f"student taps the features {list(taps['student'])} and the teacher {list(taps['teacher'])}: no name in "
+            "common; tap what is to be compared under one name (model.features)"
+        )
+    return shared if names is None else tuple(names)
+
+
+def resize(x: Tensor, like: Tensor) -> Tensor:
+    """`x` (N, C, h, w) at the size of `like`, bilinearly; itself where the sizes agree."""
+    size = (like.shape[-2], like.shape[-1])
+    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def precise(x: Tensor) -> Tensor:
+    """In fp32, or fp64 if it is: what the methods compute in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def unit(x: Tensor, dim: int) -> Tensor:
+    """`x` over its Euclidean norm along `dim`; a zero vector stays zero, and so does its gradient."""
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    return x / torch.where(norm == 0, torch.inf, norm)
+
+
+def mean(x: Tensor) -> Tensor:
+    """0 where there is nothing."""
+    return x.sum() / max(x.numel(), 1)
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    """Matrix products inside a loss are not for half precision."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def sum_of_rows(like: Tensor, rows: int, columns: int, term: Callable[[int, int], Tensor]) -> Tensor:
+    """Sum of `term(start, stop)` over spans of rows such that a matrix of a span has about CHUNK elements; 0 without rows.
+
+    What a span's matrices hold is computed again in the backward pass, so that no more than one span's is ever alive.
+    """
+    step = max(1, CHUNK // max(columns, 1))
+    total = like[:0].sum()  # 0, and part of the graph
+    for start in range(0, rows, step):
+        span = start, min(start + step, rows)
+        whole = step >= rows
+        total = total + (
+            term(*span) if whole else checkpoint(term, *span, use_reentrant=False, preserve_rng_state=False)
+        )
+    return total

@@ -1,0 +1,62 @@
+"""IFVD: intra-class feature variation (Wang et al., ECCV 2020).
+
+Per image, the prototype of a class is the mean feature of its pixels. The variation map M holds the cosine of each pixel's
+feature with the prototype of its own class. The loss is the mean over labelled pixels of (M(S) − M(T))².
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastkd.train.methods.base import Distiller, FeatureConfig, OnFeatures, Pair, no_autocast, precise, unit
+
+
+@dataclass
+class IFVDConfig(FeatureConfig):
+    """Intra-class feature variation."""
+
+    weight: float = 20.0
+
+    def build(self, pair: Pair) -> Distiller:
+        loss = IFVDLoss(pair.student.classes, ignore_index=pair.ignore_index, loss_weight=self.weight)
+        return OnFeatures(loss, self, pair, labelled=True)
+
+
+class IFVDLoss(nn.Module):
+    """forward(student (N, C, h, w), teacher (N, C', h, w), target (N, H, W)) -> 0-d; 0 where no pixel has a label.
+
+    The labels are taken at the features' size by nearest neighbour; labels that are no class do not count.
+    """
+
+    def __init__(self, classes: int, *, ignore_index: int = 255, loss_weight: float = 20.0):
+        super().__init__()
+        self.classes, self.ignore_index, self.loss_weight = classes, ignore_index, loss_weight
+
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        member = membership(target, (student.shape[-2], student.shape[-1]), self.classes, self.ignore_index)
+        member = member.to(precise(student).dtype)
+        with no_autocast(student):
+            difference = variation(student, member) - variation(teacher, member.to(precise(teacher).dtype))
+        valid = member.sum(1)
+        return self.loss_weight * (difference.square() * valid).sum() / valid.sum().clamp(min=1)
+
+
+def membership(target: Tensor, size: tuple[int, int], classes: int, ignore_index: int) -> Tensor:
+    """Labels (N, H, W) -> bool (N, K, h·w): which class each pixel of the smaller map has; none where it is ignored."""
+    label = F.interpolate(target[:, None].float(), size, mode="nearest").long().flatten(2)
+    kinds = torch.arange(classes, device=target.device).view(1, -1, 1)
+    return (label == kinds) & (label != ignore_index)
+
+
+def variation(feature: Tensor, member: Tensor) -> Tensor:
+    """(N, C, h, w) and membership (N, K, P) -> cosine of each pixel with its class's mean, (N, P); 0 where it has no class."""
+    x = precise(feature).flatten(2)
+    mean = member @ x.mT / member.sum(2, keepdim=True).clamp(min=1)
+    norm = torch.linalg.vector_norm(x, dim=1)
+    # Each pixel against every class, then its own picked out: K numbers a pixel instead of a prototype of C.
+    own = (unit(mean, 2) @ x * member).sum(1)
+    return own / torch.where(norm == 0, torch.inf, norm)

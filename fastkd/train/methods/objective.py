@@ -1,0 +1,156 @@
+"""What a run minimises: the task loss and any sum of methods.
+
+Without RDD the task is cross-entropy at label resolution, plus `aux_weight` times the same on the student's auxiliary head.
+With RDD the task term is RDD's own (its auxiliary term included). The other terms stand beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+import fastkd
+from fastkd.train.methods.base import Distiller, Pair, resize
+from fastkd.train.methods.registry import LossConfig, parse_method
+from fastkd.train.models import Feature, Output, SegmentationModel
+
+
+class Terms(NamedTuple):
+    """total: 0-d. parts: its weighted summands. Both differentiable. info: other 0-d values to log, detached."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    info: dict[str, Tensor]
+
+
+class Objective(nn.Module):
+    """The losses of a method over a run of `total_steps`; it has no parameters.
+
+    Args:
+        method: "none" or a sum such as "nfd+rdd".
+        config: weights and options.
+        total_steps: length of the run (RDD's stages depend on it).
+        student: the student's network.
+        teacher: the teacher, or None with method "none".
+        ignore_index: label that counts nowhere.
+
+    Raises:
+        ValueError: teacher and student cannot be compared by this method: no teacher, another number of classes, no auxiliary
+            head where RDD needs one, no feature tapped under the same name in both.
+    """
+
+    task = frozenset({"task", "aux", "rdd_task"})  # parts that compare with labels; the others compare with the teacher
+
+    def __init__(
+        self,
+        method: str,
+        config: LossConfig,
+        *,
+        total_steps: int,
+        student: SegmentationModel,
+        teacher: SegmentationModel | None,
+        ignore_index: int = 255,
+    ):
+        super().__init__()
+        words = parse_method(method)
+        self.aux_weight = config.aux_weight if student.has_aux else 0.0
+        self.ce: fastkd.ResizedCrossEntropyLoss | None = None
+        self.rdd: fastkd.RDDLoss | None = None
+        if "rdd" not in words:
+            self.ce = fastkd.ResizedCrossEntropyLoss(ignore_index=ignore_index, align_corners=config.align_corners)
+        if teacher is None:
+            if words:
+                raise ValueError(f"method {method!r} needs a teacher, got none")
+        elif "rdd" in words:
+            pair = _pair(config, student, teacher, ignore_index)
+            self.rdd = config.rdd.build(pair, total_steps, self.aux_weight)
+        self.distillers = nn.ModuleDict(_distillers(method, config, student, teacher, ignore_index))
+
+    def forward(self, student: Output, teacher: Output | None, labels: Tensor, step: int) -> Terms:
+        """Loss of one batch; labels (N, H, W); step counts from 0."""
+        info: dict[str, Tensor] = {}
+        if teacher is not None:
+            aux = None if teacher.aux is None else resize(teacher.aux, student.logits)
+            teacher = Output(resize(teacher.logits, student.logits), teacher.features, aux)
+        if self.ce is not None:
+            total = self.ce(student.logits, labels)
+            terms = {"task": total}
+            if self.aux_weight > 0:
+                terms["aux"] = self.aux_weight * self.ce(student.aux, labels)
+                total = total + terms["aux"]
+        elif self.rdd is not None and teacher is not None:
+            aux = student.aux if self.aux_weight > 0 else None
+            out = self.rdd(student.logits, teacher.logits, labels, step=step, teacher_aux=teacher.aux, student_aux=aux)
+            total = out.loss
+            terms = {"rdd_task": out.task, "rdd_kd": self.rdd.kd_weight * out.kd}
+            info["rdd_selected"] = out.selected.detach()
+        if teacher is not None:
+            for name, distil in self.distillers.items():
+                terms[name] = distil(student, teacher, labels)
+                total = total + terms[name]
+        return Terms(total, terms, info)
+
+    @property
+    def valid_means(self) -> frozenset[str]:
+        """Parts that are means over valid pixels, of which each share of a batch has another number."""
+        task = {"task", "aux"} if self.rdd is None else set()
+        return frozenset(task | {name for name, distil in self.distillers.items() if distil.over_valid})
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each part."""
+        task = {"task": 1.0, "aux": self.aux_weight} if self.rdd is None else {"rdd_task": self.rdd.loss_weight}
+        kd = {} if self.rdd is None else {"rdd_kd": self.rdd.loss_weight * self.rdd.kd_weight}
+        return task | kd | {name: cast(float, distil.weight) for name, distil in self.distillers.items()}
+
+
+def student_features(
+    method: str, config: LossConfig, student: SegmentationModel, teacher: SegmentationModel | None
+) -> dict[str, Feature]:
+    """What a `Student` must return for this method, by the names the method looks for."""
+    needed: dict[str, Feature] = {}
+    for distiller in _distillers(method, config, student, teacher).values():
+        needed |= distiller.features
+    return needed
+
+
+def _distillers(
+    method: str,
+    config: LossConfig,
+    student: SegmentationModel,
+    teacher: SegmentationModel | None,
+    ignore_index: int = 255,
+) -> dict[str, Distiller]:
+    """The terms beside the task."""
+    if teacher is None:
+        return {}
+    pair = _pair(config, student, teacher, ignore_index)
+    return {word: getattr(config, word).build(pair) for word in parse_method(method) if word != "rdd"}
+
+
+def _pair(config: LossConfig, student: SegmentationModel, teacher: SegmentationModel, ignore_index: int) -> Pair:
+    if student.classes != teacher.classes:
+        raise ValueError(
+            f"the teacher predicts {teacher.classes} classes and the student {student.classes}; train both on the same classes"
+        )
+    return Pair(student, teacher, ignore_index, config.align_corners)
+
+
+@torch.no_grad()
+def teacher_forward(teacher: Callable[[Tensor], Output], images: Tensor) -> Output:
+    """The teacher's output, computed in inference mode, as tensors that autograd may save.
+
+    An inference tensor cannot be saved for a backward pass. The result is an ordinary tensor on the same memory (no copy).
+    """
+    with torch.inference_mode():
+        out = teacher(images)
+    features = {name: _ordinary(feature) for name, feature in out.features.items()}
+    return Output(_ordinary(out.logits), features, None if out.aux is None else _ordinary(out.aux))
+
+
+def _ordinary(x: Tensor) -> Tensor:
+    alias = torch.empty(0, dtype=x.dtype, device=x.device)
+    return alias.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())

@@ -1,0 +1,62 @@
+"""The methods by name. A new one is a file beside this one and a line in `LossConfig`."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields
+
+from fastkd.train.methods.at import ATConfig
+from fastkd.train.methods.cirkd import CIRKDConfig
+from fastkd.train.methods.cwd import CWDConfig
+from fastkd.train.methods.dsd import DSDConfig
+from fastkd.train.methods.fitnet import FitNetConfig
+from fastkd.train.methods.ifvd import IFVDConfig
+from fastkd.train.methods.kd import KDConfig
+from fastkd.train.methods.nfd import NFDConfig
+from fastkd.train.methods.rdd import RDDConfig
+from fastkd.train.methods.skd import SKDConfig
+
+
+@dataclass
+class LossConfig:
+    """Weights and options of the losses; `method` says which of them are summed.
+
+    Args:
+        aux_weight: of the cross-entropy of the student's auxiliary head, where it has one.
+        align_corners: convention of the bilinear resize of logits to labels (True in the released code of CIRKD and RDD).
+    """
+
+    aux_weight: float = 0.4
+    align_corners: bool = False
+    kd: KDConfig = field(default_factory=KDConfig)
+    nfd: NFDConfig = field(default_factory=NFDConfig)
+    cwd: CWDConfig = field(default_factory=CWDConfig)
+    rdd: RDDConfig = field(default_factory=RDDConfig)
+    at: ATConfig = field(default_factory=ATConfig)
+    fitnet: FitNetConfig = field(default_factory=FitNetConfig)
+    skd: SKDConfig = field(default_factory=SKDConfig)
+    ifvd: IFVDConfig = field(default_factory=IFVDConfig)
+    dsd: DSDConfig = field(default_factory=DSDConfig)
+    cirkd: CIRKDConfig = field(default_factory=CIRKDConfig)
+
+
+METHODS = tuple(f.name for f in fields(LossConfig) if f.name not in ("aux_weight", "align_corners"))
+
+
+def parse_method(method: str) -> tuple[str, ...]:
+    """The losses a method sums: "none" -> (), "nfd+rdd" -> ("nfd", "rdd"). ValueError for unknown or repeated words."""
+    if method == "none":
+        return ()
+    words = tuple(word.strip().lower() for word in method.split("+"))
+    for word in words:
+        if word not in METHODS:
+            close = difflib.get_close_matches(word, METHODS, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(
+                f"method {method!r}: unknown loss {word!r}; {hint}expected 'none' or a sum of {', '.join(METHODS)}"
+            )
+    if len(set(words)) != len(words):
+        raise ValueError(
+            f"method {method!r} names a loss twice; set its weight instead, e.g. --loss.{words[0]}.weight 2"
+        )
+    return words

@@ -1,0 +1,66 @@
+"""SKD, pair-wise: similarity of pixels (Liu et al., CVPR 2019 and TPAMI 2020, arXiv 1903.04197).
+
+Features are averaged over patches of `pool` × `pool` pixels, the nodes of a graph (granularity β = pool², connection range: all).
+a_ij is the cosine of the features of nodes i and j; the loss is the mean over images and all pairs of (a_ij(S) − a_ij(T))².
+The pixel-wise term of SKD is KD (`kd+skd`); its adversarial term is not here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastkd.train.methods.base import (
+    Distiller,
+    FeatureConfig,
+    OnFeatures,
+    Pair,
+    no_autocast,
+    precise,
+    sum_of_rows,
+    unit,
+)
+
+
+@dataclass
+class SKDConfig(FeatureConfig):
+    """Pair-wise similarity; pool: side of the patches that are averaged first."""
+
+    weight: float = 10.0
+    pool: int = 2
+
+    def build(self, pair: Pair) -> Distiller:
+        return OnFeatures(SKDLoss(pool=self.pool, loss_weight=self.weight), self, pair)
+
+
+class SKDLoss(nn.Module):
+    """forward(student (N, C, H, W), teacher (N, C', H, W)) -> 0-d; the channels may differ."""
+
+    def __init__(self, *, pool: int = 2, loss_weight: float = 10.0):
+        super().__init__()
+        if pool < 1:
+            raise ValueError(f"pool: got {pool}, expected the side of a patch in pixels, at least 1")
+        self.pool, self.loss_weight = pool, loss_weight
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        with no_autocast(student):
+            s, t = (nodes(x, self.pool) for x in (student, teacher))
+            count = s.shape[2]
+
+            def term(start: int, stop: int) -> Tensor:
+                a = s[:, :, start:stop].mT @ s
+                b = t[:, :, start:stop].mT @ t
+                return (a - b).square().sum()
+
+            total = sum_of_rows(s, count, s.shape[0] * count, term)
+            return self.loss_weight * total / max(s.shape[0] * count**2, 1)
+
+
+def nodes(x: Tensor, pool: int) -> Tensor:
+    """(N, C, H, W) -> (N, C, P): features averaged over patches (cut at the border), each of norm 1."""
+    x = precise(x)
+    if pool > 1:
+        x = F.avg_pool2d(x, pool, ceil_mode=True, count_include_pad=False)
+    return unit(x.flatten(2), 1)

@@ -1,0 +1,145 @@
+"""State dicts from files: encoders, whole networks, and the names other code bases give the same tensors."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from fastkd.train.models import SegmentationModel
+
+# Names of a CIRKD checkpoint -> names of `SegmentationModel` around smp's DeepLabV3. The backbone has torchvision's names. Those
+# of the heads are public in awesome-semantic-segmentation-pytorch, whose layout CIRKD follows; a PSPNet or MobileNetV2 of
+# theirs has no counterpart in smp and is reported as not fitting.
+CIRKD = (
+    (r"pretrained\.", "tapped.model.encoder."),
+    (r"head\.aspp\.b0\.", "tapped.model.decoder.aspp.convs.0."),
+    (r"head\.aspp\.b([123])\.block\.", r"tapped.model.decoder.aspp.convs.\1."),
+    (r"head\.aspp\.b4\.gap\.", "tapped.model.decoder.aspp.convs.4."),
+    (r"head\.aspp\.project\.", "tapped.model.decoder.aspp.project."),
+    (r"head\.block\.0\.", "tapped.model.decoder.conv."),
+    (r"head\.block\.1\.", "tapped.model.decoder.bn."),
+    (r"head\.block\.4\.", "tapped.model.segmentation_head.0."),
+    (r"auxlayer\.block\.", "aux_head."),
+)
+# What those networks were trained on.
+CIRKD_INPUT = "channels: bgr, max_value: 255, mean: [104.007, 116.669, 122.679], std: [1, 1, 1]"
+
+
+def load_state_file(path: Path) -> dict[str, Tensor]:
+    """State dict of a .safetensors or torch file, read without running code from it. ValueError names an unreadable file.
+
+    A checkpoint that holds it under "state_dict" or "model" is unwrapped, and so is the "module." of DataParallel.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each reader has its own exceptions; all of them mean the same here
+        raise ValueError(f"cannot read weights from {path}: {error}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        found = f"the keys {sorted(map(str, state))[:6]}" if isinstance(state, Mapping) else f"a {type(state).__name__}"
+        raise ValueError(f"{path} holds no state dict: expected a mapping from names to tensors, got {found}")
+    if state and all(key.startswith("module.") for key in state):
+        return {key.removeprefix("module."): value for key, value in state.items()}
+    return dict(state)
+
+
+def load_encoder_weights(encoder: nn.Module, name: str, path: Path) -> None:
+    """Loads `path` into an smp encoder, strictly: every tensor of the encoder must be there with its shape, and the only
+    tensors left over may be the classifier's (for timm: those of the full model that the encoder does not use)."""
+    state = load_state_file(path)
+    matched = {}
+    for key in encoder.state_dict():
+        source = key.removeprefix("model.")
+        if source not in state:  # timm flattens `stages.0` to `stages_0` when it extracts features
+            source = re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", source)
+        matched[key] = source
+    extra = [key for key in set(state) - set(matched.values()) if not _is_classifier(name, key)]
+    _load(encoder, matched, state, extra, f"{path} does not fit encoder {name!r}")
+
+
+def _is_classifier(encoder: str, key: str) -> bool:
+    if encoder.startswith("tu-"):
+        return key in _timm_keys(encoder.removeprefix("tu-"))
+    return key.split(".")[0] in ("fc", "classifier", "head", "last_linear")
+
+
+@lru_cache
+def _timm_keys(name: str) -> frozenset[str]:
+    import timm
+
+    with torch.device("meta"):
+        return frozenset(timm.create_model(name, pretrained=False).state_dict())
+
+
+def load_network_weights(model: SegmentationModel, path: Path) -> None:
+    """Loads `path` into a whole network, strictly but for an auxiliary head that the model does without.
+
+    The file may have the names of the network itself, of this trainer's checkpoints, or of CIRKD's.
+    """
+    state = load_state_file(path)
+    own = model.state_dict()
+    if any(key.startswith("pretrained.") for key in state) and not any("model.pretrained." in key for key in own):
+        names = {key: _translate(key) for key in state if not key.startswith("pretrained.fc.")}
+        if not (model.bgr and model.max_value == 255):
+            warnings.warn(f"{path} has the names of CIRKD, whose networks expect model {{{CIRKD_INPUT}}}", stacklevel=2)
+    elif any(key.startswith("tapped.model.") for key in state):
+        names = {key: key for key in state if key not in ("mean", "std")}
+    else:
+        names = {key: f"tapped.model.{key}" for key in state}
+        for key in state:  # torchvision's own head where ours is not tapped
+            if key.startswith("aux_classifier.") and names[key] not in own:
+                names[key] = key.replace("aux_classifier.", "aux_head.")
+    matched = {target: source for source, target in names.items() if target in own}
+    for key in own:
+        if key not in ("mean", "std"):
+            matched.setdefault(key, key)  # missing: reported under our name
+    extra = [source for source, target in names.items() if target not in own and not target.startswith("aux_head.")]
+    _load(model, matched, state, extra, f"{path} does not fit {type(model.tapped.model).__name__}")
+
+
+def _translate(key: str) -> str:
+    for pattern, replacement in CIRKD:
+        if re.match(pattern, key):
+            return re.sub(f"^{pattern}", replacement, key)
+    return key
+
+
+def _load(
+    module: nn.Module, matched: Mapping[str, str], state: Mapping[str, Tensor], extra: Iterable[str], problem: str
+) -> None:
+    """Loads state[source] into each name of `matched` (name -> source). ValueError lists what is missing, left over, misshapen.
+
+    A missing count of batches stays at 0: files older than it lack it, and nothing here reads it.
+    """
+    own = module.state_dict()
+    missing = [s for s in matched.values() if s not in state and not s.endswith("num_batches_tracked")]
+    shapes = [
+        f"{source} is {tuple(state[source].shape)}, expected {tuple(own[key].shape)}"
+        for key, source in matched.items()
+        if source in state and state[source].shape != own[key].shape
+    ]
+    found = {"missing": missing, "unknown": extra, "shape": shapes}
+    parts = [
+        f"{what}: {', '.join(sorted(names)[:4])}{' ...' if len(list(names)) > 4 else ''} ({len(list(names))})"
+        for what, names in found.items()
+        if names
+    ]
+    if parts:
+        raise ValueError(f"{problem}: {'; '.join(parts)}")
+    module.load_state_dict({key: state[s] for key, s in matched.items() if s in state}, strict=False)
