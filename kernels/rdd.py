@@ -107,7 +107,7 @@ def _run_heads(
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     n, _, h, w = main.shape
     acc, ACC = accumulator(main)
-    tiles = cut(main, "channels", split=False)
+    tiles = cut(main, "channels", split=False, maps=3)
     confidence = main.new_empty((n, h, w), dtype=acc)
     gradient = part = None
     if student is not None:

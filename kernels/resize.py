@@ -26,6 +26,7 @@ from .tiles import accumulator, launch
 # A tile is CLASSES x LANES label pixels, a pixel a thread: the gradient kernel holds three such tiles and what they come
 # down to at the cells, some 120 registers, so that 16 warps fit an SM. Phases come PHASES at a time, so that what is
 # loaded and blended for a cell serves many of them.
+# Half the classes where there are two sides.
 CLASSES = 8
 LANES = 128
 PHASES = 8
@@ -46,11 +47,18 @@ class Plan(NamedTuple):
     constants: dict[str, Any]  # ALIGN, BLEND, INT, BLOCK_CLASSES, BLOCK_CELLS, PHASES
 
 
-def plan(logits: Tensor, size: Sequence[int], align_corners: bool, other: Sequence[int] = (1, 1)) -> Plan:
-    """The cut of dense ``logits``, NCHW-contiguous or channels_last; ``other``: of a second map that is resized too."""
+def plan(
+    logits: Tensor, size: Sequence[int], align_corners: bool, other: Sequence[int] = (1, 1), sides: int = 1
+) -> Plan:
+    """The cut of dense ``logits``, NCHW-contiguous or channels_last.
+
+    Args:
+        other: size of a further map that is resized too.
+        sides: how many maps' logits a tile holds.
+    """
     lanes = LANES // 2 if logits.dtype == torch.float64 else LANES
     (height, width), (h, w) = size, other
-    return _plan(logits.shape, logits.is_contiguous(), (height, width), align_corners, (h, w), lanes)
+    return _plan(logits.shape, logits.is_contiguous(), (height, width), align_corners, (h, w), lanes, CLASSES // sides)
 
 
 @lru_cache(maxsize=1024)
@@ -61,6 +69,7 @@ def _plan(
     align_corners: bool,
     other: tuple[int, int],
     lanes: int,
+    classes: int,
 ) -> Plan:
     _, c, h, w = shape
     strides = (c * h * w, h * w, w, 1) if nchw else (c * h * w, 1, w * c, c)
@@ -73,7 +82,7 @@ def _plan(
         "BLEND": size[1] != w,
         # What taps are computed in: 32 bits where their products fit.
         "INT": tl.int32 if 4 * (max(size) + 1) * (max(h, w, *other) + 1) < 2**31 else tl.int64,
-        "BLOCK_CLASSES": min(triton.next_power_of_2(c), CLASSES),
+        "BLOCK_CLASSES": min(triton.next_power_of_2(c), classes),
         "BLOCK_CELLS": cells,
         "PHASES": phases,
     }

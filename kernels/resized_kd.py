@@ -196,7 +196,9 @@ def _shares(
     x, inside, weight = phase(start, end, cell, k, width, out_width, ALIGN, PHASES, ACC)
     to_top = tl.zeros_like(c[:, None, None].to(ACC) + weight[None, :, :])
     to_bottom = to_top
-    for row in range(first_output(y, height, out_height, ALIGN), first_output(y + 1, height, out_height, ALIGN)):
+    for row in tl.range(
+        first_output(y, height, out_height, ALIGN), first_output(y + 1, height, out_height, ALIGN), loop_unroll_factor=1
+    ):
         offset = (sample * out_height + row) * out_width
         _, counted = counted_labels(target, None, offset, x, inside, ignore_index, classes)
         down = right_weight(row, y, height, out_height, ALIGN, ACC)
@@ -337,7 +339,7 @@ def _run(
     weight_size = (1, 1) if pixel_weight is None else pixel_weight.shape[1:]
     # The larger of each side bounds all taps.
     other = tuple(max(a, b) for a, b in zip(weight_size, teacher.shape[2:], strict=True))
-    cut = plan(student, size, align_corners, other)
+    cut = plan(student, size, align_corners, other, sides=2)
     strides = (*cut.strides, *plan(teacher, size, align_corners).strides)
     constants = {"SAME": student.shape[3] == teacher.shape[3], "ACC": ACC, **cut.constants}
 

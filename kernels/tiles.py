@@ -51,9 +51,15 @@ class Tiles(NamedTuple):
         return (self.inner, self.length, *self.strides, self.chunk, self.chunks)
 
 
-def cut(x: Tensor, reduced: str, split: bool = True) -> Tiles:
-    """Cuts ``x`` (N, C, H, W), NCHW-contiguous or channels_last, for a reduction along ``reduced`` (see the top)."""
-    return _cut(x.shape, x.is_contiguous(), TILE // 2 if x.dtype == torch.float64 else TILE, reduced, split)
+def cut(x: Tensor, reduced: str, split: bool = True, maps: int = 2) -> Tiles:
+    """Cuts ``x`` (N, C, H, W), NCHW-contiguous or channels_last, for a reduction along ``reduced`` (see the top).
+
+    Args:
+        split: whether a long reduction may be split into chunks.
+        maps: how many are read; beyond two, tiles are half as large.
+    """
+    tile = TILE // (1 if maps <= 2 else 2) // (2 if x.dtype == torch.float64 else 1)
+    return _cut(x.shape, x.is_contiguous(), tile, reduced, split)
 
 
 @lru_cache(maxsize=1024)  # tens of microseconds, at every call

@@ -137,8 +137,8 @@ def test_neighbours_that_disagree_by_hundreds(backend, classes):
 @each_kernel
 def test_an_ignored_pixel_may_hold_anything(backend):
     """Logits that only ignored pixels see may be NaN or infinite: loss and gradient of the others do not change."""
-    student, teacher = torch.randn(2, 1, 5, 2, 20, device=DEVICE)
-    target = labels((1, 8, 80), 5, 0.1, torch.uint8, 2)
+    student, teacher = torch.randn(2, 1, 5, 1, 20, device=DEVICE)
+    target = labels((1, 2, 80), 5, 0.1, torch.uint8, 2)
     target[..., 40:] = 255
     for bad in (torch.nan, torch.inf, -torch.inf):
         results = []
@@ -148,7 +148,7 @@ def test_an_ignored_pixel_may_hold_anything(backend):
             s.requires_grad_()
             with fastkd.use_backend(backend):
                 loss = fastkd.resized_cross_entropy(s, target) + fastkd.resized_kd_loss(
-                    s, t, size=(8, 80), target=target
+                    s, t, size=(2, 80), target=target
                 )
             (gradient,) = torch.autograd.grad(loss, s)
             results.append((loss.detach(), gradient[..., :12]))
@@ -159,26 +159,26 @@ def test_an_ignored_pixel_may_hold_anything(backend):
 
 @each_kernel
 def test_nan_propagates(backend):
-    logits = torch.randn(1, 4, 6, 8, device=DEVICE)
-    logits[0, 2, 3, 3] = torch.nan
-    target = torch.zeros(1, 24, 32, dtype=torch.int64, device=DEVICE)
+    logits = torch.randn(1, 4, 4, 8, device=DEVICE)
+    logits[0, 2, 2, 3] = torch.nan
+    target = torch.zeros(1, 16, 32, dtype=torch.int64, device=DEVICE)
     with fastkd.use_backend(backend):
         got = fastkd.resized_cross_entropy(logits, target, reduction="none")
-    want = upsample(logits, (24, 32), False)[:, 2].isnan()
+    want = upsample(logits, (16, 32), False)[:, 2].isnan()
     assert torch.equal(got.isnan(), want)
 
 
 @each_kernel
 def test_masked_classes_at_ratio_one(backend):
     """-inf is a class of probability 0, where nothing is interpolated."""
-    logits = torch.randn(2, 5, 7, 9, device=DEVICE)
+    logits = torch.randn(1, 5, 4, 9, device=DEVICE)
     logits[:, 3] = -torch.inf
-    target = labels((2, 7, 9), 3, 0.2, torch.int64, 1)
+    target = labels((1, 4, 9), 3, 0.2, torch.int64, 1)
     with fastkd.use_backend(backend):
         got = fastkd.resized_cross_entropy(logits, target)
         torch.testing.assert_close(got, F.cross_entropy(logits, target, ignore_index=255))
         student = torch.randn_like(logits)
-        kd = fastkd.resized_kd_loss(student, logits, size=(7, 9))
+        kd = fastkd.resized_kd_loss(student, logits, size=(4, 9))
         torch.testing.assert_close(kd, fastkd.kd_loss(student, logits))
 
 
@@ -205,11 +205,11 @@ def test_same_bits_for_any_number_of_threads(backend):
 @each_kernel
 def test_backward_twice(backend):
     """A second backward over the same graph makes the gradient anew; a graph of the backward is refused."""
-    student, teacher = torch.randn(2, 2, 4, 5, 6, device=DEVICE)
-    target = labels((2, 10, 12), 4, 0.3, torch.int64, 4)
+    student, teacher = torch.randn(2, 1, 4, 2, 6, device=DEVICE)
+    target = labels((1, 4, 12), 4, 0.3, torch.int64, 4)
     for loss in (
         lambda s: fastkd.resized_cross_entropy(s, target),
-        lambda s: fastkd.resized_kd_loss(s, teacher, size=(10, 12)),
+        lambda s: fastkd.resized_kd_loss(s, teacher, size=(4, 12)),
         lambda s: fastkd.rdd_loss(s, teacher, target, stage="tfe", teacher_aux=teacher.flip(1)).loss,
     ):
         s = student.clone().requires_grad_()
@@ -225,6 +225,7 @@ def test_backward_twice(backend):
 
 
 @each_kernel
+@pytest.mark.skipif(INTERPRETER, reason="one program would take 65 536 label pixels in turn")
 def test_half_precision_does_not_overflow(backend):
     """A gradient of a sum over 65 536 label pixels of one logit is beyond fp16; its mean is not."""
     logits = torch.zeros(1, 2, 1, 1, device=DEVICE, dtype=torch.float16, requires_grad=True)
