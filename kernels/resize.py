@@ -175,7 +175,7 @@ def corners(
     Finite, so that a neighbour of weight 0 has no say: -inf, and a class beyond the last, are so low that their
     exponential is 0 whatever they are blended with. NaN and inf stay.
     """
-    low: tl.constexpr = -1e300 if ACC == tl.float64 else -1e37
+    low: tl.constexpr = -1e300 if tl.float64 == ACC else -1e37
     inside = (c < classes)[:, None] & (cell < width)[None, :]
     cell = cell.to(tl.int64)
     offset = c[:, None] * stride_c
