@@ -462,11 +462,13 @@ STABLE_TORCH_LIBRARY(fastkd_cpu, m) {
         "resized_cross_entropy_gradient(Tensor logits, Tensor target, Tensor? class_weight, Tensor? pixel_weight, "
         "Tensor? mask, int ignore_index, bool align_corners) -> (Tensor loss, Tensor count, Tensor gradient)");
     m.def(
-        "resized_kd_forward(Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, int height, int width, "
-        "float temperature, int ignore_index, bool align_corners, bool per_pixel) -> (Tensor loss, Tensor count)");
+        "resized_kd_forward(Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, SymInt height, "
+        "SymInt width, float temperature, int ignore_index, bool align_corners, bool per_pixel) "
+        "-> (Tensor loss, Tensor count)");
     m.def(
-        "resized_kd_gradient(Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, int height, int width, "
-        "float temperature, int ignore_index, bool align_corners) -> (Tensor loss, Tensor count, Tensor gradient)");
+        "resized_kd_gradient(Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, SymInt height, "
+        "SymInt width, float temperature, int ignore_index, bool align_corners) "
+        "-> (Tensor loss, Tensor count, Tensor gradient)");
     m.def("teacher_confidence(Tensor main, Tensor aux, str direction) -> Tensor");
     m.def(
         "kd_with_confidence(Tensor student, Tensor teacher, Tensor aux, str direction) "

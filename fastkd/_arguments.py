@@ -99,11 +99,10 @@ def _check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
 
 
 def _check_map(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
-    expected = (
-        "(" + ", ".join(axis if size is None else str(size) for axis, size in zip("NHW", shape, strict=True)) + ")"
-    )
     if x.dim() != 3 or any(want is not None and got != want for got, want in zip(x.shape, shape, strict=True)):
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {expected}")
+        # Written here alone: Dynamo cannot put a symbolic size into words.
+        expected = ", ".join(axis if size is None else str(size) for axis, size in zip("NHW", shape, strict=True))
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected ({expected})")
 
 
 def check_pixel_weight(name: str, weight: Tensor, logits: Tensor, shape: tuple[int | None, ...]) -> None:

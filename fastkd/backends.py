@@ -107,10 +107,16 @@ def choose(op: str, device: torch.device) -> str:
 
     Raises:
         BackendError: a backend is forced that cannot run here or not on this device.
+        RuntimeError: a kernel would run inside a transform of torch.func.
     """
     name = requested()
     if name == "reference" or not KERNELS[op]:
         return "reference"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "fastkd: the kernels have no rules for torch.func (grad, vmap, jvp, ...); use "
+            '`with fastkd.use_backend("reference"):` around this loss'
+        )
     if name != "auto":
         reason = why_not(name)
         if reason is None and op_backend_missing(op, name):

@@ -229,7 +229,7 @@ def resized_kd_loss(
     if pixel_weight is not None:
         check_pixel_weight("pixel_weight", pixel_weight, student, (n, None, None))
     backend = backends.choose("resized_kd", student.device)
-    if student.numel() == 0 or teacher.numel() == 0 or 0 in size:
+    if student.numel() == 0 or teacher.numel() == 0 or size[0] * size[1] == 0:
         return _nothing(student, (n, *size), reduction)
     pixel_weight = _dense(pixel_weight, reference.accumulate_in(student, teacher))
     if pixel_weight is not None and (reduction == "none" or backend == "reference"):
@@ -533,9 +533,11 @@ def _constant(teacher: Tensor) -> Tensor:
 
 
 def _size(size: tuple[int, int]) -> tuple[int, int]:
-    if len(size) != 2 or any(int(v) != v or v < 0 for v in size):
+    # int() of a symbolic size would pin compiled code to it.
+    whole = [v if isinstance(v, int | torch.SymInt) else int(v) for v in size]
+    if len(size) != 2 or any(a != b or a < 0 for a, b in zip(whole, size, strict=True)):
         raise ValueError(f"size: got {size!r}, expected (height, width) of the labels")
-    return int(size[0]), int(size[1])
+    return whole[0], whole[1]
 
 
 def _nothing(logits: Tensor, pixels: tuple[int, ...], reduction: str) -> Tensor:

@@ -1,6 +1,10 @@
-"""The package builds with and without a compiler, and holds what it should. Slow: each build takes a minute."""
+"""The package builds with and without a compiler, holds what it should, and asks of its surroundings what it says it does.
+Slow: each build takes a minute."""
 
 import os
+import platform
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -8,7 +12,59 @@ from pathlib import Path
 
 import pytest
 
+import fastkd
+
+from .tools.environment import clean
+
 ROOT = Path(__file__).parents[1]
+LIBRARY = Path(fastkd.__file__).with_name("_cpu.so")
+# What torch promises not to change: the C functions of its stable headers (torch/csrc/stable/c, inductor/aoti_torch/c).
+STABLE = re.compile(r"^(aoti_torch|torch)_[a-z0-9_]+$")
+SYSTEM = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_[0-9.]+$|^_ITM_\w+$|^__gmon_start__$")
+# The tests of everything but the trainer, the benchmarks and what needs a compiler or Triton.
+OPERATORS = ["cwd", "kd", "nfd", "rdd", "rdd_kernels", "resized", "resized_kernels"]
+CORE = ["adversarial", "backends", "compile", "csrc", "functional", "integration", "losses", *OPERATORS]
+
+needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="the C++ library is not built (pip install -e .)")
+
+
+def needs(program: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(shutil.which(program) is None, reason=f"needs {program} (binutils)")
+
+
+@needs_library
+@needs("nm")
+def test_library_uses_stable_symbols_alone():
+    """No C++ function of torch, none of Python: that is why one file serves every Python and torch from 2.10 on."""
+    lines = subprocess.check_output(["nm", "-D", "--undefined-only", str(LIBRARY)], text=True).splitlines()
+    names = [line.split()[-1] for line in lines]
+    used = [name for name in names if STABLE.match(name)]
+    assert "torch_library_impl" in used
+    assert [name for name in names if not STABLE.match(name) and not SYSTEM.search(name)] == []
+    needed = subprocess.check_output(["readelf", "-d", str(LIBRARY)], text=True)
+    linked = set(re.findall(r"NEEDED.*\[(.*)\]", needed))
+    assert linked <= {
+        "libtorch_cpu.so",
+        "libstdc++.so.6",
+        "libm.so.6",
+        "libgcc_s.so.1",
+        "libc.so.6",
+        "ld-linux-x86-64.so.2",
+    }
+
+
+@needs_library
+@needs("objdump")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="registers of x86")
+def test_wide_instructions_stay_in_their_namespace():
+    """AVX outside the functions that are chosen at run time (an inline one that the linker shares, say) would crash an
+    older processor."""
+    code = subprocess.check_output(["objdump", "-d", "--no-show-raw-insn", str(LIBRARY)], text=True)
+    functions = re.split(r"\n\n[0-9a-f]+ <", code)
+    wide = {f.partition(">")[0] for f in functions[1:] if re.search(r"%[yz]mm", f)}
+    assert any("avx512" in name for name in wide)
+    assert [name for name in wide if "avx2" not in name and "avx512" not in name] == []
+
 
 USE = """
 import sys, warnings
@@ -75,10 +131,32 @@ def test_wheel_with_kernels(tmp_path):
 
 
 @pytest.mark.slow
-def test_sdist_holds_the_sources(tmp_path):
+def test_from_source_archive_to_tests_with_torch_alone(tmp_path):
+    """The archive holds what a wheel is built from; the wheel, in an environment with nothing but torch and what runs
+    tests, passes the tests of the core."""
     code = "import setuptools.build_meta as b, sys; print(b.build_sdist(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, cwd=ROOT)
     (archive,) = tmp_path.glob("*.tar.gz")
     listing = subprocess.check_output(["tar", "tzf", str(archive)], text=True)
     for needed in ("csrc/registration.cpp", "csrc/cpu/vec.h", "kernels/nfd.py", "LICENSE", "setup.py"):
         assert f"/{needed}\n" in listing
+    python = clean(tmp_path / "builder", ("torch", "setuptools", "ninja", "numpy"))
+    subprocess.run(
+        [python, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(archive)],
+        check=True,
+        env={**os.environ, "FASTKD_BUILD": "1"},
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    python = clean(tmp_path / "user", ("torch", "pytest", "hypothesis", "expecttest"))
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", str(wheel)], check=True)
+    tests = tmp_path / "elsewhere" / "tests"
+    shutil.copytree(ROOT / "tests", tests, ignore=shutil.ignore_patterns("train", "__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tests.parent)
+    done = subprocess.run(
+        [python, "-m", "pytest", "-q", "-m", "not slow", *(f"tests/test_{name}.py" for name in CORE)],
+        cwd=tests.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

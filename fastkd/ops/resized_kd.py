@@ -12,13 +12,15 @@ from ._registry import GradientAhead, Saved, accumulator, operators
 from .resized_cross_entropy import pixel_scale
 
 FORWARD = (
-    "resized_kd_forward(Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, int height, int width, "
-    "float temperature, int ignore_index, bool align_corners, bool per_pixel) -> (Tensor loss, Tensor count)"
+    "resized_kd_forward(Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, SymInt height, "
+    "SymInt width, float temperature, int ignore_index, bool align_corners, bool per_pixel) "
+    "-> (Tensor loss, Tensor count)"
 )
 """The loss per pixel (N, H, W), or its sum; and the number of pixels that count."""
 GRADIENT = (
-    "resized_kd_gradient(Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, int height, int width, "
-    "float temperature, int ignore_index, bool align_corners) -> (Tensor loss, Tensor count, Tensor gradient)"
+    "resized_kd_gradient(Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, SymInt height, "
+    "SymInt width, float temperature, int ignore_index, bool align_corners) "
+    "-> (Tensor loss, Tensor count, Tensor gradient)"
 )
 """The summed loss, the count, and the gradient of the summed loss in fp32 (fp64), in the student's memory format."""
 
