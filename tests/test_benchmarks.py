@@ -173,6 +173,43 @@ def test_work_is_counted_and_rivals_agree(no_compile, name, transfers, label_byt
     assert records["eager"]["median_ms"], records["eager"]["note"]
 
 
+def test_a_gpu_round_times_the_gpu(monkeypatch):
+    """On a clock of our own: long enough flushes, events around the call alone, one wait a round."""
+    clock, waits = [0.0], [0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    class Flush:
+        fills = 0
+
+        def fill_(self, value):
+            clock[0] += 0.1
+            Flush.fills += 1
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.__setitem__(0, waits[0] + 1))
+    monkeypatch.setattr(harness, "host_microseconds", lambda call, times: 440.0)
+    calls = {
+        "fast": lambda: clock.__setitem__(0, clock[0] + 0.02),
+        "slow": lambda: clock.__setitem__(0, clock[0] + 3.0),
+    }
+    flush = Flush()
+    a_round = harness._GpuRound(calls, flush)
+    Flush.fills, waits[0] = 0, 0
+    times = a_round(calls, flush)
+    assert times == {"fast": pytest.approx(0.02), "slow": pytest.approx(3.0)}
+    assert Flush.fills == 2 * 7  # 0.44 ms of the host, with half as much again, behind fills of 0.1 ms
+    assert waits[0] == 1
+
+
 def test_cases_of_the_recipes():
     gpu = cases.gpu_cases()
     assert len({case.key for case in gpu}) == len(gpu)
