@@ -20,6 +20,8 @@ test-all: .venv/.built
 
 bench: .venv/.built
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.bench_step
+	$(BIN)/python -m benchmarks.publish
 
 lint: .venv/.built
 	$(BIN)/ruff check .

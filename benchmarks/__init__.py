@@ -1,1 +1,1 @@
-"""Benchmarks of the losses: `python -m benchmarks` runs all, `python -m benchmarks.bench_nfd` one."""
+"""Benchmarks of the losses: `python -m benchmarks` in a checkout, `fastkd bench` anywhere (docs/benchmarks.md)."""

@@ -1,4 +1,4 @@
-"""Channel-wise distillation, forward and backward. The floor is KD's: 5 transfers, 4 exponentials an element."""
+"""Channel-wise distillation, forward and backward. The work is KD's: 5 transfers, 4 exponentials an element."""
 
 import torch
 import torch.nn.functional as F
@@ -6,31 +6,22 @@ from torch import Tensor
 
 import fastkd
 
-from .bench_nfd import acc
-from .harness import DEVICE, Case, exp_pieces, main
+from .bench_nfd import accumulated, nbytes
+from .harness import Case, Shape
+from .roofline import Work
 
 
 def plain(student: Tensor, teacher: Tensor) -> Tensor:
     """As distillation code bases write it: the softmax of T times the difference of the log-softmaxes."""
     n, c, _, _ = student.shape
-    s, t = student.to(acc(student)).flatten(2) / 4, teacher.to(acc(teacher)).flatten(2) / 4
+    s, t = accumulated(student).flatten(2) / 4, accumulated(teacher).flatten(2) / 4
     p_t = F.softmax(t, 2)
     return (p_t * F.log_softmax(t, 2) - p_t * F.log_softmax(s, 2)).sum() * (16 / (n * c))
 
 
-CASES = [
-    Case(
-        "CWD",
-        (2, 256, 64, 128),
-        dtype,
-        fastkd.cwd_loss,
-        plain,
-        exp_pieces,
-        lambda t: max(t["add"] * 5 / 3, 4 * t.get("exp", 0)),
-        {"eager": 5, "compile": 1.5} if DEVICE == "cpu" and dtype == torch.float32 else {},
+def case(shape: Shape, size: tuple[int, int] | None, dtype: torch.dtype, **targets: float) -> Case:
+    """``size`` plays no part."""
+    work = Work(5 * nbytes(shape, dtype), 4 * torch.Size(shape).numel())
+    return Case(
+        "CWD", shape, dtype, lambda device, shape: {"ours": fastkd.cwd_loss, "eager": plain}, work, targets=targets
     )
-    for dtype in (torch.float32, torch.bfloat16)
-]
-
-if __name__ == "__main__":
-    main(CASES)

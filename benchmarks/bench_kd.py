@@ -1,8 +1,7 @@
 """Pixel-wise KD, forward and backward.
 
-The floor is that of a step which computes the gradient in a pass of its own: read S and T twice and write the gradient
-(5 transfers), and 4 exponentials an element (each side, each way). A machine does both at once, so it is the larger of the
-two times. Making the gradient in the forward can go below it.
+The work is that of a step which computes the gradient in a pass of its own: read S and T twice and write the gradient
+(5 transfers), and 4 exponentials an element (each side, each way). Making the gradient in the forward can go below it.
 """
 
 import torch
@@ -11,32 +10,35 @@ from torch import Tensor
 
 import fastkd
 
-from .bench_nfd import acc
-from .harness import DEVICE, Case, exp_pieces, main
+from .bench_nfd import accumulated, nbytes
+from .harness import Case, Loss, Shape, liger
+from .roofline import Work
 
 
 def plain(student: Tensor, teacher: Tensor) -> Tensor:
     """As segmentation code bases write it: kl_div of a log-softmax and a softmax."""
-    n, _, h, w = student.shape
-    log_s = F.log_softmax(student.to(acc(student)), 1)
-    p_t = F.softmax(teacher.to(acc(teacher)), 1)
-    return F.kl_div(log_s, p_t, reduction="sum") / (n * h * w)
+    log_s = F.log_softmax(accumulated(student), 1)
+    return F.kl_div(log_s, F.softmax(accumulated(teacher), 1), reduction="sum") / (student.numel() // student.shape[1])
 
 
-CASES = [
-    Case(
-        "KD",
-        shape,
-        dtype,
-        fastkd.kd_loss,
-        plain,
-        exp_pieces,
-        lambda t: max(t["add"] * 5 / 3, 4 * t.get("exp", 0)),
-        {"eager": 8, "compile": 3.5, "floor": 2} if DEVICE == "cpu" and dtype == torch.float32 else {},
-    )
-    for shape in ((1, 19, 512, 1024), (2, 150, 128, 128))
-    for dtype in (torch.float32, torch.bfloat16)
-]
+def rows(x: Tensor) -> Tensor:
+    """(N, C, H, W) as the (pixels, C) that libraries for language models take: a copy."""
+    return x.movedim(1, 3).flatten(0, 2).contiguous()
 
-if __name__ == "__main__":
-    main(CASES)
+
+def liger_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """Liger-Kernel's KL takes log-probabilities and probabilities, one row a pixel."""
+    from liger_kernel.transformers import LigerKLDIVLoss
+
+    log_s = F.log_softmax(rows(accumulated(student)), 1)
+    return LigerKLDIVLoss(reduction="batchmean")(log_s, F.softmax(rows(accumulated(teacher)), 1))
+
+
+def rivals(device: str, shape: Shape) -> dict[str, Loss | str]:
+    return {"ours": fastkd.kd_loss, "eager": plain, "liger": liger() or liger_kl}
+
+
+def case(shape: Shape, size: tuple[int, int] | None, dtype: torch.dtype, **targets: float) -> Case:
+    """``size`` plays no part."""
+    work = Work(5 * nbytes(shape, dtype), 4 * torch.Size(shape).numel())
+    return Case("KD", shape, dtype, rivals, work, targets=targets)

@@ -1,11 +1,15 @@
-"""NFD, dims "hw", forward and backward. Floor: 5 tensor transfers at the bandwidth of `torch.add(S, T, out=G)` (3)."""
+"""NFD, dims "hw", forward and backward.
+
+The work is 5 tensor transfers: the forward reads S and T, the backward reads both again and writes the gradient.
+"""
 
 import torch
 from torch import Tensor
 
 import fastkd
 
-from .harness import DEVICE, Case, copy_pieces, main
+from .harness import Case, Shape
+from .roofline import Work
 
 
 def plain(student: Tensor, teacher: Tensor) -> Tensor:
@@ -14,27 +18,21 @@ def plain(student: Tensor, teacher: Tensor) -> Tensor:
         var = x.var((2, 3), correction=0, keepdim=True)
         return (x - mean) / (var + 1e-5).sqrt()
 
-    return torch.nn.functional.mse_loss(normalise(student.to(acc(student))), normalise(teacher.to(acc(teacher))))
+    return torch.nn.functional.mse_loss(normalise(accumulated(student)), normalise(accumulated(teacher)))
 
 
-def acc(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def accumulated(x: Tensor) -> Tensor:
+    """In fp32, which plain code computes these losses in too, or in fp64."""
+    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-CASES = [
-    Case(
-        "NFD",
-        shape,
-        dtype,
-        fastkd.nfd_loss,
-        plain,
-        copy_pieces,
-        lambda t: t["add"] * 5 / 3,
-        {"eager": 10, "compile": 1.7, "floor": 1.6} if DEVICE == "cpu" and dtype == torch.float32 else {},
+def case(shape: Shape, size: tuple[int, int] | None, dtype: torch.dtype, **targets: float) -> Case:
+    """``size`` plays no part."""
+    work = Work(5 * nbytes(shape, dtype))
+    return Case(
+        "NFD", shape, dtype, lambda device, shape: {"ours": fastkd.nfd_loss, "eager": plain}, work, targets=targets
     )
-    for shape in ((2, 256, 64, 128), (1, 512, 128, 256))
-    for dtype in (torch.float32, torch.bfloat16)
-]
 
-if __name__ == "__main__":
-    main(CASES)
+
+def nbytes(shape: Shape, dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize

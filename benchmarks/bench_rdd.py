@@ -1,10 +1,14 @@
 """One step of RDD in each stage, official preset, no auxiliary head of the student; forward and backward.
 
 Plain PyTorch is the released code's way: logits upsampled with align_corners=True, the k-th smallest confidence by
-sorting all of them, its data-dependent branch written as a maximum so that it compiles in one graph. The floor counts
-exponentials a class and label pixel: 2 for cross-entropy with its gradient in TFE; in TSE one a side more for the
-confidences.
+sorting all of them, its data-dependent branch written as a maximum so that it compiles in one graph.
+
+The work, in bytes: every logit map read once for what is done at logit size and once for what is done at label size, the
+gradient written, 8 bytes a label, and the mask of TSE (a byte a pixel, written and read). Exponentials a class and label pixel: 2
+for cross-entropy with its gradient, in TSE one a side more for the confidences; those at logit size are left out.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,18 +17,19 @@ from torch import Tensor
 import fastkd
 from fastkd.losses import CITYSCAPES_CLASS_WEIGHTS
 
-from .bench_nfd import acc
+from .bench_kd import plain as kd
+from .bench_nfd import accumulated, nbytes
 from .bench_resized_cross_entropy import labels, upsample
-from .harness import DEVICE, Case, exponentials, main
+from .harness import Case, Loss, Shape
+from .roofline import Work
 
-SHAPE, SIZE = (2, 19, 64, 128), (512, 1024)
 THRESHOLD, MIN_KEPT = 0.7, 100_000
 
 
-def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+def divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """KL(p || q) per pixel."""
-    p, q = (x.to(acc(x)) for x in (p_logits, q_logits))
-    return F.kl_div(F.log_softmax(q, 1), F.softmax(p, 1), reduction="none").sum(1)
+    log_q, p = F.log_softmax(accumulated(q_logits), 1), F.softmax(accumulated(p_logits), 1)
+    return F.kl_div(log_q, p, reduction="none").sum(1)
 
 
 def hard(logits: Tensor, target: Tensor) -> Tensor:
@@ -36,48 +41,51 @@ def hard(logits: Tensor, target: Tensor) -> Tensor:
     return confidence <= kth.clamp(min=THRESHOLD)
 
 
-def case(stage: str, dtype: torch.dtype) -> Case:
-    n, classes = SHAPE[:2]
-    target = labels(n, classes, SIZE)
-    class_weight = torch.tensor(CITYSCAPES_CLASS_WEIGHTS, device=DEVICE)
-    g = torch.Generator().manual_seed(2)
-    teacher_aux = torch.randn(SHAPE, generator=g).to(DEVICE, dtype)
-    options = {"stage": stage, "preset": "official", "class_weight": class_weight}
+def tfe(student: Tensor, teacher: Tensor, teacher_aux: Tensor, target: Tensor) -> Tensor:
+    """Weighted cross-entropy and KD."""
+    size = (target.shape[1], target.shape[2])
+    weight = torch.exp(-divergence(teacher_aux, teacher))
+    loss = F.cross_entropy(upsample(student, size, True), target, ignore_index=255, reduction="none")
+    return (upsample(weight[:, None], size, True)[:, 0] * loss).mean() + kd(student, teacher)
 
-    def ours(student: Tensor, teacher: Tensor) -> Tensor:
-        return fastkd.rdd_loss(student, teacher, target, teacher_aux=teacher_aux, **options).loss
 
-    def tfe(student: Tensor, teacher: Tensor) -> Tensor:
-        weight = torch.exp(-kl(teacher_aux.to(teacher.dtype), teacher))
-        loss = F.cross_entropy(upsample(student, SIZE, True), target, ignore_index=255, reduction="none")
-        return (upsample(weight[:, None], SIZE, True)[:, 0] * loss).mean() + kl(teacher, student).mean()
+def tse(student: Tensor, teacher: Tensor, target: Tensor, class_weight: Tensor | None) -> Tensor:
+    """The task term alone: cross-entropy of the pixels that are hard for one and easy for the other."""
+    size = (target.shape[1], target.shape[2])
+    logits = upsample(student, size, True)
+    with torch.no_grad():
+        mask = hard(logits, target) ^ hard(upsample(teacher, size, True), target)
+    label = torch.where(mask, target, 255)
+    weight = None if class_weight is None else class_weight.to(logits.dtype)
+    return F.cross_entropy(logits, label, weight, ignore_index=255)
 
-    def tse(student: Tensor, teacher: Tensor) -> Tensor:
-        logits = upsample(student, SIZE, True)
-        with torch.no_grad():
-            mask = hard(logits, target) ^ hard(upsample(teacher, SIZE, True), target)
-        label = torch.where(mask, target, 255)
-        loss = F.cross_entropy(logits, label, class_weight.to(logits.dtype), ignore_index=255)
-        return loss + kl(teacher, student).mean()
 
-    pixels, eager = n * SIZE[0] * SIZE[1], 12 if stage == "tfe" else 18
-    targets = {"eager": eager, "compile": eager, "floor": 2.5, "bytes": 8 if stage == "tfe" else 16}
-    return Case(
-        f"RDD {stage.upper()} at {SIZE[0]}×{SIZE[1]}",
-        SHAPE,
-        dtype,
-        ours,
-        {"tfe": tfe, "tse": tse}[stage],
-        lambda s, t: {"exp": lambda: exponentials(classes * pixels)},
-        lambda t: (2 if stage == "tfe" else 4) * t["exp"],
-        targets if DEVICE == "cpu" and dtype == torch.float32 else {},
-        label_pixels=pixels,
-        # A pixel whose confidence is a rounding away from the threshold may be in one mask and not in the other.
-        max_error=2e-2 if stage == "tse" else None,
+def class_weights(classes: int, device: str) -> Tensor | None:
+    return torch.tensor(CITYSCAPES_CLASS_WEIGHTS, device=device) if classes == len(CITYSCAPES_CLASS_WEIGHTS) else None
+
+
+def case(stage: str, shape: Shape, size: tuple[int, int], dtype: torch.dtype, **targets: float) -> Case:
+    pixels = shape[0] * size[0] * size[1]
+
+    def rivals(device: str, shape: Shape) -> dict[str, Loss | str]:
+        target, class_weight = labels(shape, size, device), class_weights(shape[1], device)
+        aux = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(device, dtype)
+        options = {"stage": stage, "preset": "official", "class_weight": class_weight, "teacher_aux": aux}
+        return {
+            "ours": lambda s, t: fastkd.rdd_loss(s, t, target, **options).loss,
+            "eager": lambda s, t: (
+                tfe(s, t, aux.to(t.dtype), target) if stage == "tfe" else tse(s, t, target, class_weight) + kd(s, t)
+            ),
+        }
+
+    maps = {"tfe": 3 + 1 + 1, "tse": 2 + 2 + 1}[stage]
+    work = Work(
+        maps * nbytes(shape, dtype) + (8 if stage == "tfe" else 10) * pixels,
+        {"tfe": 2, "tse": 4}[stage] * shape[1] * pixels,
     )
+    # In TSE, a pixel whose confidence is a rounding away from the threshold may be in one mask and not in the other.
+    max_error = 2e-2 if stage == "tse" else None
+    return Case(f"RDD {stage.upper()}", shape, dtype, rivals, work, size, targets, max_error)
 
 
-CASES = [case(stage, dtype) for stage in ("tfe", "tse") for dtype in (torch.float32, torch.bfloat16)]
-
-if __name__ == "__main__":
-    main(CASES)
+tfe_case, tse_case = partial(case, "tfe"), partial(case, "tse")

@@ -1,7 +1,7 @@
 """Cross-entropy at label resolution, forward and backward.
 
-The floor is 2 exponentials a class and label pixel: one for the loss, one for a gradient made in a pass of its own. Making
-the gradient in the forward can go below it.
+The work: read the logits and 8 bytes a label, write the gradient at logit size; 2 exponentials a class and label pixel, one for
+the loss and one for a gradient made in a pass of its own. Making the gradient in the forward can go below it.
 """
 
 import torch
@@ -10,53 +10,47 @@ from torch import Tensor
 
 import fastkd
 
-from .bench_nfd import acc
-from .harness import DEVICE, Case, exponentials, main
+from .bench_kd import rows
+from .bench_nfd import accumulated, nbytes
+from .harness import Case, Loss, Shape, liger
+from .roofline import Work
 
-SIZE = (512, 1024)
 
-
-def labels(n: int, classes: int, size: tuple[int, int]) -> Tensor:
-    """Random labels, a tenth of them ignored."""
+def labels(shape: Shape, size: tuple[int, int], device: str) -> Tensor:
+    """Random labels for logits of ``shape``, a tenth of them ignored."""
+    n, classes, _, _ = shape
     g = torch.Generator().manual_seed(1)
     target = torch.randint(0, classes, (n, *size), generator=g)
     target[torch.rand(n, *size, generator=g) < 0.1] = 255
-    return target.to(DEVICE)
+    return target.to(device)
 
 
 def upsample(x: Tensor, size: tuple[int, int], align_corners: bool = False) -> Tensor:
-    return F.interpolate(x.to(acc(x)), size, mode="bilinear", align_corners=align_corners)
+    return F.interpolate(accumulated(x), size, mode="bilinear", align_corners=align_corners)
 
 
-def case(shape: tuple[int, int, int, int], size: tuple[int, int], dtype: torch.dtype) -> Case:
-    n, classes, _, _ = shape
-    target = labels(n, classes, size)
-
-    def ours(student: Tensor, teacher: Tensor) -> Tensor:
-        return fastkd.resized_cross_entropy(student, target)
-
-    def plain(student: Tensor, teacher: Tensor) -> Tensor:
-        return F.cross_entropy(upsample(student, size), target, ignore_index=255)
-
-    fp32 = DEVICE == "cpu" and dtype == torch.float32
-    return Case(
-        f"resized CE to {size[0]}×{size[1]}",
-        shape,
-        dtype,
-        ours,
-        plain,
-        lambda s, t: {"exp": lambda: exponentials(n * classes * size[0] * size[1])},
-        lambda t: 2 * t["exp"],
-        {"eager": 12, "compile": 12, "floor": 2.5, "bytes": 8} if fp32 else {},
-        label_pixels=n * size[0] * size[1],
-    )
+def plain(logits: Tensor, target: Tensor) -> Tensor:
+    """As everyone writes it: logits upsampled to the labels, then the loss."""
+    return F.cross_entropy(upsample(logits, (target.shape[1], target.shape[2])), target, ignore_index=255)
 
 
-CASES = [
-    case((2, 19, 64, 128), SIZE, torch.float32),
-    case((2, 19, 64, 128), SIZE, torch.bfloat16),
-    case((2, 150, 64, 64), (512, 512), torch.float32),
-]
+def liger_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Upsampled, then one row a pixel."""
+    from liger_kernel.transformers import LigerCrossEntropyLoss
 
-if __name__ == "__main__":
-    main(CASES)
+    return LigerCrossEntropyLoss(ignore_index=255)(rows(upsample(logits, target.shape[-2:])), target.flatten())
+
+
+def case(shape: Shape, size: tuple[int, int], dtype: torch.dtype, **targets: float) -> Case:
+    pixels = shape[0] * size[0] * size[1]
+
+    def rivals(device: str, shape: Shape) -> dict[str, Loss | str]:
+        target = labels(shape, size, device)
+        return {
+            "ours": lambda s, t: fastkd.resized_cross_entropy(s, target),
+            "eager": lambda s, t: plain(s, target),
+            "liger": liger() or (lambda s, t: liger_cross_entropy(s, target)),
+        }
+
+    work = Work(2 * nbytes(shape, dtype) + 8 * pixels, 2 * shape[1] * pixels)
+    return Case("resized CE", shape, dtype, rivals, work, size, targets)

@@ -1,49 +1,32 @@
 """KD at label resolution, forward and backward.
 
-The floor is 4 exponentials a class and label pixel: each side, once for the loss and once for a gradient made in a pass of
-its own. Making the gradient in the forward can go below it.
+The work: read both logits, write the gradient at logit size; 4 exponentials a class and label pixel, each side once for the loss
+and once for a gradient made in a pass of its own. Making the gradient in the forward can go below it.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
 
+from . import bench_kd
+from .bench_nfd import nbytes
 from .bench_resized_cross_entropy import upsample
-from .harness import DEVICE, Case, exponentials, main
+from .harness import Case, Loss, Shape, liger
+from .roofline import Work
 
 
-def case(shape: tuple[int, int, int, int], size: tuple[int, int], dtype: torch.dtype) -> Case:
-    n, classes, _, _ = shape
-    pixels = n * size[0] * size[1]
-
-    def ours(student: Tensor, teacher: Tensor) -> Tensor:
-        return fastkd.resized_kd_loss(student, teacher, size=size)
-
-    def plain(student: Tensor, teacher: Tensor) -> Tensor:
-        log_s = F.log_softmax(upsample(student, size), 1)
-        return F.kl_div(log_s, F.softmax(upsample(teacher, size), 1), reduction="sum") / pixels
-
-    fp32 = DEVICE == "cpu" and dtype == torch.float32
-    return Case(
-        f"resized KD to {size[0]}×{size[1]}",
-        shape,
-        dtype,
-        ours,
-        plain,
-        lambda s, t: {"exp": lambda: exponentials(classes * pixels)},
-        lambda t: 4 * t["exp"],
-        {"eager": 12, "compile": 6, "floor": 2.5, "bytes": 8} if fp32 else {},
-        label_pixels=pixels,
-    )
+def plain(student: Tensor, teacher: Tensor, size: tuple[int, int]) -> Tensor:
+    return bench_kd.plain(upsample(student, size), upsample(teacher, size))
 
 
-CASES = [
-    case((2, 19, 64, 128), (512, 1024), torch.float32),
-    case((2, 19, 64, 128), (512, 1024), torch.bfloat16),
-    case((2, 150, 64, 64), (512, 512), torch.float32),
-]
+def case(shape: Shape, size: tuple[int, int], dtype: torch.dtype, **targets: float) -> Case:
+    def rivals(device: str, shape: Shape) -> dict[str, Loss | str]:
+        return {
+            "ours": lambda s, t: fastkd.resized_kd_loss(s, t, size=size),
+            "eager": lambda s, t: plain(s, t, size),
+            "liger": liger() or (lambda s, t: bench_kd.liger_kl(upsample(s, size), upsample(t, size))),
+        }
 
-if __name__ == "__main__":
-    main(CASES)
+    work = Work(3 * nbytes(shape, dtype), 4 * shape[0] * shape[1] * size[0] * size[1])
+    return Case("resized KD", shape, dtype, rivals, work, size, targets)

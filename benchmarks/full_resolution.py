@@ -3,28 +3,27 @@
     python -m benchmarks.full_resolution
 
 Every measurement is made in a process of its own whose memory is limited (``--limit-gib``), so a rival that needs more
-dies alone and is listed as such. CPU only. Appends to ``results/full_resolution.csv``, draws
-``docs/images/full-resolution.png`` and prints the table.
+dies alone and is listed as such. CPU only. Appends to ``results/full_resolution.csv`` and prints the table;
+`benchmarks.publish` makes the page and the plot.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import json
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
-from . import bench_rdd
-from .bench_resized_cross_entropy import upsample
-from .harness import RESULTS, commit, device, kernels, peak_memory
+from . import bench_rdd, bench_resized_cross_entropy
+from .harness import RESULTS, Case, Record, append, peak_memory, where
+from .report import origin
 
 ROOT = Path(__file__).parents[1]
 HEIGHTS = (256, 512, 1024, 2048, 4096)
@@ -33,33 +32,21 @@ COLUMNS = ("date", "commit", "device", "threads", "torch", "loss", "height", "wi
 CLASSES, STRIDE = 19, 8
 
 
-def losses(height: int):
-    """{name: {rival: a function of (student, teacher)}} for labels of height x 2 height, and the logits' shape."""
-    shape, size = (1, CLASSES, height // STRIDE, 2 * height // STRIDE), (height, 2 * height)
-    bench_rdd.SHAPE, bench_rdd.SIZE = shape, size
-    tse = bench_rdd.case("tse", torch.float32)
-    target = bench_rdd.labels(1, CLASSES, size)
-
-    def ce(student, teacher):
-        return torch.nn.functional.cross_entropy(upsample(student, size), target, ignore_index=255)
-
-    def our_ce(student, teacher):
-        import fastkd
-
-        return fastkd.resized_cross_entropy(student, target)
-
-    return {"cross-entropy": (our_ce, ce), "RDD TSE": (tse.ours, tse.plain)}, shape
+def case(loss_name: str, height: int) -> Case:
+    """For labels of height x 2 height."""
+    make = {"cross-entropy": bench_resized_cross_entropy.case, "RDD TSE": bench_rdd.tse_case}[loss_name]
+    return make((1, CLASSES, height // STRIDE, 2 * height // STRIDE), (height, 2 * height), torch.float32)
 
 
 def measure(loss_name: str, height: int, rival: str, limit_gib: float) -> dict[str, float | str]:
     """In this process: median milliseconds and extra MiB of forward + backward, or what it died of."""
     resource.setrlimit(resource.RLIMIT_DATA, (int(limit_gib * 2**30),) * 2)
     try:
-        named, shape = losses(height)
-        ours, plain = named[loss_name]
-        loss = {"ours": ours, "eager": plain, "compile": torch.compile(plain, fullgraph=True)}[rival]
+        one = case(loss_name, height)
+        rivals = one.rivals("cpu", one.shape)
+        loss = torch.compile(rivals["eager"], fullgraph=True) if rival == "compile" else rivals[rival]
         g = torch.Generator().manual_seed(0)
-        student, teacher = (torch.randn(shape, generator=g) for _ in range(2))
+        student, teacher = (torch.randn(one.shape, generator=g) for _ in range(2))
         student.requires_grad_()
 
         def step() -> None:
@@ -68,7 +55,7 @@ def measure(loss_name: str, height: int, rival: str, limit_gib: float) -> dict[s
 
         step()
         student.grad = None
-        extra = peak_memory(step) - student.nbytes
+        extra = peak_memory(step, "cpu") - student.nbytes
         times: list[float] = []
         while len(times) < 3 or (len(times) < 15 and sum(times) < 2):
             begin = time.perf_counter()
@@ -79,21 +66,30 @@ def measure(loss_name: str, height: int, rival: str, limit_gib: float) -> dict[s
         return {"died": str(error).partition("\n")[0][:80]}
 
 
-def table(rows: dict[tuple[str, int], dict[str, dict]], limit_gib: float) -> str:
-    def cell(result: dict, key: str, digits: int) -> str:
-        return f"{result[key]:,.{digits}f}" if key in result else f"more than {limit_gib:g} GiB"
+def newest(records: Iterable[Record]) -> dict[tuple[str, int], dict[str, Record]]:
+    """{(loss, height): {rival: record}}, of each the last."""
+    found: dict[tuple[str, int], dict[str, Record]] = {}
+    for record in records:
+        found.setdefault((record["loss"], int(record["height"])), {})[record["rival"]] = record
+    return found
+
+
+def table(rows: Mapping[tuple[str, int], Mapping[str, Record]]) -> str:
+    def cell(results: Mapping[str, Record], rival: str, key: str, digits: int) -> str:
+        text = results[rival][key] if rival in results else ""
+        return text if text in ("", "died") else f"{float(text):,.{digits}f}"
 
     lines = [
         "| loss | labels | ours ms | eager ms | compile ms | ours MiB | eager MiB | compile MiB |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for (name, height), results in rows.items():
-        cells = [cell(results[r], "median_ms", 0) for r in RIVALS] + [cell(results[r], "extra_mib", 1) for r in RIVALS]
+        cells = [cell(results, r, "median_ms", 0) for r in RIVALS] + [cell(results, r, "extra_mib", 1) for r in RIVALS]
         lines.append(f"| {name} | {height}×{2 * height} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines) + '\n\n"died": needed more memory than the process was given.'
 
 
-def plot(rows: dict[tuple[str, int], dict[str, dict]], path: Path) -> None:
+def plot(rows: Mapping[tuple[str, int], Mapping[str, Record]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -107,9 +103,9 @@ def plot(rows: dict[tuple[str, int], dict[str, dict]], path: Path) -> None:
         for name, style in (("cross-entropy", "-"), ("RDD TSE", "--")):
             for rival in RIVALS:
                 points = [
-                    (2 * height**2 / 1e6, results[rival][key])
+                    (2 * height**2 / 1e6, float(results[rival][key]))
                     for (loss, height), results in rows.items()
-                    if loss == name and key in results[rival]
+                    if loss == name and rival in results and results[rival][key] != "died"
                 ]
                 if points:
                     axis.plot(
@@ -138,7 +134,7 @@ def main() -> None:
         name, height, rival = args.one
         print(json.dumps(measure(name, int(height), rival, args.limit_gib)))
         return
-    rows: dict[tuple[str, int], dict[str, dict]] = {}
+    records: list[Record] = []
     for name in ("cross-entropy", "RDD TSE"):
         for height in args.heights:
             for rival in RIVALS:
@@ -149,30 +145,14 @@ def main() -> None:
                 )
                 last = (child.stdout.strip().splitlines() or [""])[-1]
                 result = json.loads(last) if child.returncode == 0 else {"died": f"exit {child.returncode}"}
-                rows.setdefault((name, height), {})[rival] = result
                 if "died" in result:
                     print(f"  died: {result['died']}", file=sys.stderr)
-    append(rows)
-    plot(rows, ROOT / "docs" / "images" / "full-resolution.png")
-    where = f"{device()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {kernels()}, commit {commit()}"
-    print(f"{where}\n\n{table(rows, args.limit_gib)}")
-
-
-def append(rows: dict[tuple[str, int], dict[str, dict]]) -> None:
-    path = RESULTS / "full_resolution.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(COLUMNS)
-        for (name, height), results in rows.items():
-            for rival, result in results.items():
-                numbers = [f"{result[k]:.2f}" if k in result else "died" for k in ("median_ms", "extra_mib")]
-                date, threads = datetime.date.today().isoformat(), torch.get_num_threads()
-                writer.writerow(
-                    [date, commit(), device(), threads, torch.__version__, name, height, 2 * height, rival, *numbers]
-                )
+                here = {k: v for k, v in where("cpu").items() if k in COLUMNS}
+                numbers = {k: f"{result[k]:.2f}" if k in result else "died" for k in ("median_ms", "extra_mib")}
+                shape = {"loss": name, "height": str(height), "width": str(2 * height), "rival": rival}
+                records.append(here | shape | numbers)
+    append(records, RESULTS / "full_resolution.csv", COLUMNS)
+    print(f"{origin(records[0])}\n\n{table(newest(records))}")
 
 
 if __name__ == "__main__":

@@ -1,70 +1,237 @@
-"""Everything a GPU is needed for, in one command on a bare machine: build, GPU tests, benchmarks.
+"""Everything a GPU is needed for, in one command on a bare machine: build, GPU tests, benchmarks, plots, one summary.
 
-    python3 benchmarks/gpu_check.py --out DIR
+    python3 benchmarks/gpu_check.py --out DIR [--wheels FOLDER] [--minutes 8]
 
-Needs torch >= 2.10 with CUDA, a C++ compiler and what the tests import (pytest, hypothesis, numpy), already installed. A
-step whose log ends well is skipped when the command is repeated with the same DIR. No step can take the time of the
-others: each has a limit of its own.
+Needs Python >= 3.10, torch >= 2.11 with CUDA, Triton >= 3.6 and a C++ compiler. What else a step needs and the machine lacks
+can come as wheels in FOLDER, which are installed beside the environment and not into it; a step that lacks something is
+left out, and the summary says what to install.
+
+Repeated with the same DIR and the same checkout it goes on where it stopped: finished steps are not run again, and the
+benchmarks leave out the cases they have. DIR holds log.txt, summary.md, cuda.csv, cuda_steps.csv and losses-cuda.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+SITE = ROOT / "build" / "gpu_check"  # the wheels' packages
 PYTHON = sys.executable
-STEPS = {
-    "build": (120, [PYTHON, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", "."]),
-    "tests": (
-        210,
-        [PYTHON, "-m", "pytest", "-q", "-m", "not slow", *(f"tests/test_{name}.py" for name in (
-            "nfd", "kd", "cwd", "resized", "rdd", "functional", "losses", "compile"))],
-    ),
-    "bench": (120, [PYTHON, "-m", "benchmarks"]),
-}  # fmt: skip
-DONE = "== exit 0"
+TESTS = (
+    *("gpu", "triton", "nfd", "kd", "cwd", "resized", "resized_kernels", "rdd", "rdd_kernels"),
+    *("functional", "losses", "backends", "compile"),
+)
+
+
+class Step(NamedTuple):
+    """A command, the seconds it may take, the modules it needs, and whether the later steps need it."""
+
+    name: str
+    seconds: int
+    command: list[str]
+    needs: tuple[str, ...] = ()
+    vital: bool = False
+
+
+def steps(out: Path) -> list[Step]:
+    pytest = [PYTHON, "-m", "pytest", "-q", "-m", "not slow", "--hypothesis-profile=quick", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist"):  # most of the time goes into compiling kernels on the host
+        pytest += ["-n", str(min(os.cpu_count() or 1, 12))]
+    if missing(["expecttest"]):
+        pytest += ["-k", "not opcheck"]
+    return [
+        Step(
+            "build",
+            100,
+            [PYTHON, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", "."],
+            ("setuptools",),
+            vital=True,
+        ),
+        Step(
+            "tests",
+            140,
+            pytest + [f"tests/test_{name}.py" for name in TESTS],
+            ("pytest", "hypothesis", "numpy"),
+        ),
+        Step("losses", 140, [PYTHON, "-m", "benchmarks", "--resume", "--out", str(out)]),
+        Step("step", 80, [PYTHON, "-m", "benchmarks.bench_step", "--resume", "--out", str(out)], ("torchvision",)),
+        Step("numbers", 20, [PYTHON, "-m", "benchmarks.publish", "--gpu", str(out)], ("matplotlib",)),
+    ]
+
+
+def missing(needs: Sequence[str]) -> list[str]:
+    return [name for name in needs if importlib.util.find_spec(name) is None]
+
+
+def machine() -> tuple[list[str], str | None]:
+    """What is here, line by line, and what stands in the way of everything."""
+    lines = [f"Python {sys.version.split()[0]}"]
+    if lacking := missing(("torch", "triton")):
+        return lines, f"{' and '.join(lacking)} cannot be imported; pip install torch>=2.11 (it brings Triton on Linux)"
+    import torch
+    import triton
+
+    lines += [f"torch {torch.__version__}, CUDA {torch.version.cuda}", f"Triton {triton.__version__}"]
+    lines.append(f"nvcc: {shutil.which('nvcc') or 'none'}; C++: {shutil.which('c++') or shutil.which('g++') or 'none'}")
+    if not torch.cuda.is_available():
+        return lines, "torch finds no GPU"
+    lines.append(torch.cuda.get_device_name())
+    if missing(["expecttest"]):
+        lines.append("no expecttest: tests without opcheck")
+    return lines, None
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
+    except OSError:  # no git
+        out = ""
+    return out or os.environ.get("FASTKD_COMMIT", "unknown")
+
+
+def ending(step: str, code: int, seconds: float) -> str:
+    return f"=== {step}: exit {code} after {seconds:.0f} s at {commit()}"
+
+
+def sections(log: Path) -> dict[str, tuple[str, int, float]]:
+    """{step: (what it printed, exit status, seconds)} of the last finished run of every step at this commit."""
+    found: dict[str, tuple[str, int, float]] = {}
+    text = log.read_text(errors="replace") if log.exists() else ""
+    pattern = r"^=== (\w+) begins\n((?:(?!=== \w+ begins\n).*\n)*?)=== \1: exit (\d+) after (\d+) s at (.*)$"
+    for name, printed, code, seconds, at in re.findall(pattern, text, re.MULTILINE):
+        if at == commit():
+            found[name] = (printed, int(code), float(seconds))
+    return found
+
+
+def run(step: Step, limit: float, log: Path) -> None:
+    """Appends what the step prints to the log, and how it ended: 124 if it took longer than ``limit`` seconds."""
+    env = {**os.environ, "FASTKD_BUILD": "1", "PIP_BREAK_SYSTEM_PACKAGES": "1", "PYTHONUNBUFFERED": "1"}
+    env["PYTHONPATH"] = os.pathsep.join(
+        p for p in (str(SITE) if SITE.exists() else "", os.environ.get("PYTHONPATH")) if p
+    )
+    begin = time.monotonic()
+    with log.open("a") as file:
+        file.write(f"=== {step.name} begins\n")
+        file.flush()
+        # A process group of its own, so that what the step started ends with it.
+        child = subprocess.Popen(
+            step.command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = child.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = 124
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+    with log.open("a") as file:
+        file.write(f"\n{ending(step.name, code, time.monotonic() - begin)}\n")
+
+
+def summary(all_steps: Sequence[Step], log: Path, left_out: dict[str, str], lines: Sequence[str]) -> str:
+    """How every step ended, the failures of the tests, and the tables of the last step."""
+    found = sections(log)
+    table = ["| step | result | seconds |", "|---|---|---:|"]
+    for step in all_steps:
+        if step.name in left_out:
+            table.append(f"| {step.name} | {left_out[step.name]} | |")
+        elif step.name in found:
+            _, code, seconds = found[step.name]
+            words = {0: "done", 124: "out of time; run again to go on"}.get(code, f"failed, exit {code}: see log.txt")
+            table.append(f"| {step.name} | {words} | {seconds:.0f} |")
+        else:
+            table.append(f"| {step.name} | not run | |")
+    parts = [f"# GPU check at {commit()}", "; ".join(lines), "\n".join(table)]
+    if "tests" in found:
+        told = [
+            line for line in found["tests"][0].splitlines() if re.match(r"(FAILED|ERROR)|\d+ (passed|failed)", line)
+        ]
+        parts.append("\n".join(f"    {line}" for line in told[-30:]))
+    if "numbers" in found:
+        parts.append(found["numbers"][0].strip())
+    return "\n\n".join(parts) + "\n"
+
+
+def check(all_steps: Sequence[Step], out: Path, minutes: float, lines: Sequence[str]) -> int:
+    """Runs the steps that are not done yet and writes the summary; 0 if every step is done."""
+    out.mkdir(parents=True, exist_ok=True)
+    log, stop = out / "log.txt", time.monotonic() + 60 * minutes
+    left_out: dict[str, str] = {}
+    broken = None
+    for step in all_steps:
+        done = sections(log).get(step.name)
+        # What is made of the other steps' results is made anew.
+        if done and done[1] == 0 and step is not all_steps[-1]:
+            print(f"{step.name}: done before", flush=True)
+            continue
+        left = stop - time.monotonic()
+        if lacking := missing(step.needs):
+            left_out[step.name] = f"left out: no {', '.join(lacking)}; pip install {' '.join(lacking)}, or --wheels"
+        elif broken:
+            left_out[step.name] = f"left out: {broken} failed"
+        elif left < 5:
+            left_out[step.name] = "no time left; run again to go on"
+        else:
+            print(f"{step.name}: at most {min(step.seconds, left):.0f} s", flush=True)
+            run(step, min(step.seconds, left), log)
+            if step.vital and sections(log)[step.name][1]:
+                broken = step.name
+        if step.name in left_out:
+            print(f"{step.name}: {left_out[step.name]}", flush=True)
+    text = summary(all_steps, log, left_out, lines)
+    (out / "summary.md").write_text(text)
+    print(f"{text.partition('### Losses on a GPU')[0]}\nthe tables: {out / 'summary.md'}")
+    found = sections(log)
+    return 0 if all(step.name in found and found[step.name][1] == 0 for step in all_steps) else 1
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the logs and cuda.csv")
-    out = parser.parse_args().out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    summary = []
-    for name, (limit, command) in STEPS.items():
-        log = out / f"{name}.log"
-        if log.exists() and log.read_text().rstrip().endswith(DONE):
-            summary.append(f"{name}: done before")
-            continue
-        begin = time.monotonic()
-        env = {
-            **os.environ,
-            "FASTKD_BUILD": "1",
-            "PIP_BREAK_SYSTEM_PACKAGES": "1",
-            "FASTKD_RESULTS": str(out),
-            "PYTHONUNBUFFERED": "1",
-        }
-        with log.open("w") as file:
-            try:
-                code = subprocess.run(
-                    command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, timeout=limit
-                ).returncode
-            except subprocess.TimeoutExpired:
-                code = 124
-            file.write(f"\n== exit {code}\n")
-        summary.append(f"{name}: exit {code}, {time.monotonic() - begin:.0f} s, {log}")
-        if code and name == "build":
-            break
-    print("\n".join(summary))
-    bench = out / "bench.log"
-    if bench.exists():
-        print(bench.read_text())
-    return 0 if all("exit 0" in line or "done before" in line for line in summary) else 1
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the log, the rows, the plot and the summary"
+    )
+    parser.add_argument("--wheels", type=Path, help="folder of wheels that the machine lacks")
+    parser.add_argument("--minutes", type=float, default=8, help="for everything (default: %(default)s)")
+    args = parser.parse_args()
+    if args.wheels:
+        wheels = sorted(map(str, args.wheels.glob("*.whl")))
+        command = [
+            PYTHON,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-index",
+            "--no-deps",
+            "--upgrade",
+            "--target",
+            str(SITE),
+            *wheels,
+        ]
+        subprocess.run(command, check=True)
+    if SITE.exists():
+        sys.path.insert(0, str(SITE))
+    lines, obstacle = machine()
+    if obstacle:
+        print("\n".join(lines))
+        print(f"gpu_check: {obstacle}", file=sys.stderr)
+        return 2
+    out = args.out.resolve()
+    return check(steps(out), out, args.minutes, lines)
 
 
 if __name__ == "__main__":

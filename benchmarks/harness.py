@@ -1,8 +1,9 @@
-"""One harness for every benchmark: cases, rivals, timing, memory, errors, the table and the CSV.
+"""One harness for every benchmark: cases, rivals, timing, memory, errors, records and the CSV they are kept in.
 
 All rivals of a case run in one process, one call of each after the other, so that a noisy machine disturbs all alike;
 before every timed call a buffer larger than the caches is written. Reported are medians with the 20th and 80th
-percentiles, and ratios of medians. A rival whose result fails the error check has no time printed.
+percentiles, and ratios of medians. A rival whose gradient fails the check against float64 has no time. docs/benchmarks.md
+has the method in full.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ from __future__ import annotations
 import csv
 import ctypes
 import datetime
+import functools
 import gc
+import importlib.metadata
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,14 +31,25 @@ from torch import Tensor
 import fastkd
 from fastkd import backends
 
+from .roofline import Work, special_function_rate
+
 Loss = Callable[[Tensor, Tensor], Tensor]
-RESULTS = Path(os.environ.get("FASTKD_RESULTS", Path(__file__).with_name("results")))
+Record = dict[str, str]
+"""One rival of one case: a row of the CSV, every value as it is written there, "" where there is none."""
+Shape = tuple[int, int, int, int]
+
+RESULTS = Path(__file__).with_name("results")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FLUSH_BYTES = 64 * 2**20 if DEVICE == "cpu" else 256 * 2**20  # beyond the last-level cache
+FLUSH_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # beyond the last-level cache
+SECONDS = {"cpu": 6.0, "cuda": 0.8}  # of timing, per case
+WHERE = ("date", "commit", "device", "driver", "threads", "torch", "kernels")
 COLUMNS = (
-    *("date", "commit", "device", "threads", "torch", "kernels", "op", "shape", "dtype"),
-    *("rival", "p20_ms", "median_ms", "p80_ms", "floor_ms", "error", "extra_memory"),
+    *WHERE,
+    *("op", "shape", "size", "dtype", "rival", "p20_ms", "median_ms", "p80_ms", "floor_ms", "bytes", "copy_gbs"),
+    *("error", "peak_bytes", "retained_bytes", "host_us", "note"),
 )
+KEY = ("device", "op", "shape", "size", "dtype")
+"""What makes two records those of one case on one machine."""
 MAX_ERROR = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Relative error of a gradient against float64 above which a time means nothing."""
 
@@ -43,268 +58,510 @@ MAX_ERROR = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 class Case:
     """One loss on one shape.
 
-    ``ours`` and ``plain`` map (student, teacher) to a 0-d loss; ``plain`` is what one writes in PyTorch and what
-    ``torch.compile`` gets. ``floor(student, teacher, seconds)`` is the time the hardware needs for the work that no
-    implementation can avoid, from the timed ``pieces``.
+    ``rivals(device, shape)`` makes {name: a function of (student, teacher) that returns a 0-d loss}, for maps of ``shape``.
+    "ours" and "eager" are always there, "eager" being what one writes in PyTorch, and what ``torch.compile`` gets; a
+    string instead of a function is the reason why a rival is absent.
     """
 
     op: str
-    shape: tuple[int, ...]
+    shape: Shape
     dtype: torch.dtype
-    ours: Loss
-    plain: Loss
-    pieces: Callable[[Tensor, Tensor], dict[str, Callable[[], object]]]
-    floor: Callable[[dict[str, float]], float]
+    rivals: Callable[[str, Shape], dict[str, Loss | str]]
+    work: Work
+    size: tuple[int, int] | None = None  # of the labels, for a loss at label resolution
     targets: dict[str, float] = field(default_factory=dict)
-    label_pixels: int | None = None  # of a loss at label resolution: its extra memory is given per label pixel
     max_error: float | None = None  # instead of MAX_ERROR's
 
-
-@dataclass
-class Row:
-    case: Case
-    times: dict[str, tuple[float, float, float]]  # rival -> 20 %, median, 80 % in milliseconds
-    errors: dict[str, float]
-    floor: float
-    extra_bytes: int  # beyond the inputs and the gradient
-    input_bytes: int
-
-    def ratio(self, rival: str) -> float | None:
-        if self.times.get("ours") is None or self.times.get(rival) is None:
-            return None
-        return self.times[rival][1] / self.times["ours"][1]
-
     @property
-    def over_floor(self) -> float | None:
-        return self.times["ours"][1] / self.floor if "ours" in self.times else None
+    def key(self) -> tuple[str, ...]:
+        """KEY without the device, as in a record."""
+        return (self.op, by_x(self.shape), by_x(self.size or ()), dtype_name(self.dtype))
 
 
-def run(case: Case, seconds: float = 6.0) -> Row:
-    """Checks every rival against float64, then times them interleaved for about ``seconds``."""
+def by_x(numbers: Iterable[int]) -> str:
+    return "x".join(map(str, numbers))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def run(case: Case, device: str = DEVICE, seconds: float | None = None) -> list[Record]:
+    """Checks every rival against float64, measures its memory, then times all interleaved for about ``seconds``.
+
+    Where float64 does not fit, the check is made on as many samples as fit. Rivals that need more than there is are not run.
+    """
+    n, free = case.shape[0], free_bytes(device)
+    checked = min(n, int(free // (float64_bytes(case) / n)))
+    if checked == 0:
+        needed = float64_bytes(case) / n / 2**30
+        note = f"the float64 check of one sample needs {needed:.0f} GiB, {free / 2**30:.0f} are free"
+        return [_record(case, device, "ours", note=note)]
+    rivals = all_rivals(case, device, checked)
+    records = check(case, device, rivals, checked)
+    if checked < n:
+        rivals = all_rivals(case, device, n)
+        for record in records.values():
+            record.setdefault("note", f"checked on {checked} of {n} samples")
+    student, teacher = inputs(case, device, n)
+    timed: dict[str, Callable[[], object]] = {}
+    for name in [name for name, record in records.items() if record.get("passed")]:
+        loss, needed = rivals[name], float64_bytes(case) / 2
+        assert not isinstance(loss, str)
+        if not name.startswith("ours") and needed > free:
+            records[name]["note"] = f"needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free"
+            continue
+        try:
+            gradient(loss, student, teacher)
+            peak, retained = memory(loss, student, teacher, device)
+        except Exception as failure:  # too little memory, most likely; the others are timed all the same
+            records[name]["note"] = reason(failure)
+            continue
+        records[name] |= {"peak_bytes": str(peak), "retained_bytes": str(retained)}
+        timed[name] = functools.partial(gradient, loss, student, teacher)
+        if device == "cuda":
+            host = host_microseconds(functools.partial(loss, student, teacher)) - bare_launch_microseconds()
+            records[name]["host_us"] = f"{host:.1f}"
+
+    pieces = hardware(case, student.detach(), teacher, device)
+    calls = timed | {name: call for name, (call, _) in pieces.items()}
+    times = interleave(calls, device, SECONDS[device] if seconds is None else seconds)
+    # Of each piece: what it does in a second.
+    rates = {name: amount / (statistics.median(times[name]) / 1e3) for name, (_, amount) in pieces.items()}
+    if device == "cuda" and (rate := special_function_rate(device_name(device))):
+        rates["exponentials"] = rate
+    floor = case.work.seconds(rates["bytes"], rates.get("exponentials"))
+    for name in timed:
+        low, median, high = percentiles(times[name])
+        records[name] |= {"p20_ms": f"{low:.4f}", "median_ms": f"{median:.4f}", "p80_ms": f"{high:.4f}"}
+    shared = {
+        "floor_ms": f"{floor * 1e3:.4f}",
+        "bytes": f"{case.work.bytes:.0f}",
+        "copy_gbs": f"{rates['bytes'] / 1e9:.4g}",
+    }
+    return [_record(case, device, name, **shared, **values) for name, values in records.items()]
+
+
+def inputs(case: Case, device: str, samples: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(case.shape, generator=g).to(DEVICE, case.dtype) for _ in range(2))
-    student.requires_grad_()
-    torch._dynamo.reset()
-    rivals = {"ours": case.ours, "eager": case.plain, "compile": torch.compile(case.plain, fullgraph=True)}
+    shape = (samples, *case.shape[1:])
+    student, teacher = (torch.randn(shape, generator=g).to(device, case.dtype) for _ in range(2))
+    return student.requires_grad_(), teacher
 
-    def step(loss: Loss) -> Tensor:
-        student.grad = None
-        loss(student, teacher).backward()
-        return student.grad
 
-    truth_student = student.detach().double().requires_grad_()
-    case.plain(truth_student, teacher.double()).backward()
-    truth = truth_student.grad
-    errors = {name: relative_error(step(loss), truth) for name, loss in rivals.items()}
-    del truth, truth_student
-
-    student.grad = None  # else the memory it gives back would hide as much of the new one
-    extra = peak_memory(lambda: step(case.ours)) - student.nbytes
-    calls = {name: (lambda loss=loss: step(loss)) for name, loss in rivals.items()} | case.pieces(
-        student.detach(), teacher
-    )
-    times = interleave(calls, seconds)
-    floor = case.floor({name: times.pop(name)[1] for name in list(times) if name not in rivals})
+def check(case: Case, device: str, rivals: Mapping[str, Loss | str], samples: int) -> dict[str, Record]:
+    """{rival: its error, or a note that says why it is not timed}; "passed" is in those that may be timed."""
+    student, teacher = inputs(case, device, samples)
+    truth = gradient(rivals["eager"], student.detach().double().requires_grad_(), teacher.double())
     limit = MAX_ERROR[case.dtype] if case.max_error is None else case.max_error
-    kept = {name: t for name, t in times.items() if errors[name] <= limit}
-    return Row(case, kept, errors, floor, max(extra, 0), student.nbytes + teacher.nbytes)
+    records: dict[str, Record] = {}
+    for name, loss in rivals.items():
+        if isinstance(loss, str):
+            records[name] = {"note": loss}
+            continue
+        try:
+            error = relative_error(gradient(loss, student, teacher), truth)
+        except Exception as failure:  # it may lack a compiler or a kernel
+            records[name] = {"note": reason(failure)}
+            continue
+        records[name] = {"error": f"{error:.2e}"}
+        if error <= limit:
+            records[name]["passed"] = "yes"
+        else:  # also where it is NaN
+            records[name]["note"] = f"error check failed: {error:.1e} is above {limit:g}"
+    return records
+
+
+def reason(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0][:120]}"
+
+
+def all_rivals(case: Case, device: str, samples: int) -> dict[str, Loss | str]:
+    """The case's own rivals, ``torch.compile`` of the eager one, and ours on every further backend that runs here."""
+    torch._dynamo.reset()
+    rivals = case.rivals(device, (samples, *case.shape[1:]))
+    ours, eager = rivals["ours"], rivals["eager"]
+    rivals["compile"] = torch.compile(eager, fullgraph=True)
+    default = backends.choose("kd", torch.device(device))
+    for name in ("cpu", "triton", "cuda"):
+        if name != default and backends.why_not(name) is None and backends.runs_on(name, torch.device(device)):
+            rivals[f"ours, {name}"] = functools.partial(_on_backend, name, ours)
+    return rivals
+
+
+def _on_backend(name: str, loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
+    with fastkd.use_backend(name):
+        return loss(student, teacher)
+
+
+def gradient(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
+    """One forward and backward."""
+    student.grad = None
+    loss(student, teacher).backward()
+    assert student.grad is not None
+    return student.grad
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want).norm() / want.norm()).item()
 
 
-def interleave(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, tuple[float, float, float]]:
-    flush = torch.empty(FLUSH_BYTES // 4, device=DEVICE)
+# Memory
+
+
+def float64_bytes(case: Case) -> int:
+    """What plain PyTorch in float64 needs about: 8 tensors of the student's size, or of its size after the resize."""
+    n, c, h, w = case.shape
+    height, width = case.size or (h, w)
+    return 8 * 8 * n * c * max(h * w, height * width)
+
+
+def free_bytes(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    info = Path("/proc/meminfo")
+    return int(info.read_text().partition("MemAvailable:")[2].split()[0]) * 1024 if info.exists() else float("inf")
+
+
+def memory(loss: Loss, student: Tensor, teacher: Tensor, device: str) -> tuple[int, int]:
+    """Bytes beyond the inputs: (the peak of a forward and backward, less the gradient; what is kept between the two).
+
+    ``loss`` must have run before.
+    """
+    student.grad = None  # else the memory it gives back would hide as much of the new one
+    _settle(device)
+    before, kept = bytes_in_use(device), [0]
+
+    def step() -> None:
+        value = loss(student, teacher)
+        kept[0] = bytes_in_use(device) - before
+        value.backward()
+
+    peak = peak_memory(step, device) - student.nbytes
+    student.grad = None
+    return max(peak, 0), max(kept[0], 0)
+
+
+def peak_memory(call: Callable[[], object], device: str = DEVICE) -> int:
+    """Bytes by which memory peaks during ``call``, which must have run before: the allocator's on a GPU, the process's
+    resident memory on a CPU (Linux)."""
+    _settle(device)
+    before = bytes_in_use(device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    if not _STATUS.exists():
+        return 0
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    call()
+    return _status("VmHWM") - before
+
+
+def bytes_in_use(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
+    return _status("VmRSS") if _STATUS.exists() else 0
+
+
+def _settle(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    elif _STATUS.exists():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+_STATUS = Path("/proc/self/status")
+
+
+def _status(key: str) -> int:
+    return int(_STATUS.read_text().partition(f"{key}:")[2].split()[0]) * 1024
+
+
+# Time
+
+
+def interleave(calls: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of every call, each with cold caches, one call of each after the other."""
+    flush = torch.empty(FLUSH_BYTES[device] // 4, device=device)
     for call in calls.values():
         call()
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    round_of = _cpu_round if device == "cpu" else _GpuRound(calls, flush)
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop or len(next(iter(samples.values()))) < 7:
-        for name, call in calls.items():
-            flush.fill_(1.0)
-            samples[name].append(_milliseconds(call))
-    return {name: _percentiles(values) for name, values in samples.items()}
+        for name, milliseconds in round_of(calls, flush).items():
+            samples[name].append(milliseconds)
+    return samples
 
 
-def _milliseconds(call: Callable[[], object]) -> float:
-    if DEVICE == "cpu":
+def _cpu_round(calls: dict[str, Callable[[], object]], flush: Tensor) -> dict[str, float]:
+    times = {}
+    for name, call in calls.items():
+        flush.fill_(1.0)
         begin = time.perf_counter()
         call()
-        return (time.perf_counter() - begin) * 1e3
-    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin_event.record()
-    call()
-    end_event.record()
-    end_event.synchronize()
-    return begin_event.elapsed_time(end_event)
+        times[name] = (time.perf_counter() - begin) * 1e3
+    return times
 
 
-def _percentiles(values: list[float]) -> tuple[float, float, float]:
+class _GpuRound:
+    """Queues a whole round before it waits: the flushes ahead of a call last longer than the host needs to launch it, so
+    the events around it time the GPU and not Python."""
+
+    def __init__(self, calls: dict[str, Callable[[], object]], flush: Tensor):
+        fill_ms = statistics.median(self._timed(lambda: flush.fill_(1.0)) for _ in range(5))
+        self.fills = {name: 1 + int(1.5 * host_microseconds(call, 3) / 1e3 / fill_ms) for name, call in calls.items()}
+
+    @staticmethod
+    def _timed(call: Callable[[], object]) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end)
+
+    def __call__(self, calls: dict[str, Callable[[], object]], flush: Tensor) -> dict[str, float]:
+        events = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in calls}
+        for name, call in calls.items():
+            for _ in range(self.fills[name]):
+                flush.fill_(1.0)
+            events[name][0].record()
+            call()
+            events[name][1].record()
+        torch.cuda.synchronize()
+        return {name: begin.elapsed_time(end) for name, (begin, end) in events.items()}
+
+
+def host_microseconds(call: Callable[[], object], times: int = 30) -> float:
+    """Median time until ``call`` returns on the host, with an empty queue, on a GPU."""
+    taken = []
+    for _ in range(times):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        taken.append((time.perf_counter() - begin) * 1e6)
+    torch.cuda.synchronize()
+    return statistics.median(taken)
+
+
+@functools.cache
+def bare_launch_microseconds() -> float:
+    """Host time of launching a Triton kernel that does nothing."""
+    import triton
+
+    @triton.jit
+    def nothing(x):
+        pass
+
+    x = torch.empty(16, device="cuda")
+    nothing[(1,)](x)
+    return host_microseconds(lambda: nothing[(1,)](x))
+
+
+def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """20th, 50th and 80th."""
     fifths = statistics.quantiles(values, n=5)
     return fifths[0], statistics.median(values), fifths[3]
 
 
-def peak_memory(call: Callable[[], object]) -> int:
-    """Bytes by which memory peaks during ``call``, which must have run before: the allocator's on a GPU, the process's
-    resident memory on a CPU (Linux)."""
-    gc.collect()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        allocated = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - allocated
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-
-    def kib(key: str) -> int:
-        return int(status.read_text().partition(f"{key}:")[2].split()[0])
-
-    before = kib("VmRSS")
-    call()
-    return (kib("VmHWM") - before) * 1024
-
-
-def copy_pieces(student: Tensor, teacher: Tensor) -> dict[str, Callable[[], object]]:
-    """The bandwidth of this machine on these tensors: two reads and a write."""
+def hardware(
+    case: Case, student: Tensor, teacher: Tensor, device: str
+) -> dict[str, tuple[Callable[[], object], float]]:
+    """{what: (a call, how much of it the call does)}: the bandwidth and, on a CPU, the exponentials of this machine."""
+    if device == "cuda":
+        source = torch.empty(FLUSH_BYTES["cuda"], dtype=torch.uint8, device=device)
+        copy = torch.empty_like(source)
+        return {"bytes": (lambda: copy.copy_(source), 2.0 * source.nbytes)}
     out = torch.empty_like(student)
-    return {"add": lambda: torch.add(student, teacher, out=out)}
-
-
-def exp_pieces(student: Tensor, teacher: Tensor) -> dict[str, Callable[[], object]]:
-    """And its exponentials: as many as the student has elements."""
-    if DEVICE == "cuda":  # special-function units keep up with memory in every case here
-        return copy_pieces(student, teacher)
-    return copy_pieces(student, teacher) | {"exp": lambda: exponentials(student.numel())}
+    pieces: dict[str, tuple[Callable[[], object], float]] = {
+        "bytes": (lambda: torch.add(student, teacher, out=out), 3.0 * student.nbytes)
+    }
+    if case.work.exponentials:
+        n = int(min(case.work.exponentials, 2**24))
+        pieces["exponentials"] = (lambda: exponentials(n), float(n))
+    return pieces
 
 
 def exponentials(n: int) -> None:
-    """The vector exponential of the kernels on ``n`` numbers that stay in the second-level cache (CPU), or from memory."""
-    if DEVICE == "cuda":
-        torch.rand(n, device=DEVICE).exp_()
-        return
-    chunk = torch.rand(32768 * torch.get_num_threads())
+    """The vector exponential of the C++ kernels (PyTorch's without them) on ``n`` numbers that stay in the second-level cache."""
+    chunk = torch.rand(min(n, 32768 * torch.get_num_threads()))
+    exp = torch.ops.fastkd_cpu.exp if backends.why_not("cpu") is None else torch.exp_
     for _ in range(-(-n // chunk.numel())):
-        torch.ops.fastkd_cpu.exp(chunk)
+        exp(chunk)
 
 
-def report(rows: list[Row]) -> str:
-    """The rows as a Markdown table, each target beside what was measured."""
-
-    def against(value: float | None, target: float | None, sign: str, unit: str = "×") -> str:
-        if value is None:
-            return "error check failed"
-        text = f"{value:.2f}{unit}"
-        if target is None:
-            return text
-        met = value >= target if sign == "≥" else value <= target
-        return f"{text} ({sign} {target:g}: {'met' if met else 'missed'})"
-
-    lines = [
-        "| loss | shape | dtype | ours ms (20–80 %) | eager ÷ ours | compile ÷ ours | ours ÷ floor | extra memory "
-        "| error: ours / eager |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        t = row.case.targets
-        memory = f"{row.extra_bytes / row.input_bytes:.2%}"
-        if row.case.label_pixels is not None:
-            memory = against(row.extra_bytes / row.case.label_pixels, t.get("bytes"), "≤", " B a label pixel")
-        ours = "error check failed"
-        if "ours" in row.times:
-            low, median, high = row.times["ours"]
-            ours = f"{median:.2f} ({low:.2f}–{high:.2f})"
-        lines.append(
-            f"| {row.case.op} | {row.case.shape} | {_name(row.case.dtype)} | {ours} "
-            f"| {against(row.ratio('eager'), t.get('eager'), '≥')} | {against(row.ratio('compile'), t.get('compile'), '≥')} "
-            f"| {against(row.over_floor, t.get('floor'), '≤')} | {memory} "
-            f"| {row.errors['ours']:.1e} / {row.errors['eager']:.1e} |"
-        )
-    return "\n".join(lines)
+# Records
 
 
-def append(rows: list[Row], path: Path) -> None:
-    """Adds the rows to a CSV file with what they were measured on."""
+def where(device: str) -> Record:
+    """The columns that say what and where was measured."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "device": device_name(device),
+        "driver": driver() if device == "cuda" else "",
+        "threads": str(torch.get_num_threads()) if device == "cpu" else "",
+        "torch": torch.__version__,
+        "kernels": backends.backend_info()["backends"]["cpu" if device == "cpu" else "triton"]["detail"],
+    }
+
+
+def _record(case: Case, device: str, rival: str, **values: str) -> Record:
+    values.pop("passed", None)
+    record = dict.fromkeys(COLUMNS, "") | where(device) | dict(zip(KEY[1:], case.key, strict=True)) | {"rival": rival}
+    if rival == "liger" and liger() is None:
+        record["kernels"] = f"liger-kernel {importlib.metadata.version('liger-kernel')}"
+    return record | values
+
+
+def append(records: list[Record], path: Path, columns: Sequence[str] = COLUMNS) -> None:
+    """Adds records to a CSV file; a file with other columns is an error, never overwritten."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
+    if not new:
+        with path.open(newline="") as file:
+            found = next(csv.reader(file), [])
+        if found != list(columns):
+            raise ValueError(f"{path} has the columns {','.join(found)}; expected {','.join(columns)}")
     with path.open("a", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:
-            writer.writerow(COLUMNS)
-        for row in rows:
-            for rival, error in row.errors.items():
-                times = [f"{t:.4f}" for t in row.times[rival]] if rival in row.times else ["", "", ""]
-                writer.writerow(
-                    [
-                        datetime.date.today().isoformat(),
-                        commit(),
-                        device(),
-                        torch.get_num_threads() if DEVICE == "cpu" else "",
-                        torch.__version__,
-                        kernels(),
-                        row.case.op,
-                        "x".join(map(str, row.case.shape)),
-                        _name(row.case.dtype),
-                        rival,
-                        *times,
-                        f"{row.floor:.4f}",
-                        f"{error:.2e}",
-                        f"{row.extra_bytes / row.input_bytes:.4f}" if rival == "ours" else "",
-                    ]
-                )
+            writer.writeheader()
+        writer.writerows(records)
 
 
-def main(cases: list[Case], out: Path = RESULTS) -> str:
-    """Runs the cases on the GPU if there is one, else on the CPU; prints the table, appends to ``cpu.csv`` or ``cuda.csv``."""
-    if (reason := backends.why_not("cpu" if DEVICE == "cpu" else "triton")) is not None:
-        sys.exit(f"nothing to measure: {reason}")
-    rows = []
+def read(path: Path) -> list[Record]:
+    """The records of a CSV file, none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        records = list(csv.DictReader(file))
+    if any(None in r or None in r.values() for r in records):
+        raise ValueError(f"{path} has a row with more or fewer fields than its header")
+    return records
+
+
+def measure(
+    cases: Sequence[Case], path: Path | None, device: str = DEVICE, resume: bool = False, seconds: float | None = None
+) -> list[Record]:
+    """Runs the cases, appends each to ``path`` as soon as it is done and says on stderr which one runs.
+
+    Args:
+        resume: leave out cases that ``path`` has from this commit and machine.
+    """
+    here = where(device)
+    done = {
+        tuple(r[k] for k in KEY)
+        for r in (read(path) if path and resume else [])
+        if r["commit"] == here["commit"] and r["torch"] == here["torch"]
+    }
+    records = []
     for case in cases:
-        print(f"… {case.op} {case.shape} {_name(case.dtype)}", file=sys.stderr)
-        rows.append(run(case))
-    append(rows, out / f"{DEVICE}.csv")
-    where = f"{device()}, {torch.get_num_threads()} threads" if DEVICE == "cpu" else device()
-    table = f"{where}, torch {torch.__version__}, {kernels()}, commit {commit()}\n\n{report(rows)}"
-    print(table)
-    return table
+        if (here["device"], *case.key) in done:
+            continue
+        print(f"… {' '.join(part for part in case.key if part)}", file=sys.stderr, flush=True)
+        new = run(case, device, seconds)
+        records += new
+        if path is not None:
+            append(new, path)
+    return records
 
 
-def kernels() -> str:
-    """What the measured kernels are: the instruction set of the C++ ones, or Triton's version."""
-    return fastkd.backend_info()["backends"]["cpu" if DEVICE == "cpu" else "triton"]["detail"]
+# Where this runs
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+@functools.cache
+def liger() -> str | None:
+    """Why Liger-Kernel cannot be timed, None if it can."""
+    try:
+        import liger_kernel.transformers  # noqa: F401
+    except Exception as error:  # it imports much; whatever fails there is its absence
+        return f"Liger-Kernel cannot be imported ({error}); pip install liger-kernel"
+    return None if DEVICE == "cuda" else "Liger-Kernel has no CPU kernels"
 
 
+@functools.cache
 def commit() -> str:
-    out = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
-    return out.stdout.strip() or "unknown"
+    """The checkout's commit; $FASTKD_COMMIT where there is none, or the version of an installed package."""
+    root = Path(__file__).parents[1]
+    if (root / ".git").exists() and (root / "csrc").is_dir():
+        command = ["git", "describe", "--always", "--dirty"]
+        out = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+        if out.returncode == 0:
+            return out.stdout.strip()
+    return os.environ.get("FASTKD_COMMIT", f"version {fastkd.__version__}")
 
 
-def device() -> str:
-    if DEVICE == "cuda":
-        driver = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return f"{torch.cuda.get_device_name()}, driver {driver.stdout.strip() or 'unknown'}"
+@functools.cache
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+@functools.cache
+def driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    except OSError:  # no NVIDIA card
+        out = []
+    return out[0].strip() if out else f"ROCm {torch.version.hip}" if torch.version.hip else "unknown"
+
+
+class Row(NamedTuple):
+    """The records of one case, by rival."""
+
+    rivals: dict[str, Record]
+
+    @property
+    def ours(self) -> Record:
+        return self.rivals["ours"]
+
+    def same_run(self, record: Record) -> bool:
+        """Whether ``record`` may be of the run that the others are of."""
+        return all(other[k] == record[k] for other in self.rivals.values() for k in ("date", "commit", "torch"))
+
+    def value(self, rival: str, column: str) -> float | None:
+        text = self.rivals.get(rival, {}).get(column, "")
+        return float(text) if text else None
+
+    def ratio(self, rival: str) -> float | None:
+        """How many times as long as ours ``rival`` takes."""
+        ours, other = self.value("ours", "median_ms"), self.value(rival, "median_ms")
+        return other / ours if ours and other else None
+
+    @property
+    def over_floor(self) -> float | None:
+        ours, floor = self.value("ours", "median_ms"), self.value("ours", "floor_ms")
+        return ours / floor if ours and floor else None
+
+    def copy_share(self, rival: str = "ours") -> float | None:
+        """Share of the copy bandwidth at which the unavoidable bytes move."""
+        time_ms, moved, gbs = (self.value(rival, c) for c in ("median_ms", "bytes", "copy_gbs"))
+        return moved / (time_ms / 1e3) / (gbs * 1e9) if time_ms and moved and gbs else None
+
+
+def rows(records: Iterable[Record]) -> dict[tuple[str, ...], Row]:
+    """The newest run of every case on every machine, by KEY, in the order of those runs."""
+    found: dict[tuple[str, ...], Row] = {}
+    for record in records:
+        key = tuple(record[k] for k in KEY)
+        if key in found and not found[key].same_run(record):
+            del found[key]
+        found.setdefault(key, Row({})).rivals[record["rival"]] = record
+    return found
+
+
+def newest(found: Mapping[tuple[str, ...], Row]) -> dict[tuple[str, ...], Row]:
+    """Of each case the newest run, on whichever machine."""
+    last = {key[1:]: key for key in found}
+    return {key: row for key, row in found.items() if last[key[1:]] == key}

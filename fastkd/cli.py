@@ -1,6 +1,6 @@
-"""The command `fastkd`: train, eval, predict, report, demo, info.
+"""The command `fastkd`: train, eval, predict, report, demo, bench, info.
 
-Only `info` works without the trainer's packages; the others say how to install them.
+`info` and `bench` work without the trainer's packages; the others say how to install them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ USAGE = """usage: fastkd COMMAND ...
   predict   colour overlays for images                       fastkd predict CHECKPOINT IMAGE|FOLDER...
   report    compare finished runs in one page                fastkd report RUN... --out DIR
   demo      teacher, student and distilled students compared fastkd demo --out runs/demo
+  bench     the losses on your own shapes and machine        fastkd bench --shape 8,19,64,128 --size 512,1024
   info      kernels that are built, loaded and chosen        fastkd info
 """
-INSTALL = 'this command needs the trainer; install it with: pip install "fastkd[train]"'
+INSTALL = 'install what this command needs with: pip install "fastkd[{}]"'
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name and error.name.split(".")[0] == "fastkd":
             raise
-        print(f"fastkd {words[0]}: no module {error.name!r}; {INSTALL}", file=sys.stderr)
+        extra = "bench" if words[0] == "bench" else "train"
+        print(f"fastkd {words[0]}: no module {error.name!r}; {INSTALL.format(extra)}", file=sys.stderr)
     except (ValueError, LookupError, OSError, FloatingPointError) as error:
         print(f"fastkd {words[0]}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
@@ -163,6 +165,51 @@ def _demo(words: list[str]) -> int:
     return 0
 
 
+def _bench(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="fastkd bench",
+        description="The losses on your shapes beside plain PyTorch and torch.compile: time, memory, error.",
+    )
+    parser.add_argument("--shape", type=_numbers, required=True, metavar="N,C,h,w", help="of the logits or features")
+    parser.add_argument("--size", type=_numbers, metavar="H,W", help="of the labels (default: 8 times h,w)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default: %(default)s)")
+    parser.add_argument("--losses", nargs="+", metavar="LOSS", help="only these (default: all)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: the GPU if there is one)")
+    parser.add_argument("--seconds", type=float, help="of timing for each loss (default: 6 on a CPU, 0.8 on a GPU)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="append the rows to this file")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times; needs matplotlib")
+    args = parser.parse_args(words)
+    import torch
+
+    from fastkd.benchmarks import cases, harness, report
+
+    if len(args.shape) != 4 or (args.size is not None and len(args.size) != 2):
+        raise ValueError(f"got --shape {args.shape} --size {args.size}, expected N,C,h,w and H,W")
+    unknown = sorted(set(args.losses or ()) - set(cases.LOSSES))
+    if unknown:
+        raise ValueError(f"--losses: got {', '.join(unknown)}, expected some of {', '.join(cases.LOSSES)}")
+    device = args.device or harness.DEVICE
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU; `fastkd info` says more")
+    size = args.size or (8 * args.shape[2], 8 * args.shape[3])
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+    wanted = [cases.LOSSES[name](args.shape, size, dtype) for name in args.losses or cases.LOSSES]
+    records = harness.measure(wanted, args.csv, device, seconds=args.seconds)
+    found = harness.rows(records)
+    print(f"{report.origin(records[0])}\n\n{report.losses_table(found, {})}")
+    if args.plot:
+        report.plot(found, args.plot)
+        print(f"\nplot: {args.plot}")
+    return 0
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers above 0 with commas between")
+    return tuple(map(int, parts))
+
+
 def _info(words: list[str]) -> int:
     argparse.ArgumentParser(
         prog="fastkd info", description="Kernels that are built, loaded and chosen, and why."
@@ -222,6 +269,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "predict": _predict,
     "report": _report,
     "demo": _demo,
+    "bench": _bench,
     "info": _info,
 }
 

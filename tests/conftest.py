@@ -12,6 +12,7 @@ settings.register_profile(
 settings.register_profile("thorough", settings.get_profile("default"), derandomize=False, max_examples=1000)
 # Triton's interpreter runs a kernel's every operation in NumPy, program by program.
 settings.register_profile("interpreter", settings.get_profile("default"), max_examples=8)
+settings.register_profile("quick", settings.get_profile("default"), max_examples=10)  # benchmarks/gpu_check.py
 settings.load_profile("interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "default")
 
 

@@ -121,6 +121,7 @@ def test_wheel_with_kernels(tmp_path):
         "fastkd/_cpu.so",
         "fastkd/py.typed",
         "fastkd/kernels/nfd.py",
+        "fastkd/benchmarks/harness.py",
         "fastkd/train/demo.yaml",
         "fastkd/train/recipes/camvid-lite0-student.yaml",
         "fastkd/train/data/street_scenes.py",

@@ -1,0 +1,244 @@
+"""`python -m benchmarks.publish`: docs/numbers.md, its plots and the README's table, made from results/*.csv alone.
+
+python -m benchmarks.publish --add DIR     first takes in the rows of DIR/*.csv, such as gpu_check.py's
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from . import bench_step, full_resolution
+from .cases import cpu_cases, gpu_cases
+from .harness import COLUMNS, RESULTS, Record, Row, append, newest, read, rows
+from .report import PREDICTION, losses_share, losses_table, origin, plot, predictions_table, steps_table
+from .roofline import GPUS, PER_CLOCK
+
+ROOT = Path(__file__).parents[1]
+IMAGES = ROOT / "docs" / "images"
+FILES = {
+    "cpu.csv": COLUMNS,
+    "cuda.csv": COLUMNS,
+    "cpu_steps.csv": bench_step.COLUMNS,
+    "cuda_steps.csv": bench_step.COLUMNS,
+    "full_resolution.csv": full_resolution.COLUMNS,
+}
+NOT_RUN = "not yet run"
+
+
+class Target(NamedTuple):
+    """A target on a GPU, and how it is read off the rows of one device: {case: the number that counts}."""
+
+    what: str
+    wanted: str
+    ops: tuple[str, ...]
+    number: Callable[[Row], float | None]
+    worst: Callable[..., float]
+    text: str  # format of the number
+
+
+def _memory_share(row: Row) -> float | None:
+    ours, eager = row.value("ours", "peak_bytes"), row.value("eager", "peak_bytes")
+    return ours / eager if ours is not None and eager else None
+
+
+TFE, TSE = "RDD TFE", "RDD TSE"
+TO_TFE = ("resized CE", "resized KD", TFE)
+AT_LABELS = (*TO_TFE, TSE)
+TARGETS = (
+    Target("NFD: of the copy bandwidth, for 5 transfers", "≥ 90 %", ("NFD",), Row.copy_share, min, "{:.0%}"),
+    Target("KD, CWD: of the copy bandwidth", "≥ 90 %", ("KD", "CWD"), Row.copy_share, min, "{:.0%}"),
+    Target("resized CE, KD, TFE: eager ÷ ours", "≥ 20×", TO_TFE, lambda r: r.ratio("eager"), min, "{:.1f}×"),
+    Target("resized CE, KD, TFE: compile ÷ ours", "≥ 10×", TO_TFE, lambda r: r.ratio("compile"), min, "{:.1f}×"),
+    Target("TSE: eager, which sorts, ÷ ours", "≥ 40×", (TSE,), lambda r: r.ratio("eager"), min, "{:.1f}×"),
+    Target("at label resolution: extra memory, of eager's", "≤ 3 %", AT_LABELS, _memory_share, max, "{:.1%}"),
+    Target("at label resolution: ÷ the floor", "≤ 2.5×", AT_LABELS, lambda r: r.over_floor, max, "{:.2f}×"),
+    Target(
+        "host time of one loss call above a bare launch",
+        "≤ 40 µs",
+        ("NFD", "KD", "CWD", *AT_LABELS),
+        lambda r: r.value("ours", "host_us"),
+        max,
+        "{:.0f} µs",
+    ),
+)
+
+
+def targets_table(found: Mapping[tuple[str, ...], Row], steps: list[Record]) -> str:
+    """Every GPU target and the worst case of each GPU that was measured."""
+    devices = list(dict.fromkeys(key[0] for key in found)) or [None]
+    lines = [
+        "| target on an H100 | wanted | " + " | ".join(f"measured{f', {d}' if d else ''}" for d in devices) + " |",
+        "|---|---|" + "---|" * len(devices),
+    ]
+    for target in TARGETS:
+        cells = []
+        for device in devices:
+            numbers = {
+                key[1:]: number
+                for key, row in found.items()
+                if key[0] == device and key[1] in target.ops and (number := target.number(row)) is not None
+            }
+            if numbers:
+                case, number = target.worst(numbers.items(), key=lambda item: item[1])
+                cells.append(f"{target.text.format(number)} ({' '.join(part for part in case if part)})")
+            else:
+                cells.append(NOT_RUN)
+        lines.append(f"| {target.what} | {target.wanted} | {' | '.join(cells)} |")
+    cells = []
+    for device in devices:
+        shares = {
+            (r["losses"], r["rival"]): f"{r['losses']}, {r['rival']}: {losses_share(r):.1%}"
+            for r in steps
+            if r["device"] == device and r["recipe"] == "ADE20K" and r["median_ms"] and r["rival"] in ("ours", "eager")
+        }
+        cells.append("; ".join(shares.values()) or NOT_RUN)
+    what = "losses' share of an ADE20K step (bf16, R18 student, R101 teacher)"
+    lines.append(f"| {what} | ≤ 5 % where eager's take 40 % | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def pages(results: Path = RESULTS) -> dict[Path, str]:
+    """Path -> text of every page that is made of the CSV files."""
+    records = {name: read(results / name) for name in FILES}
+    cpu, cuda = newest(rows(records["cpu.csv"])), rows(records["cuda.csv"])
+    parts = [
+        "# Numbers",
+        "Made from `benchmarks/results/*.csv` by `python -m benchmarks.publish`; do not edit. What is measured and how: "
+        "[benchmarks.md](benchmarks.md). Of each case, the newest run.",
+        "## CPU",
+        *_sections(cpu, {c.key: c.targets for c in cpu_cases()}),
+    ]
+    if cpu:
+        parts.append("![times on the CPU](images/losses-cpu.png)")
+    if records["full_resolution.csv"]:
+        sizes = full_resolution.newest(records["full_resolution.csv"])
+        first = next(iter(next(iter(sizes.values())).values()))
+        parts += [
+            "### Against label resolution",
+            "Batch 1, 19 classes, logits at 1/8, fp32, forward and backward; memory beyond the gradient "
+            f"(`python -m benchmarks.full_resolution`). {origin(first)}:",
+            full_resolution.table(sizes),
+        ]
+    parts += ["### A training step on the CPU", *_steps(records["cpu_steps.csv"])]
+    parts += ["## GPU", *gpu_section(cuda, records["cuda_steps.csv"])]
+    readme = ROOT / "README.md"
+    return {
+        ROOT / "docs" / "numbers.md": "\n\n".join(parts) + "\n",
+        readme: between_markers(readme.read_text(), readme_table(cpu)),
+    }
+
+
+def gpu_section(cuda: Mapping[tuple[str, ...], Row], steps: list[Record]) -> list[str]:
+    """Targets, what was measured, and the prediction."""
+    if cuda:
+        parts = [*_sections(cuda, {}), "![times on the GPU](images/losses-cuda.png)"]
+    else:
+        parts = ["**Not yet run on a GPU.** `python3 benchmarks/gpu_check.py --out DIR` measures what is missing here."]
+    sources = [
+        f"- {name}: {gpu.bandwidth / 1e12:g} TB/s; {gpu.units} × {gpu.clock / 1e9:g} GHz × {PER_CLOCK} exponentials a second; "
+        f"{gpu.source}."
+        for name, gpu in GPUS.items()
+    ]
+    return [
+        "### Targets",
+        targets_table(cuda, steps),
+        "### Losses on a GPU",
+        *parts,
+        "### A training step on a GPU",
+        *_steps(steps),
+        "### Prediction",
+        PREDICTION,
+        predictions_table(gpu_cases(), cuda),
+        "The datasheet numbers and where they are from:",
+        "\n".join(sources),
+    ]
+
+
+def _sections(found: Mapping[tuple[str, ...], Row], targets: Mapping[tuple[str, ...], dict[str, float]]) -> list[str]:
+    """A table for every machine and commit, under what it was measured on."""
+    groups: dict[str, dict[tuple[str, ...], Row]] = {}
+    for key, row in found.items():
+        groups.setdefault(origin(next(iter(row.rivals.values()))), {})[key] = row
+    return [part for where, group in groups.items() for part in (f"{where}:", losses_table(group, targets))] or [
+        NOT_RUN
+    ]
+
+
+def _steps(records: list[Record]) -> list[str]:
+    newest = {tuple(r[k] for k in bench_step.KEY): r for r in records}
+    groups: dict[str, list[Record]] = {}
+    for record in newest.values():
+        groups.setdefault(origin(record), []).append(record)
+    return [part for where, group in groups.items() for part in (f"{where}:", steps_table(group))] or [
+        f"{NOT_RUN.capitalize()}."
+    ]
+
+
+def readme_table(cpu: Mapping[tuple[str, ...], Row]) -> str:
+    """The fp32 rows, in the order of the cases."""
+    by_case = {key[1:]: row for key, row in cpu.items()}
+    lines = ["| loss | shape, fp32 | eager ÷ ours | compile ÷ ours | ours ÷ floor |", "|---|---|---:|---:|---:|"]
+    for case in cpu_cases():
+        if case.dtype == torch.float32 and case.key in by_case:
+            row = by_case[case.key]
+            size = f" → {case.size[0]}×{case.size[1]}" if case.size else ""
+            numbers = [row.ratio("eager"), row.ratio("compile"), row.over_floor]
+            cells = " | ".join("–" if n is None else f"{n:.2f}×" for n in numbers)
+            lines.append(f"| {case.op} | {case.shape}{size} | {cells} |")
+    return "\n".join(lines)
+
+
+def between_markers(text: str, table: str) -> str:
+    """``text`` with what is between its markers replaced."""
+    begin, end = "<!-- table -->", "<!-- end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"README.md must have {begin} and {end} once each")
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
+
+
+def publish() -> None:
+    """Writes the pages and draws the plots."""
+    for path, text in pages().items():
+        path.write_text(text)
+        print(f"wrote {path.relative_to(ROOT)}")
+    for device in ("cpu", "cuda"):
+        if found := newest(rows(read(RESULTS / f"{device}.csv"))):
+            plot(found, IMAGES / f"losses-{device}.png")
+    if records := read(RESULTS / "full_resolution.csv"):
+        full_resolution.plot(full_resolution.newest(records), IMAGES / "full-resolution.png")
+
+
+def add(folder: Path) -> None:
+    """Takes in the rows of ``folder`` that are not here yet."""
+    for name, columns in FILES.items():
+        here = read(RESULTS / name)
+        new = [record for record in read(folder / name) if record not in here]
+        if new:
+            append(new, RESULTS / name, columns)
+        print(f"{name}: {len(new)} new rows")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.publish", description=__doc__)
+    parser.add_argument("--add", type=Path, metavar="DIR", help="take in the rows of DIR/*.csv first")
+    parser.add_argument("--gpu", type=Path, metavar="DIR", help="only print what DIR/cuda*.csv say, and plot it there")
+    args = parser.parse_args()
+    if args.gpu:
+        found = newest(rows(read(args.gpu / "cuda.csv")))
+        print("\n\n".join(gpu_section(found, read(args.gpu / "cuda_steps.csv"))))
+        if found:
+            plot(found, args.gpu / "losses-cuda.png")
+        return
+    if args.add:
+        add(args.add)
+    publish()
+
+
+if __name__ == "__main__":
+    main()
