@@ -39,6 +39,30 @@ def test_round_trip(tmp_path):
     assert parse(["--config", str(tmp_path / "config.yaml")])[0] == config
 
 
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--loss.rdd.class_weight", "cityscapes"], "cityscapes"),
+        (["--loss.rdd.class_weight", "[1.0, 2.5]"], (1.0, 2.5)),
+        (["--loss.at.features", "[low, high]"], ("low", "high")),
+        (["--loss.cwd.on", "both"], "both"),
+        (["--model.features", "null"], None),
+        (["--model.channels", "bgr"], "bgr"),
+    ],
+)
+def test_values_of_losses_and_models(words, value, tmp_path):
+    def find(config):
+        for name in words[0].removeprefix("--").split("."):
+            config = getattr(config, name)
+        return config
+
+    config, _ = parse(words)
+    assert find(config) == value
+    assert from_dict(Config, to_dict(config)) == config
+    write_yaml(config, tmp_path / "config.yaml")
+    assert parse(["--config", str(tmp_path / "config.yaml")])[0] == config
+
+
 def test_from_dict_names_unknown_fields():
     with pytest.raises(ValueError, match="OptimConfig has no field speed"):
         from_dict(Config, {"optim": {"speed": 1}})
