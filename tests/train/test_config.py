@@ -1,5 +1,7 @@
 """Configuration: YAML, the command line over it, round trips, and messages."""
 
+import re
+
 import pytest
 
 pytest.importorskip("jsonargparse")
@@ -113,3 +115,15 @@ def test_differences_ignore_where_a_run_is_kept():
     a, b = to_dict(Config()), to_dict(Config(out="elsewhere", name="x", seed=1))
     b["optim"]["lr"] = 9
     assert differences(a, b) == ["optim.lr", "seed"]
+
+
+DOCS = RECIPES.parents[2] / "docs"
+
+
+@pytest.mark.parametrize("page", ["models.md", "training.md"])
+def test_configurations_of_the_docs_are_read(page, tmp_path):
+    blocks = re.findall(r"```yaml\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "run.yaml").write_text(block)
+        parse(["--config", str(tmp_path / "run.yaml")])
