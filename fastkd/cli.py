@@ -1,4 +1,4 @@
-"""The command `fastkd`: train, eval, predict, report, demo, bench, info.
+"""The command `fastkd`: train, convert, eval, predict, report, demo, bench, info.
 
 `info` and `bench` work without the trainer's packages; the others say how to install them.
 """
@@ -14,6 +14,7 @@ from typing import Any
 USAGE = """usage: fastkd COMMAND ...
 
   train     train a network, alone or with a teacher         fastkd train --help
+  convert   a network with weights from elsewhere as a teacher  fastkd convert --help
   eval      score a checkpoint on a validation set           fastkd eval CHECKPOINT
   predict   colour overlays for images                       fastkd predict CHECKPOINT IMAGE|FOLDER...
   report    compare finished runs in one page                fastkd report RUN... --out DIR
@@ -61,6 +62,16 @@ def _train(words: list[str]) -> int:
     from fastkd.train.engine import train
 
     print(_summary(train(config, **flags)))
+    return 0
+
+
+def _convert(words: list[str]) -> int:
+    from fastkd.train.config import parse
+
+    config, flags = parse(words, prog="fastkd convert")
+    from fastkd.train.convert import convert
+
+    print(f"written: {convert(config, overwrite=flags['overwrite'])}")
     return 0
 
 
@@ -265,6 +276,7 @@ def _summary(result: dict) -> str:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
+    "convert": _convert,
     "eval": _eval,
     "predict": _predict,
     "report": _report,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,14 +102,12 @@ def load_network_weights(model: SegmentationModel, path: Path) -> None:
         names = {key: key for key in state if key not in ("mean", "std")}
     else:
         names = {key: f"tapped.model.{key}" for key in state}
-        for key in state:  # torchvision's own head where ours is not tapped
-            if key.startswith("aux_classifier.") and names[key] not in own:
-                names[key] = key.replace("aux_classifier.", "aux_head.")
     matched = {target: source for source, target in names.items() if target in own}
     for key in own:
         if key not in ("mean", "std"):
             matched.setdefault(key, key)  # missing: reported under our name
-    extra = [source for source, target in names.items() if target not in own and not target.startswith("aux_head.")]
+    unused = ("aux_head.", "tapped.model.aux_classifier.")  # the latter is torchvision's
+    extra = [source for source, target in names.items() if target not in own and not target.startswith(unused)]
     _load(model, matched, state, extra, f"{path} does not fit {type(model.tapped.model).__name__}")
 
 
@@ -121,7 +119,7 @@ def _translate(key: str) -> str:
 
 
 def _load(
-    module: nn.Module, matched: Mapping[str, str], state: Mapping[str, Tensor], extra: Iterable[str], problem: str
+    module: nn.Module, matched: Mapping[str, str], state: Mapping[str, Tensor], extra: list[str], problem: str
 ) -> None:
     """Loads state[source] into each name of `matched` (name -> source). ValueError lists what is missing, left over, misshapen.
 
@@ -136,7 +134,7 @@ def _load(
     ]
     found = {"missing": missing, "unknown": extra, "shape": shapes}
     parts = [
-        f"{what}: {', '.join(sorted(names)[:4])}{' ...' if len(list(names)) > 4 else ''} ({len(list(names))})"
+        f"{what}: {', '.join(sorted(names)[:4])}{' ...' if len(names) > 4 else ''} ({len(names)})"
         for what, names in found.items()
         if names
     ]

@@ -1,5 +1,7 @@
 """Configuration: YAML, the command line over it, round trips, and messages."""
 
+import re
+
 import pytest
 
 pytest.importorskip("jsonargparse")
@@ -34,6 +36,30 @@ def test_round_trip(tmp_path):
     config, _ = parse(
         ["--method", "nfd+rdd", "--teacher", "t.pt", "--data.options", '{"length": 8}', "--loss.rdd.tfe_steps", "0"]
     )
+    assert from_dict(Config, to_dict(config)) == config
+    write_yaml(config, tmp_path / "config.yaml")
+    assert parse(["--config", str(tmp_path / "config.yaml")])[0] == config
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--loss.rdd.class_weight", "cityscapes"], "cityscapes"),
+        (["--loss.rdd.class_weight", "[1.0, 2.5]"], (1.0, 2.5)),
+        (["--loss.at.features", "[low, high]"], ("low", "high")),
+        (["--loss.cwd.on", "both"], "both"),
+        (["--model.features", "null"], None),
+        (["--model.channels", "bgr"], "bgr"),
+    ],
+)
+def test_values_of_losses_and_models(words, value, tmp_path):
+    def find(config):
+        for name in words[0].removeprefix("--").split("."):
+            config = getattr(config, name)
+        return config
+
+    config, _ = parse(words)
+    assert find(config) == value
     assert from_dict(Config, to_dict(config)) == config
     write_yaml(config, tmp_path / "config.yaml")
     assert parse(["--config", str(tmp_path / "config.yaml")])[0] == config
@@ -89,3 +115,15 @@ def test_differences_ignore_where_a_run_is_kept():
     a, b = to_dict(Config()), to_dict(Config(out="elsewhere", name="x", seed=1))
     b["optim"]["lr"] = 9
     assert differences(a, b) == ["optim.lr", "seed"]
+
+
+DOCS = RECIPES.parents[2] / "docs"
+
+
+@pytest.mark.parametrize("page", ["models.md", "training.md"])
+def test_configurations_of_the_docs_are_read(page, tmp_path):
+    blocks = re.findall(r"```yaml\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "run.yaml").write_text(block)
+        parse(["--config", str(tmp_path / "run.yaml")])

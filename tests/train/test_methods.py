@@ -3,6 +3,9 @@
 import copy
 import dataclasses
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -260,6 +263,32 @@ def test_no_step_waits_for_the_device(name, monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True):
         student, teacher = (torch.empty(N, c, H, W) for c in channels)
         value_and_gradient(loss, student, teacher)
+
+
+MEMORY = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from benchmarks.harness import peak_memory
+from fastkd.train.methods import base
+from fastkd.train.methods.cirkd import CIRKDLoss
+from fastkd.train.methods.skd import SKDLoss
+base.CHUNK = 1 << 20
+student, teacher = torch.randn(2, 16, 48, 48).requires_grad_(), torch.randn(2, 16, 48, 48)
+for loss in (CIRKDLoss(), SKDLoss(pool=1)):
+    loss(student, teacher).backward()
+    print(peak_memory(lambda: loss(student, teacher).backward()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_similarities_do_not_pile_up():
+    """All similarities at once would take 250 MB in CIRKD and 130 in SKD; a span's matrices are of 4 MB."""
+    root = str(Path(__file__).parents[2])
+    out = subprocess.run([sys.executable, "-c", MEMORY, root], capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+    cirkd, skd = map(float, out.stdout.split())
+    assert 0 < cirkd < 60e6
+    assert 0 < skd < 60e6
 
 
 def test_wrong_values_are_named():

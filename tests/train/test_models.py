@@ -4,13 +4,15 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 pytest.importorskip("segmentation_models_pytorch")
 
 from fastkd.train.config import LossConfig, ModelConfig
 from fastkd.train.methods import Objective, student_features, teacher_forward
 from fastkd.train.models import Student, build_model
-from fastkd.train.weights import load_encoder_weights, load_state_file
+from fastkd.train.weights import load_encoder_weights, load_network_weights, load_state_file
 from tests.train import tiny
 
 IMAGES = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
@@ -58,6 +60,48 @@ def test_architectures_of_smp(arch):
     assert out.logits.shape[:2] == (2, 5)
     assert out.features["encoder"].shape[1] == model.tapped.model.encoder.out_channels[-1]
     assert arch == "Unet" or out.logits.shape[-1] < 96  # a U-Net's own logits are full size
+
+
+DILATED = {"encoder_output_stride": 8}
+RECIPES = [
+    *((arch, encoder, 8) for arch in ("DeepLabV3", "PSPNet") for encoder in ("resnet18", "mobilenet_v2", "resnet101")),
+    *(("Segformer", f"mit_b{i}", 4) for i in range(6)),
+]
+LARGE = ("resnet101", "mit_b1", "mit_b2", "mit_b3", "mit_b4", "mit_b5")
+
+
+@pytest.mark.parametrize(
+    ("arch", "encoder", "stride"),
+    [pytest.param(*r, marks=[pytest.mark.slow] if r[1] in LARGE else []) for r in RECIPES],
+)
+def test_networks_of_the_published_tables(arch, encoder, stride):
+    options = {} if arch == "Segformer" else DILATED
+    config = ModelConfig(arch=arch, encoder=encoder, options=options, aux="encoder[-2]")
+    model = build_model(config, 5).eval()
+    out = model(IMAGES)
+    assert out.logits.shape == out.aux.shape == (2, 5, 64 // stride, 96 // stride)
+    assert out.features["encoder"].shape[-2:] == ((2, 3) if arch == "Segformer" else (8, 12))
+
+
+def test_dilated_resnets_are_those_of_torchvision():
+    from torchvision.models import resnet50
+
+    config = ModelConfig(arch="DeepLabV3", encoder="resnet50", options=DILATED)
+    encoder = build_model(config, 5).eval().tapped.model.encoder
+    reference = resnet50(replace_stride_with_dilation=[False, True, True]).eval()
+    reference.load_state_dict(encoder.state_dict(), strict=False)
+    reference.avgpool = reference.fc = torch.nn.Identity()
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(encoder(x)[-1].flatten(1), reference(x))
+
+
+def test_input_as_another_code_base_takes_it():
+    """CIRKD's: BGR in 0 to 255, minus a mean, no deviation."""
+    model = build_model(small(channels="bgr", max_value=255.0, mean=(104.007, 116.669, 122.679), std=(1, 1, 1)), 5)
+    pixel = torch.tensor([10, 20, 30], dtype=torch.uint8).view(1, 3, 1, 1)
+    want = torch.tensor([30 - 104.007, 20 - 116.669, 10 - 122.679]).view(1, 3, 1, 1)
+    torch.testing.assert_close(model.normalise(pixel), want)
+    torch.testing.assert_close(model.normalise(pixel.float() / 255), want)
 
 
 def test_torchvision():
@@ -124,6 +168,87 @@ def test_features_need_a_common_name(teacher):
         Objective("nfd", LossConfig(), total_steps=10, student=student, teacher=teacher)
 
 
+FACTORY = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self, classes, width=8):
+        super().__init__()
+        self.body = torch.nn.Conv2d(3, width, 3, 4, 1)
+        self.head, self.side = torch.nn.Conv2d(width, classes, 1), torch.nn.Conv2d(width, classes, 1)
+
+    def forward(self, x):
+        x = self.body(x)
+        self.side(x)
+        return self.head(x)
+
+def build(classes, width=8):
+    return Net(classes, width)
+
+def other(n):
+    return Net(n)
+
+def nothing(classes):
+    return classes
+
+def dictionary(classes):
+    net = Net(classes)
+    net.register_forward_hook(lambda module, args, out: {"out": out})
+    return net
+"""
+
+
+@pytest.fixture
+def factory(tmp_path, monkeypatch):
+    (tmp_path / "my_nets.py").write_text(FACTORY)
+    monkeypatch.syspath_prepend(tmp_path)
+    return lambda path, **changes: ModelConfig(arch=f"my_nets:{path}", **changes)
+
+
+def test_factories(factory):
+    out = build_model(factory("build"), 5).eval()(IMAGES)
+    assert out.logits.shape == (2, 5, 16, 24)
+    assert out.features == {}
+    config = factory("Net", options={"width": 6}, logits="head", features={"body": "body"}, aux_logits="side")
+    model = build_model(config, 5).eval()
+    out = model(IMAGES)
+    assert model.channels == {"body": 6}
+    assert model.has_aux
+    torch.testing.assert_close(out.aux, model.tapped.model.side(out.features["body"]))
+    assert build_model(factory("dictionary", logits="[out]"), 5)(IMAGES).logits.shape == (2, 5, 16, 24)
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "says"),
+    [
+        ("biuld", {}, "my_nets has no 'biuld'; did you mean build"),
+        ("other", {}, "missing a required argument: 'n'|unexpected keyword argument 'classes'"),
+        ("build", {"options": {"depth": 3}}, "unexpected keyword argument 'depth'"),
+        ("nothing", {}, "returned a int, expected a torch.nn.Module"),
+        ("build", {"features": {"a": "bdy"}}, r"tap 'model.features.a': Net has no module 'bdy'; did you mean 'body'"),
+        ("build", {"logits": "body"}, r"model.logits 'body' returns shape .*expected \(N, 5, h, w\)"),
+        ("dictionary", {}, r"choose one of its keys, as in '\[out\]'"),
+        ("build", {"aux": "body", "aux_logits": "side"}, "give one"),
+        ("build", {"encoder_weights": "x.pt"}, "got a factory network; use model.weights"),
+    ],
+)
+def test_wrong_factories_are_named(path, changes, says, factory):
+    with pytest.raises((ValueError, TypeError), match=says):
+        build_model(factory(path, **changes), 5)
+
+
+def test_a_factory_that_cannot_be_imported():
+    with pytest.raises(ValueError, match=r"No module named 'no_such_nets'; install it, or .*PYTHONPATH"):
+        build_model(ModelConfig(arch="no_such_nets:build"), 5)
+
+
+def test_a_checkpoint_runs_no_factory_unless_allowed(factory, monkeypatch):
+    with pytest.raises(ValueError, match="FASTKD_FACTORIES=my_nets:build"):
+        build_model(factory("build"), 5, from_checkpoint=True)
+    monkeypatch.setenv("FASTKD_FACTORIES", "other:net,my_nets:build")
+    build_model(factory("build"), 5, from_checkpoint=True)
+
+
 def test_encoder_weights_are_loaded_strictly_but_for_the_classifier(tmp_path):
     import timm
     from safetensors.torch import save_file
@@ -145,6 +270,150 @@ def test_encoder_weights_are_loaded_strictly_but_for_the_classifier(tmp_path):
         ValueError, match=r"bad.pt.*missing: conv_stem.weight.*unknown: surprise.weight.*bn1.weight is \(3,\)"
     ):
         load_encoder_weights(encoder, "tu-mobilenetv3_small_050", tmp_path / "bad.pt")
+
+
+def same(state, other):
+    return all(torch.equal(value, other[name]) for name, value in state.items() if "num_batches" not in name)
+
+
+def test_whole_networks_are_loaded(tmp_path):
+    from safetensors.torch import save_file
+
+    trained = build_model(small(with_aux=True), 5)
+    own, inner = trained.state_dict(), trained.tapped.model.state_dict()
+    files = {"inner.pt": inner, "trainer.pt": {"format": 1, "config": {"a": 1}, "model": own}}
+    files["parallel.pth"] = {"state_dict": {f"module.{name}": value for name, value in inner.items()}}
+    for name, state in files.items():
+        torch.save(state, tmp_path / name)
+    save_file(inner, tmp_path / "inner.safetensors")
+    model = build_model(small(), 5)
+    for name in (*files, "inner.safetensors"):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        load_network_weights(model, tmp_path / name)
+        assert same(model.state_dict(), own), name
+    assert same(build_model(small(weights=str(tmp_path / "trainer.pt"), with_aux=True), 5).state_dict(), own)
+    with pytest.raises(ValueError, match=r"inner.pt does not fit FPN: missing: aux_head.*\(7\)"):
+        build_model(small(weights=str(tmp_path / "inner.pt"), with_aux=True), 5)
+    with pytest.raises(ValueError, match=r"shape: segmentation_head.0.* is \(5, .*expected \(4, "):
+        build_model(small(weights=str(tmp_path / "inner.pt")), 4)
+
+
+def test_weights_of_torchvision_with_their_auxiliary_head(tmp_path):
+    from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
+
+    full = deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=5, aux_loss=True).eval()
+    torch.save(full.state_dict(), tmp_path / "full.pth")
+    config = ModelConfig(
+        library="torchvision",
+        arch="deeplabv3_mobilenet_v3_large",
+        weights=str(tmp_path / "full.pth"),
+        options={"aux_loss": True},
+        aux_logits="aux_classifier",
+    )
+    x = torch.rand(1, 3, 64, 64)
+    model = build_model(config, 5).eval()
+    out, want = model(x), full.backbone(model.normalise(x))
+    torch.testing.assert_close(out.logits, full.classifier(want["out"]))
+    aux = full.aux_classifier(want["aux"])
+    torch.testing.assert_close(out.aux, F.interpolate(aux, out.logits.shape[-2:], mode="bilinear"))
+    assert build_model(dataclasses.replace(config, options={}, aux_logits=None), 5).eval()(x).aux is None
+
+
+def dilated_resnet18():
+    """torchvision's ResNet-18 at output stride 8: a stage's first convolution has the dilation of the stage before."""
+    from torchvision.models import resnet18
+
+    net = resnet18()
+    for stage, before, own in ((net.layer3, 1, 2), (net.layer4, 2, 4)):
+        stage[0].downsample[0].stride = (1, 1)
+        for i, conv in enumerate(m for m in stage.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)):
+            conv.stride, conv.dilation = (1, 1), ((own, own) if i else (before, before))
+            conv.padding = conv.dilation
+    return net
+
+
+class PublicLayout(nn.Module):
+    """A DeepLabV3 under the names of a CIRKD checkpoint, written as awesome-semantic-segmentation-pytorch documents them."""
+
+    def __init__(self, classes):
+        super().__init__()
+
+        def block(inputs, outputs, *kernel, **options):
+            convolution = nn.Conv2d(inputs, outputs, *kernel, bias=False, **options)
+            return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
+
+        self.pretrained = dilated_resnet18()
+        aspp = nn.ModuleDict({"b0": block(512, 256, 1), "project": block(5 * 256, 256, 1)})
+        for i, rate in enumerate((12, 24, 36), 1):
+            aspp[f"b{i}"] = nn.ModuleDict({"block": block(512, 256, 3, padding=rate, dilation=rate)})
+        aspp["b4"] = nn.ModuleDict({"gap": nn.Sequential(nn.AdaptiveAvgPool2d(1), *block(512, 256, 1))})
+        last = nn.Sequential(*block(256, 256, 3, padding=1), nn.Dropout(0.1), nn.Conv2d(256, classes, 1))
+        self.head = nn.ModuleDict({"aspp": aspp, "block": last})
+        side = nn.Sequential(*block(256, 64, 3, padding=1), nn.Dropout(0.1), nn.Conv2d(64, classes, 1))
+        self.auxlayer = nn.ModuleDict({"block": side})
+
+    def forward(self, x):
+        net, aspp = self.pretrained, self.head["aspp"]
+        x = net.layer2(net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(x))))))
+        third = net.layer3(x)
+        x = net.layer4(third)
+        parts = [aspp["b0"](x)] + [aspp[f"b{i}"]["block"](x) for i in (1, 2, 3)]
+        parts.append(aspp["b4"]["gap"](x).expand_as(parts[0]))
+        logits = self.head["block"](aspp["project"](torch.cat(parts, 1)))
+        return logits, self.auxlayer["block"](third)
+
+
+CIRKD = {"channels": "bgr", "max_value": 255.0, "mean": (104.007, 116.669, 122.679), "std": (1.0, 1.0, 1.0)}
+
+
+def test_a_checkpoint_in_the_names_of_cirkd(tmp_path):
+    public = PublicLayout(5).eval()
+    torch.save(public.state_dict(), tmp_path / "teacher.pth")
+    config = ModelConfig(
+        arch="DeepLabV3", encoder="resnet18", options=DILATED, weights=str(tmp_path / "teacher.pth"), **CIRKD
+    )
+    out = build_model(dataclasses.replace(config, aux="encoder[-2]"), 5).eval()(IMAGES)
+    bgr = IMAGES.flip(1).float() - torch.tensor(CIRKD["mean"]).view(1, 3, 1, 1)
+    logits, aux = public(bgr)
+    torch.testing.assert_close(out.logits, logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.aux, aux, rtol=1e-4, atol=1e-4)
+
+    state = public.state_dict()
+    state["head.psp.conv1.weight"] = state.pop("head.block.0.weight")
+    torch.save(state, tmp_path / "other.pth")
+    with (
+        pytest.warns(UserWarning, match=r"names of CIRKD, whose networks expect model \{channels: bgr"),
+        pytest.raises(
+            ValueError, match=r"missing: tapped.model.decoder.conv.weight \(1\); unknown: head.psp.conv1.weight \(1\)"
+        ),
+    ):
+        build_model(dataclasses.replace(config, channels="rgb", weights=str(tmp_path / "other.pth")), 5)
+
+
+def test_convert_makes_a_teacher_of_foreign_weights(tmp_path, capsys):
+    from fastkd.cli import main
+    from fastkd.train import checkpoint
+
+    trained = build_model(small(), 15)
+    torch.save(trained.tapped.model.state_dict(), tmp_path / "foreign.pth")
+    (tmp_path / "teacher.yaml").write_text(
+        "data: {name: street_scenes, options: {size: [64, 96], length: 2}}\n"
+        "model: {arch: FPN, encoder: tu-mobilenetv3_small_050, features: {decoder: decoder},\n"
+        "        options: {decoder_pyramid_channels: 32, decoder_segmentation_channels: 32}}\n"
+    )
+    words = ["convert", "--config", str(tmp_path / "teacher.yaml"), "--out", str(tmp_path / "teacher")]
+    assert main(words) == 1
+    assert "give --model.weights FILE" in capsys.readouterr().err
+    words += ["--model.weights", str(tmp_path / "foreign.pth")]
+    assert main(words) == 0
+    (tmp_path / "foreign.pth").unlink()  # the checkpoint stands alone
+    network, state = checkpoint.load_network(tmp_path / "teacher" / "best.pt")
+    assert len(state["classes"]) == 15
+    torch.testing.assert_close(network(IMAGES).logits, trained.eval()(IMAGES).logits)
+    assert main(words) == 1
+    assert "exists; discard it with --overwrite" in capsys.readouterr().err
 
 
 def test_unreadable_weights_are_named(tmp_path):

@@ -18,7 +18,12 @@ from fastkd.train.methods.skd import nodes
 
 @dataclass
 class CIRKDConfig(FeatureConfig):
-    """Cross-image pixel-to-pixel similarity; pool: side of the patches that are averaged first (1: every pixel is compared)."""
+    """Cross-image pixel-to-pixel similarity.
+
+    Args:
+        temperature: of the softmax over similarities.
+        pool: side of the patches that are averaged first; 1 compares every pixel.
+    """
 
     weight: float = 1.0
     temperature: float = 0.1

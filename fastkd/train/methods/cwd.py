@@ -14,9 +14,13 @@ from fastkd.train.models import Output
 
 @dataclass
 class CWDConfig(FeatureConfig):
-    """Channel-wise distillation on the logits, on the tapped features, or on "both".
+    """Channel-wise distillation.
 
-    `weight` is that of the logits, `feature_weight` that of the features (the published pair is 3 and 50).
+    Args:
+        weight: of the logits' term.
+        feature_weight: of the mean over the compared features.
+        temperature: of the softmax over pixels.
+        on: "logits", "features" or "both".
     """
 
     weight: float = 3.0

@@ -33,9 +33,13 @@ from fastkd.train.models import Feature, Output
 
 @dataclass
 class DSDConfig(FeatureConfig):
-    """Double similarity: `weight` of the pixel term, `category_weight` of the category term; 0 leaves one out.
+    """Double similarity.
 
-    `features` are in the order of the network, from shallow to deep.
+    Args:
+        weight: of the pixel term; 0 leaves it out.
+        features: names of the taps in the order of the network, from shallow to deep; None: all that both share.
+        category_weight: of the category term; 0 leaves it out.
+        temperature: of the softmax over classes.
     """
 
     weight: float = 1000.0

@@ -15,7 +15,10 @@ from fastkd.train.models import Output
 class KDConfig:
     """Pixel-wise KD on the logits, over all pixels: the teacher has an opinion on unlabelled ones too.
 
-    resized: at label resolution instead of the logits' own.
+    Args:
+        weight: of the term.
+        temperature: of the softmax over classes.
+        resized: at label resolution instead of the logits' own.
     """
 
     weight: float = 1.0

@@ -11,7 +11,11 @@ from fastkd.train.methods.base import Distiller, FeatureConfig, OnFeatures, Pair
 
 @dataclass
 class NFDConfig(FeatureConfig):
-    """Normalised feature distillation; dims: what a z-score is taken over (see fastkd.nfd_loss)."""
+    """Normalised feature distillation.
+
+    Args:
+        dims: what a z-score is taken over (see fastkd.nfd_loss).
+    """
 
     weight: float = 5.0
     dims: Literal["hw", "nhw", "c", "chw"] = "hw"

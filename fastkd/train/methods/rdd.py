@@ -16,7 +16,18 @@ from fastkd.train.methods.base import Pair
 class RDDConfig:
     """Relative difficulty distillation; None takes the preset's value (see fastkd.RDDLoss).
 
-    class_weight: one number a class, "cityscapes" for those of the released code, or None. They act in the TSE stage.
+    Args:
+        weight: of the whole.
+        preset: "paper", or "official" for the released code.
+        tfe_steps: length of the TFE stage; 0 leaves it out, and the need for a teacher with an auxiliary head.
+        kd_weight: of the KD beside the task term.
+        temperature: of that KD.
+        threshold: confidence up to which a pixel is hard.
+        min_kept: at least so many pixels are hard.
+        select: which pixels carry task loss in TSE.
+        class_weight: one number a class, "cityscapes" for those of the released code, or None. They act in TSE.
+        align_corners: convention of the bilinear resize.
+        blend: fade TFE out over the run, as the released code can.
     """
 
     weight: float = 1.0

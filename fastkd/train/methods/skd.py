@@ -26,7 +26,11 @@ from fastkd.train.methods.base import (
 
 @dataclass
 class SKDConfig(FeatureConfig):
-    """Pair-wise similarity; pool: side of the patches that are averaged first."""
+    """Pair-wise similarity.
+
+    Args:
+        pool: side of the patches that are averaged first; 1 compares every pixel.
+    """
 
     weight: float = 10.0
     pool: int = 2
@@ -50,9 +54,8 @@ class SKDLoss(nn.Module):
             count = s.shape[2]
 
             def term(start: int, stop: int) -> Tensor:
-                a = s[:, :, start:stop].mT @ s
-                b = t[:, :, start:stop].mT @ t
-                return (a - b).square().sum()
+                a, b = (x[:, :, start:stop].mT @ x for x in (s, t))
+                return F.mse_loss(a, b, reduction="sum")
 
             total = sum_of_rows(s, count, s.shape[0] * count, term)
             return self.loss_weight * total / max(s.shape[0] * count**2, 1)

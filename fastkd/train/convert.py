@@ -1,0 +1,41 @@
+"""A network with weights from elsewhere as a checkpoint of this trainer, to teach, score or predict with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastkd.train import checkpoint
+from fastkd.train.config import Config, to_dict
+from fastkd.train.data import build_dataset, eval_transform
+from fastkd.train.models import build_model
+
+
+def convert(config: Config, *, overwrite: bool = False) -> Path:
+    """Writes `<out>/best.pt`: the network of `config.model` with the weights file it names, the classes and colours of the data.
+
+    Raises:
+        ValueError: no weights file is named, or it does not fit the network.
+        FileExistsError: `<out>` holds a checkpoint and overwrite is not given.
+    """
+    if config.model.weights is None:
+        raise ValueError("there is nothing to convert: give --model.weights FILE, the state dict of the whole network")
+    path = Path(config.out) / "best.pt"
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; discard it with --overwrite, or change --out")
+    data = config.data
+    options = data.options | data.val_options
+    dataset: Any = build_dataset(data.name, root=data.root, split="val", transform=eval_transform(), **options)
+    network = build_model(config.model, len(dataset.classes))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        "config": to_dict(config),
+        "classes": list(dataset.classes),
+        "palette": torch.as_tensor(dataset.palette).tolist(),
+        "step": 0,
+        "model": network.state_dict(),
+    }
+    checkpoint.save(state, path)
+    return path
