@@ -24,6 +24,7 @@ from fastkd.train.data import build_dataset, eval_transform, train_transform
 from fastkd.train.evaluation import Scores, SegmentationSet, evaluate
 from fastkd.train.loader import train_loader
 from fastkd.train.log import RunLog, Stopwatch, versions, write_json
+from fastkd.train.loss_cost import Shapes, each_tensor, loss_cost, shapes_of
 from fastkd.train.methods import Objective, Terms, student_features, teacher_forward
 from fastkd.train.models import Output, SegmentationModel, Student, build_model
 
@@ -93,6 +94,7 @@ class Run:
         optimizer = _optimizer(config, student)
         self.student, self.optimizer = self.accelerator.prepare(student, optimizer)
         self.step, self.best = 0, -1.0
+        self.shapes: Shapes | None = None  # of what the losses were given, from the first step on
 
     @property
     def network(self) -> SegmentationModel:
@@ -188,6 +190,7 @@ class Run:
         # The losses see leaves cut off from the network, so that their own forward and backward can be timed; the gradients
         # they leave there are then sent through the network. The result is that of one backward pass.
         leaves, pairs = cut(student)
+        self.shapes = self.shapes or shapes_of(leaves, teacher, labels)
         watch.loss_begins()
         terms = self.objective(leaves, teacher, labels, self.step)
         self.accelerator.backward(terms.total)
@@ -269,6 +272,11 @@ class Run:
         self.step, self.best, self.totals = state["step"], state["best"], state["totals"]
         return state["seconds"]
 
+    def _loss_cost(self) -> dict[str, Any] | None:
+        if self.shapes is None or not self.accelerator.is_main_process:
+            return None
+        return loss_cost(self.objective, self.shapes, step=self.config.train.steps - 1, device=self.device)
+
     def _result(self, result: Scores, watch: Stopwatch, seconds: float) -> dict[str, Any]:
         totals = watch.totals()
         model = self.config.model
@@ -283,6 +291,7 @@ class Run:
             "class_iou": result.class_iou,
             "seconds_per_step": totals["step_s"] / max(totals["steps"], 1),
             "loss_share": totals["loss_s"] / totals["step_s"] if totals["step_s"] else 0.0,
+            "losses": self._loss_cost(),
             "seconds": seconds,
             "seed": self.config.seed,
             "versions": versions(),
@@ -319,9 +328,7 @@ def cut(student: Output) -> tuple[Output, list[tuple[Tensor, Tensor]]]:
         pairs.append((x, x.detach().requires_grad_()))
         return pairs[-1][1]
 
-    aux = None if student.aux is None else leaf(student.aux)
-    leaves = Output(leaf(student.logits), {name: leaf(x) for name, x in student.features.items()}, aux)
-    return leaves, pairs
+    return each_tensor(student, leaf), pairs
 
 
 def send_back(pairs: list[tuple[Tensor, Tensor]]) -> None:

@@ -369,6 +369,69 @@ def _classes(runs: Sequence[Run]) -> tuple[list[str], list[Run]]:
     return list(dict.fromkeys(str(name) for run in having for name in run.result["class_iou"])), having
 
 
+COST_COLUMNS = ("run", "kernels", "losses %", "ms", "ms, plain", "faster", "memory", "memory, plain", "less")
+COST_CAPTION = (
+    "One forward and backward of the losses alone, at the run's own shapes: with the kernels that the run used, and in plain "
+    "PyTorch. Memory is the peak beyond the inputs and their gradients. An asterisk: one image, times the batch. “losses %” is "
+    "their share of a training step, measured in the run."
+)
+
+
+def _bytes(value: float) -> str:
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value / 2**10:.0f} KiB"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.0f}×" if value >= 10 else f"{value:.1f}×"
+
+
+def _cost_row(run: Run) -> tuple[str, ...] | None:
+    """The run's row of `COST_COLUMNS`; None if it says nothing of what its losses cost."""
+    losses = run.result.get("losses")
+    if not isinstance(losses, dict):
+        return None
+    ours, eager = (side if isinstance(side := losses.get(name), dict) else {} for name in ("ours", "eager"))
+    scaled = "*" if eager.get("images") != ours.get("images") else ""
+    cells = []
+    for key, text in (("seconds", lambda v: f"{1000 * v:.3g}"), ("bytes", _bytes)):
+        left, right = _number(ours.get(key)), _number(eager.get(key))
+        cells += [
+            MISSING if left is None else text(left),
+            MISSING if right is None else text(right) + scaled,
+            _ratio(right / left) if left and right else MISSING,
+        ]
+    names = losses.get("backends")
+    return (
+        run.name,
+        ", ".join(map(str, names)) if isinstance(names, list) else MISSING,
+        _percent(run.number("loss_share")),
+        *cells,
+    )
+
+
+def _cost_table(runs: Sequence[Run]) -> str:
+    """What the losses cost, with its heading; empty if no run says."""
+    rows = [(run, row) for run in runs if (row := _cost_row(run))]
+    if not rows:
+        return ""
+    head = "".join(f"<th{' class=text' if i < 2 else ''}>{name}</th>" for i, name in enumerate(COST_COLUMNS))
+    body = ""
+    for run, row in rows:
+        cells = [html.escape(cell) for cell in row]
+        body += f"<tr><td>{_dot(run)}{cells[0]}</td><td class=text>{cells[1]}</td>"
+        body += "".join(f"<td>{cell}</td>" for cell in cells[2:]) + "</tr>"
+    notes = "".join(
+        f'<p class="caption">{html.escape(f"{run.name}: {note}")}.</p>'
+        for run, _ in rows
+        if (note := run.result["losses"].get("note"))
+    )
+    table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<h2>What the losses cost</h2>{table}<p class="caption">{COST_CAPTION}</p>{notes}'
+
+
 def _best(values: Sequence[float | None]) -> set[int]:
     """The indices of the largest value as it is printed (ties are all best); none among fewer than two values or zeros."""
     known = [round(100 * v, 1) for v in values if v is not None]
@@ -389,6 +452,16 @@ def _markdown(runs: Sequence[Run], title: str, lines: Sequence[str]) -> str:
         *(row(_row(run)) for run in runs),
         "",
     ]
+    costs = [cells for run in runs if (cells := _cost_row(run))]
+    if costs:
+        text += [
+            row(COST_COLUMNS),
+            "|---|---|" + "---:|" * (len(COST_COLUMNS) - 2),
+            *map(row, costs),
+            "",
+            COST_CAPTION,
+            "",
+        ]
     names, having = _classes(runs)
     if names:
         text += [
@@ -480,6 +553,7 @@ def _page(
         "the share of it spent in the losses, forward and backward.</p>"
     )
     legend = "".join(f"<span>{_dot(run)}{text(run.name)}</span>" for run in runs if run.loss or run.miou)
+    parts.append(_cost_table(runs))
     parts.append("<h2>Curves</h2>" + (f'<div class="legend">{legend}</div>' if legend else ""))
     parts.append('<div class="curves">' + "".join(f"<div>{figure}</div>" for figure in figures) + "</div>")
     parts.append(

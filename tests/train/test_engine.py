@@ -65,7 +65,7 @@ def test_every_method_trains(method, teacher, tmp_path):
     assert 0 < result["loss_share"] < 1
     assert list(result) == [
         "name", "method", "model", "params", "steps", "miou", "pixel_accuracy", "class_iou", "seconds_per_step", "loss_share",
-        "seconds", "seed", "versions",
+        "losses", "seconds", "seed", "versions",
     ]  # fmt: skip
     assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
     assert lines(tmp_path, "val")[-1]["miou"] == pytest.approx(result["miou"], rel=1e-4)

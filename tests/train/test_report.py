@@ -136,6 +136,30 @@ def test_markdown(runs, tmp_path):
     assert "| traffic sign |" + " \N{EN DASH} |" * 5 in text
 
 
+def test_what_the_losses_cost(runs, tmp_path):
+    def with_losses(path, losses):
+        result = json.loads((path / "result.json").read_text()) | {"losses": losses}
+        (path / "result.json").write_text(json.dumps(result))
+
+    with_losses(
+        runs[2],
+        {
+            "backends": ["cpu"],
+            "ours": {"bytes": 3 * 2**19, "seconds": 0.02, "images": 8},
+            "eager": {"bytes": 3 * 2**30, "seconds": 0.5, "images": 1},
+            "note": None,
+        },
+    )
+    with_losses(runs[3], {"backends": ["triton"], "ours": None, "eager": None, "note": "not measured: <reason>"})
+    with_losses(runs[4], {"backends": 3, "ours": {"bytes": "many"}})
+    page = write_report(tmp_path / "out", runs, title="T").read_text()
+    parse(page)
+    for text in ("1.5 MiB", "3 GiB*", "25×", "2048×", "rdd: not measured: &lt;reason&gt;."):
+        assert text in page
+    assert "| nfd | cpu | 7.0 | 20 | 500* | 25× | 1.5 MiB | 3 GiB* |" in (tmp_path / "out" / "table.md").read_text()
+    assert "What the losses cost" not in write_report(tmp_path / "out", runs[:2], title="T").read_text()
+
+
 def judged(paths):
     return "\n".join(verdict(load_runs(paths)))
 
