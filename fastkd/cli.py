@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name and error.name.split(".")[0] == "fastkd":
             raise
         print(f"fastkd {words[0]}: no module {error.name!r}; {INSTALL}", file=sys.stderr)
-    except (ValueError, LookupError, OSError, FloatingPointError) as error:
+    except (ValueError, LookupError, OSError, FloatingPointError, MemoryError) as error:
         print(f"fastkd {words[0]}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print(f"\nfastkd {words[0]}: stopped", file=sys.stderr)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import fastkd
+from fastkd.train.gradients import each_tensor
 from fastkd.train.methods import Objective
 from fastkd.train.models import Output
 
@@ -29,17 +30,6 @@ class Shapes(NamedTuple):
     student: Output
     teacher: Output | None
     labels: Tensor
-
-
-def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` (an Output, a dict, None, ...) with every tensor in it changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: each_tensor(inner, change) for key, inner in value.items()}
-    if isinstance(value, tuple):
-        return type(value)(*(each_tensor(inner, change) for inner in value))
-    return value
 
 
 def shapes_of(student: Output, teacher: Output | None, labels: Tensor) -> Shapes:
