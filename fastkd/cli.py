@@ -6,6 +6,7 @@ Only `info` works without the trainer's packages; the others say how to install 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -58,7 +59,9 @@ def _train(words: list[str]) -> int:
     config, flags = parse(words)
     from fastkd.train.engine import train
 
-    print(_summary(train(config, **flags)))
+    result = train(config, **flags)
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        print(_summary(result))
     return 0
 
 

@@ -9,6 +9,7 @@ from torch import nn
 pytest.importorskip("accelerate")
 pytest.importorskip("segmentation_models_pytorch")
 
+from accelerate.optimizer import AcceleratedOptimizer
 from PIL import Image
 
 from fastkd.train import checkpoint, engine
@@ -197,6 +198,22 @@ def test_half_precision_reaches_the_losses(score_first, teacher, tmp_path):
     assert student.logits.dtype == other.logits.dtype == torch.bfloat16
     assert student.logits.grad.dtype == torch.bfloat16
     assert all(p.dtype == torch.float32 for p in work.student.parameters())
+
+
+def test_loss_scaling_changes_nothing(teacher, tmp_path):
+    """The scaler of fp16 training, which Accelerate makes on a GPU only, put in by hand."""
+    weights = []
+    for scaler in (None, torch.amp.GradScaler("cpu")):
+        work = built(tiny.config(tmp_path, method="kd+nfd", teacher=teacher, aux=True))
+        work.accelerator.scaler = scaler
+        work.optimizer = AcceleratedOptimizer(work.optimizer.optimizer, scaler=scaler)
+        work.accelerator._optimizers = [work.optimizer]
+        train_mode(work.student, "local")
+        work._step(work._batches(), engine.Stopwatch(work.device))
+        weights.append(work.student.state_dict())
+    assert scaler.get_scale() == 2**16  # nothing overflowed
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-7)
 
 
 def test_fp16_needs_a_gpu(tmp_path):
