@@ -13,7 +13,7 @@ from fastkd.train.data import build_dataset, eval_transform
 from fastkd.train.evaluation import SegmentationSet
 from fastkd.train.files import write_whole
 from fastkd.train.models import SegmentationModel
-from fastkd.train.pictures import difficulty, predictions, sample
+from fastkd.train.pictures import MAPS, difficulty, predictions, sample
 from fastkd.train.report import write_report
 from fastkd.train.runs import grouped, load_runs
 
@@ -66,12 +66,8 @@ def compare(
         teacher = next((run for run in shown if run.network.has_aux), None)
         student = next((run for run in reversed(shown) if "rdd" in run.config.method.split("+")), None)
         if teacher and student:
-            about = (
-                "Relative difficulty. TFE: how far the teacher's two heads agree (bright: fully). TSE: pixels that one of "
-                f"student and teacher finds hard and the other easy, here for {student.name}."
-            )
             maps = difficulty(teacher.network, student.network, samples, scenes, size, name=student.name)
-            pictures.append(("difficulty", about, maps))
+            pictures.append(("difficulty", MAPS.format(student.name), maps))
     for name, _, picture in pictures:
         write_whole(out / f"{name}.png", partial(picture.save, format="PNG"))
     return write_report(out, list(runs), title=title, notes=notes, panels=[picture[1:] for picture in pictures])

@@ -66,7 +66,7 @@ def charts(groups: Sequence[Group]) -> list[Chart]:
 def charts_of_terms(group: Group) -> list[Chart]:
     """Each loss, and the norm of its gradient, over the steps of one run."""
     found = []
-    for name, ylabel in (("loss", "weighted loss"), ("grad", "norm of the loss's gradient at the student's outputs")):
+    for name, ylabel in (("loss", "weighted loss"), ("grad", "norm of the gradient at the outputs")):
         terms = sorted({key for run in group.runs for key in run.curves if key.startswith(f"train/{name}/")})
         lines = [
             Line(key.removeprefix(f"train/{name}/"), COLOURS[number % len(COLOURS)], group.curve(key))

@@ -11,11 +11,12 @@ taken over the whole batch, whatever the shares: see `Run._shares`.
 from __future__ import annotations
 
 import errno
+import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,17 +31,18 @@ from fastkd.train.config import Config, DataConfig, TrainConfig, check, differen
 from fastkd.train.data import build_dataset, eval_transform, train_transform
 from fastkd.train.evaluation import Scores, SegmentationSet, evaluate
 from fastkd.train.files import write_json
-from fastkd.train.gradients import cut, gradient_statistics, send_back
+from fastkd.train.gradients import Latest, cut, gradient_statistics, send_back
 from fastkd.train.loader import train_loader
 from fastkd.train.log import PANELS, Progress, RunLog, Stopwatch, versions
 from fastkd.train.loss_cost import Shapes, loss_cost, shapes_of
 from fastkd.train.methods import Objective, Terms, student_features, teacher_forward
 from fastkd.train.models import Output, SegmentationModel, Student, build_model
-from fastkd.train.pictures import difficulty, predictions, sample
+from fastkd.train.pictures import MAPS, difficulty, predictions, sample
 from fastkd.train.report import write_report
 from fastkd.train.schedule import build_optimizer, learning_rate
 from fastkd.train.student import Average, freeze_unused, set_batch_norm, train_mode
 
+RESULT = "result.json"
 PICTURES = 20  # the most panels that a run draws
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -107,21 +109,6 @@ class Step(NamedTuple):
     given: tuple[Output, Output | None, Tensor] | None
 
 
-class Losses:
-    """The weighted losses of the latest step, or of the first one in which a loss was not finite.
-
-    Kept on the device and read when it is due: by then one loss that is not finite has made all of them so.
-    """
-
-    def __init__(self, names: Iterable[str], values: Tensor, step: int):
-        self.names, self.values, self.step = tuple(names), values, torch.full_like(values[0], step)
-
-    def see(self, values: Tensor, step: int) -> None:
-        finite = self.values.isfinite().all()
-        self.values = torch.where(finite, values, self.values)
-        self.step = torch.where(finite, step, self.step)
-
-
 class Run:
     """One run: builds everything from the configuration; `run` does the steps."""
 
@@ -153,7 +140,7 @@ class Run:
         self.step, self.best = 0, -1.0
         self.whole = True  # last.pt, if there is one, can be read
         self.totals: dict[str, float] | None = None
-        self.losses: Losses | None = None
+        self.losses: Latest | None = None
         self.shapes: Shapes | None = None  # of what the losses are given, from the first step on
 
     def _teacher(self) -> tuple[SegmentationModel | None, str | None]:
@@ -199,25 +186,38 @@ class Run:
 
     def run(self, *, resume: bool) -> dict[str, Any]:
         config, steps = self.config, self.config.train.steps
-        every = (config.train.log_every, config.eval.every, config.train.checkpoint_every)
         seconds = self._restore() if resume and checkpoint.exists(self.out) else 0.0
+        if self.step == steps and (self.out / RESULT).exists():
+            return json.loads((self.out / RESULT).read_text(encoding="utf-8"))
         self.accelerator.wait_for_everyone()  # all have read what the first one writes from here on
         self.log = RunLog(self.out, enabled=self.main)
-        self.log.open(keep_to=self.step)
-        if self.main:
-            write_yaml(config, self.out / "config.yaml")
-        watch = Stopwatch(self.device, self.totals)
-        started = time.perf_counter() - seconds
         progress = Progress(config.name or self.out.name, total=steps, done=self.step, show=self.show)
+        watch = Stopwatch(self.device, self.totals)
+        with closing(self.log), closing(progress):
+            self.log.open(keep_to=self.step)
+            if self.main:
+                write_yaml(config, self.out / "config.yaml")
+            started = time.perf_counter() - seconds
+            scores = self._steps(watch, progress, started) or self._evaluate()
+            result = self._result(scores, watch, time.perf_counter() - started)
+        if self.main:
+            write_json(self.out / RESULT, result)
+            self._report()
+        self.accelerator.wait_for_everyone()
+        return result
+
+    def _steps(self, watch: Stopwatch, progress: Progress, started: float) -> Scores | None:
+        """The steps that are left, with what is due between them; the scores of the last one."""
+        config, steps, scores = self.config, self.config.train.steps, None
+        every = (config.train.log_every, config.eval.every, config.train.checkpoint_every)
         batches = self._batches()
         train_mode(self.student, config.train.batch_norm)
-        scores = None
         while self.step < steps:
-            due = [(self.step + 1) % n == 0 or self.step + 1 == steps for n in every]
-            log, score, save = due
+            log, score, save = ((self.step + 1) % n == 0 or self.step + 1 == steps for n in every)
             done = self._step(batches, watch, keep=log)
             self.step += 1
             values = self._values(done) if log or save else {}  # waits for the device
+            del done  # with what it keeps of the step
             progress.step(self.step, values.get("loss"))
             if log:
                 self.log.write(self.step, time.perf_counter() - started, "train", values | watch.means())
@@ -225,21 +225,14 @@ class Run:
                 scores = self._evaluate()
                 found = {"miou": scores.miou, "pixel_accuracy": scores.pixel_accuracy}
                 self.log.write(self.step, time.perf_counter() - started, "val", found)
-                progress.say(f"step {self.step}: " + ", ".join(f"{k} {100 * v:.2f} %" for k, v in found.items()))
+                progress.say(f"step {self.step}: mIoU {100 * scores.miou:.2f} %")
                 self._draw()
                 if scores.miou > self.best:
                     self.best = scores.miou
                     self._save("best.pt")
             if save:
                 self._save(checkpoint.LAST, watch=watch, seconds=time.perf_counter() - started)
-        progress.close()
-        result = self._result(scores or self._evaluate(), watch, time.perf_counter() - started)
-        self.log.close()
-        if self.main:
-            write_json(self.out / "result.json", result)
-            self._report()
-        self.accelerator.wait_for_everyone()
-        return result
+        return scores
 
     def _batches(self) -> Iterator[list[Tensor]]:
         return iter(
@@ -283,8 +276,7 @@ class Run:
         if self.average is not None:
             self.average.update(self.student.model)
         values = torch.stack([value.float() for value in losses.values()])
-        if self.losses is None:
-            self.losses = Losses(losses, values, self.step + 1)
+        self.losses = self.losses or Latest(losses, values, self.step + 1)
         self.losses.see(values, self.step + 1)
         watch.end()
         return Step(rate, info, given if keep else None)
@@ -464,9 +456,11 @@ class Run:
         return loss_cost(self.objective, self.shapes, step=self.config.train.steps - 1, device=self.device)
 
     def _report(self) -> None:
-        panels = sorted((self.out / PANELS).glob("*.jpg"))[-1:]
-        about = [("What the networks see in validation images, at the last step.", panel) for panel in panels]
-        write_report(self.out, [self.out], title=self.config.name or self.out.name, panels=about)
+        about = "What the networks see in validation images, at the last step."
+        if self.teacher is not None:
+            about += f" {MAPS.format('this student')}"
+        panels = [(about, panel) for panel in sorted((self.out / PANELS).glob("*.jpg"))[-1:]]
+        write_report(self.out, [self.out], title=self.config.name or self.out.name, panels=panels)
 
 
 def build_datasets(data: DataConfig) -> tuple[SegmentationSet, SegmentationSet]:

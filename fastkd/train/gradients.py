@@ -1,4 +1,4 @@
-"""The backward pass in two parts, and what the losses' gradients say about each other.
+"""The backward pass in two parts, what the losses' gradients say about each other, and which loss was the first to fail.
 
 The losses see leaves cut off from the network, so that their own forward and backward can be timed and their gradients be
 compared; what they leave there is then sent through the network. The result is that of one backward pass.
@@ -6,7 +6,7 @@ compared; what they leave there is then sent through the network. The result is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -77,3 +77,18 @@ def gradient_statistics(parts: Mapping[str, Tensor], student: Output, task: froz
     if len(sums) == 2:
         found["grad_cosine"] = torch.nn.functional.cosine_similarity(sums[True].flatten(), sums[False].flatten(), dim=0)
     return found
+
+
+class Latest:
+    """The weighted losses of the latest step, or of the first one in which a loss was not finite.
+
+    Kept on the device and read when it is due: by then one loss that is not finite has made all of them so.
+    """
+
+    def __init__(self, names: Iterable[str], values: Tensor, step: int):
+        self.names, self.values, self.step = tuple(names), values, torch.full_like(values[0], step)
+
+    def see(self, values: Tensor, step: int) -> None:
+        finite = self.values.isfinite().all()
+        self.values = torch.where(finite, values, self.values)
+        self.step = torch.where(finite, step, self.step)

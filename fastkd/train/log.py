@@ -72,7 +72,7 @@ class RunLog:
         self.board.add_image("panel", np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
-        if self.enabled and self.file is not None:
+        if self.file is not None:
             self.file.close()
             self.board.close()
 
@@ -84,7 +84,8 @@ class Progress:
         self.name, self.total, self.first, self.show = name, total, done, show
         self.watched = show and sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=done, desc=name, disable=not self.watched, dynamic_ncols=True)
-        self.begun = self.spoke = time.perf_counter()
+        self.begun = time.perf_counter()
+        self.spoke = self.begun - LINE_SECONDS
 
     def step(self, done: int, loss: float | None) -> None:
         """After each step; `loss` where it is known."""
@@ -110,17 +111,18 @@ class Progress:
 
 def duration(seconds: float) -> str:
     """In words, to two places: "42 s", "3 min 20 s", "5 h 12 min", "2 d 4 h"."""
+    seconds = round(seconds)
     for size, unit, part, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if seconds >= size:
             whole, rest = divmod(round(seconds / part), size // part)
             return f"{whole} {unit} {rest} {smaller}" if rest else f"{whole} {unit}"
-    return f"{seconds:.0f} s"
+    return f"{seconds} s"
 
 
 def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a line cut short by a crash
+    except (ValueError, KeyError, TypeError):  # a line cut short by a crash
         return float("inf")
 
 

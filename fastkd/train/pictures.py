@@ -16,6 +16,10 @@ from fastkd.train.evaluation import SegmentationSet, predict_logits
 from fastkd.train.models import Output, SegmentationModel
 from fastkd.train.panels import colourise, heatmap, panel
 
+MAPS = (
+    "Relative difficulty. TFE: how far the teacher's two heads agree (bright: fully). TSE: pixels that one of student and "
+    "teacher finds hard and the other easy, here for {}."
+)
 Size = tuple[int, int] | None
 Samples = Sequence[tuple[Tensor, Tensor]]
 

@@ -214,7 +214,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 64px; }
+main { max-width: 1200px; margin: 0 auto; padding: 40px 24px 64px; }
 h1 { font-size: 30px; line-height: 1.2; letter-spacing: -0.015em; margin: 0 0 8px; text-wrap: balance; }
 h2 { font-size: 19px; letter-spacing: -0.005em; margin: 44px 0 12px; }
 p { margin: 0 0 10px; max-width: 72ch; }
@@ -227,7 +227,7 @@ p { margin: 0 0 10px; max-width: 72ch; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 15px; font-variant-numeric: tabular-nums; }
 th { text-align: right; font-weight: 600; font-size: 13px; color: var(--soft); vertical-align: bottom; }
-th, td { padding: 8px 12px; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: 8px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 thead th { border-bottom: 1.5px solid #b6bcc4; }
 td { text-align: right; }
 th:first-child, td:first-child, .text { text-align: left; }
@@ -236,7 +236,7 @@ td:first-child, th:first-child { padding-left: 0; }
 .tag { font-size: 12px; color: var(--soft); border: 1px solid var(--line); border-radius: 9px;
   padding: 1px 7px; margin-left: 8px; }
 .tag.warn { color: #8a4b00; border-color: #ecc894; background: #fff7ea; }
-.bar { display: inline-block; width: 84px; height: 8px; border-radius: 2px; background: var(--wash);
+.bar { display: inline-block; width: 56px; height: 8px; border-radius: 2px; background: var(--wash);
   margin-left: 10px; text-align: left; }
 .bar i { display: block; height: 8px; border-radius: 2px; }
 td.best { font-weight: 650; background: #eef5fb; }
@@ -287,10 +287,8 @@ def _page(
     names, having = _classes(groups)
     if names:
         parts += ["<h2>IoU per class</h2>", _class_table(names, having)]
-        parts.append(
-            '<p class="caption">Per cent. The best of the students is marked. '
-            "A dash: neither labelled nor predicted.</p>"
-        )
+        marked = " The best of the students is marked." if len(having) > 1 else ""
+        parts.append(f'<p class="caption">Per cent.{marked} A dash: neither labelled nor predicted.</p>')
     if panels:
         parts.append("<h2>Pictures</h2>")
         parts += [_figure(panel) for panel in panels]

@@ -208,6 +208,8 @@ def _common_name(runs: Sequence[Run]) -> str:
 def verdict(groups: Sequence[Group]) -> list[str]:
     """Sentences that follow from the finished runs' mIoU, and no more than follows."""
     whole = [group for group in groups if group.scores()]
+    if len(groups) == 1:
+        return [_alone(groups[0])]
     lines: list[str] = []
     plain = {group.model: group for group in reversed(whole) if group.role == "plain"}
     teachers = [group for group in whole if group.role == "teacher"]
@@ -232,11 +234,9 @@ def verdict(groups: Sequence[Group]) -> list[str]:
     alone = [group.name for group in distilled if group.model not in plain]
     if alone:
         lines.append(f"No plain student of the same model was finished, so nothing can be said of {', '.join(alone)}.")
-    if not plain and not alone and len(whole) > 1:
+    if not plain and not alone and whole:
         best = max(whole, key=_score)
         lines.append(f"There is no distilled run to judge. The best run is {best.name} with {_said(best)} mIoU.")
-    elif not plain and not alone and whole:
-        lines.append(f"{whole[0].name} reaches {_said(whole[0])} mIoU.")
     broken = [run.name for group in groups for run in group.runs if as_number(run.result.get("miou")) is None]
     if broken:
         lines.append(f"Left out of this comparison, because unfinished or unreadable: {', '.join(broken)}.")
@@ -248,13 +248,21 @@ def verdict(groups: Sequence[Group]) -> list[str]:
             "± is the standard deviation over seeds. A difference counts as clear if it is larger than "
             f"{NO_CLEAR_CHANGE} points and than twice its standard error over the seeds that both have."
         )
-    elif len(groups) > 1 and any(several):
+    elif any(several):
         lines.append("Not every method has several seeds: a difference of one can change with another.")
-    elif len(groups) > 1:
+    else:
         seeds = sorted({str(run.seed) for group in whole for run in group.runs})
         one = f"Every run is one seed ({seeds[0]})" if len(seeds) == 1 else f"Seeds {', '.join(seeds)} appear"
         lines.append(f"{one}: differences of this size can change with another seed.")
     return lines
+
+
+def _alone(group: Group) -> str:
+    if not group.scores():
+        at = f"; it stopped at step {group.first.step}" if group.first.step is not None else ""
+        return f"{group.name} did not finish, or cannot be read{at}."
+    seeds = f" over {len(group.runs)} seeds" if len(group.runs) > 1 else ""
+    return f"{group.name} reaches {_said(group)} mIoU{seeds} after {group.first.result.get('steps')} steps."
 
 
 def _changes(base: Group, distilled: Sequence[Group], gap: float | None) -> list[str]:

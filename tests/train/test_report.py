@@ -267,7 +267,7 @@ def test_verdict_with_a_poor_teacher(tmp_path):
 
 def test_verdict_without_distillation(tmp_path):
     text = judged([make_run(tmp_path, "p", "none", 0.5)])
-    assert text == "p reaches 50.0 % mIoU."
+    assert text == "p reaches 50.0 % mIoU after 40 steps."
     text = judged([tmp_path / "p", make_run(tmp_path, "q", "none", 0.6)])
     assert "no distilled run to judge. The best run is q with 60.0 % mIoU" in text
 
@@ -326,7 +326,7 @@ def test_broken_runs_never_stop_the_report(runs, tmp_path):
     ):
         assert words in page
     assert not re.search(r"<td[^>]*>(nan|inf|None)", page)
-    assert "No run finished" in judged([empty])
+    assert "No run finished" in judged([empty, tmp_path / "never"])
 
 
 def test_no_runs(tmp_path):
@@ -341,6 +341,9 @@ def test_read_run(runs):
     assert len(run.curves["train/loss"]) == 40
     assert run.curves["val/miou"][-1] == (40, 0.5)
     assert verdict([]) == ["No run finished: there is nothing to compare."]
+    assert judged([make_run(runs[0].parent, "cut", "kd", 0.5, finished=False)]) == (
+        "cut did not finish, or cannot be read; it stopped at step 40."
+    )
 
 
 # Panels
