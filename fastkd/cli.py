@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         extra = "bench" if words[0] == "bench" else "train"
         print(f"fastkd {words[0]}: no module {error.name!r}; {INSTALL.format(extra)}", file=sys.stderr)
-    except (ValueError, LookupError, OSError, FloatingPointError) as error:
+    except (ValueError, LookupError, OSError, FloatingPointError, MemoryError) as error:
         print(f"fastkd {words[0]}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print(f"\nfastkd {words[0]}: stopped", file=sys.stderr)
@@ -61,7 +62,9 @@ def _train(words: list[str]) -> int:
     config, flags = parse(words)
     from fastkd.train.engine import train
 
-    print(_summary(train(config, **flags)))
+    result = train(config, **flags)
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        print(_summary(result))
     return 0
 
 

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 __all__ = ["Tapped", "TappedOutput"]
 
@@ -49,20 +50,37 @@ class Tapped(nn.Module):
         super().__init__()
         self.model = model
         self.paths = dict(taps)
+        self._pinned: dict[str, Tensor] | None = None
         for name, path in self.paths.items():
             _find(model, name, path)
 
+    def pin(self) -> Tapped:
+        """Leaves the hooks in the model for good, and returns self: torch.compile traces hooks, but cannot install them."""
+        if self._pinned is None:
+            self._pinned = {}
+            self._install(self._pinned)
+        return self
+
+    def _install(self, taps: dict[str, Tensor]) -> list[RemovableHandle]:
+        found = [(name, path, *_find(self.model, name, path)) for name, path in self.paths.items()]
+        return [m.register_forward_hook(partial(_keep, taps, name, path, entry)) for name, path, m, entry in found]
+
     def forward(self, *args: Any, **kwargs: Any) -> TappedOutput:
-        taps: dict[str, Tensor] = {}
-        handles = []
+        if self._pinned is not None:
+            output = self.model(*args, **kwargs)
+            taps = dict(self._pinned)
+            self._pinned.clear()
+            return self._result(output, taps)
+        taps = {}
+        handles = self._install(taps)
         try:
-            for name, path in self.paths.items():
-                module, entry = _find(self.model, name, path)
-                handles.append(module.register_forward_hook(partial(_keep, taps, name, path, entry)))
             output = self.model(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
+        return self._result(output, taps)
+
+    def _result(self, output: Any, taps: dict[str, Tensor]) -> TappedOutput:
         if missing := [f"{name!r} ({self.paths[name]!r})" for name in self.paths if name not in taps]:
             raise RuntimeError(
                 f"tap {', '.join(missing)} did not run in this forward; tap a module that the model calls"

@@ -1,4 +1,4 @@
-"""Checkpoints: one file, written atomically, read without running code from it.
+"""Checkpoints: one file, written whole or not at all, read without running code from it.
 
 A checkpoint is a dict of plain values and tensors: `format`, `config` (see `config.to_dict`), `classes`, `palette`, `step`,
 `model` (state of the network), and in `last.pt` what a run needs to go on. `load_network` rebuilds the network from it alone.
@@ -7,7 +7,9 @@ A checkpoint is a dict of plain values and tensors: `format`, `config` (see `con
 from __future__ import annotations
 
 import hashlib
-import os
+import shutil
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,21 +17,36 @@ from typing import Any
 import torch
 
 from fastkd.train.config import ModelConfig, from_dict
+from fastkd.train.files import write_whole
 from fastkd.train.models import SegmentationModel, build_model
 
 FORMAT = 1
+LAST, PREVIOUS = "last.pt", "last.prev.pt"
 
 
 class CheckpointError(ValueError):
-    """A file that is no checkpoint of this trainer, or not of this run. The message names it."""
+    """A file that is no checkpoint of this trainer, or not of this run, or cannot be written. The message names it."""
 
 
-def save(state: dict[str, Any], path: Path, writer: Callable[[Any, Path], None] = torch.save) -> None:
-    """Writes `state` beside `path`, then renames it: a reader sees the old file or the new one, never a part of it."""
-    partial = path.with_name(path.name + ".tmp")
-    writer({"format": FORMAT, **state}, partial)
-    if partial.exists():  # in a process group only the first process writes
-        os.replace(partial, path)
+def save(
+    state: dict[str, Any],
+    path: Path,
+    *,
+    previous: Path | None = None,
+    writer: Callable[[Any, Path], object] = torch.save,
+) -> None:
+    """Writes `state` to `path`, whole or not at all; `previous` keeps the checkpoint that was there.
+
+    CheckpointError: it cannot be written; what was at `path` still is.
+    """
+    try:
+        write_whole(path, lambda beside: writer({"format": FORMAT, **state}, beside), previous=previous)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a disk that is full
+        free = shutil.disk_usage(path.parent).free / 2**30
+        raise CheckpointError(
+            f"cannot write {path}, {free:.2f} GiB are free there: {_first_line(error)}. What was saved before is whole: "
+            "make room and go on with --resume"
+        ) from error
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -38,14 +55,39 @@ def load(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch.load does not compare the checksums
+                raise ValueError(f"the checksum of {damaged} in it is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a truncated or foreign file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"cannot read checkpoint {path}: {reason}; delete it, or name another") from error
+        raise CheckpointError(
+            f"cannot read checkpoint {path}: {_first_line(error)}; delete it, or name another"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT or "model" not in state:
         found = sorted(map(str, state))[:6] if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"{path} is not a checkpoint of this trainer (format {FORMAT}): it holds {found}")
     return state
+
+
+def exists(out: Path) -> bool:
+    """Whether there is something in a run's folder to go on from."""
+    return (out / LAST).exists() or (out / PREVIOUS).exists()
+
+
+def load_last(out: Path) -> tuple[dict[str, Any], bool]:
+    """What a run goes on from, and whether it is the last checkpoint.
+
+    Where that one is gone or damaged it is the one before, with a warning. FileNotFoundError, CheckpointError: neither is there.
+    """
+    try:
+        return load(out / LAST), True
+    except (CheckpointError, FileNotFoundError) as error:
+        try:
+            state = load(out / PREVIOUS)
+        except (CheckpointError, FileNotFoundError):
+            raise error from None
+        warnings.warn(f"{error}. Going on from {out / PREVIOUS}, step {state['step']}", stacklevel=2)
+        return state, False
 
 
 def load_network(path: str | Path, state: dict[str, Any] | None = None) -> tuple[SegmentationModel, dict[str, Any]]:
@@ -69,3 +111,7 @@ def digest(state: dict[str, torch.Tensor]) -> str:
         sha.update(name.encode())
         sha.update(state[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
+from fastkd.train.files import write_text
 from fastkd.train.methods.registry import LossConfig, parse_method
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -90,31 +91,64 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
-    """Optimiser and schedule: lr · (1 − step/steps)^power, after a linear warm-up of `warmup` steps.
+    """Optimiser and schedule.
 
-    `clip` bounds the gradient's norm (None: not); `momentum` is SGD's.
+    Args:
+        name: "sgd" or "adamw".
+        lr: learning rate after the warm-up.
+        momentum: of SGD.
+        weight_decay: of every parameter.
+        schedule: "poly", lr · (1 − step/steps)^power, or "cosine", lr · (1 + cos(π · step/steps)) / 2.
+        power: of "poly".
+        warmup: steps in which the learning rate grows linearly to its value.
+        min_lr: the learning rate does not fall below this after the warm-up.
+        clip: bound of the gradient's norm, None for none.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.02
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    schedule: Literal["poly", "cosine"] = "poly"
     power: float = 0.9
     warmup: int = 0
+    min_lr: float = 0.0
     clip: float | None = None
 
 
 @dataclass
 class TrainConfig:
-    """Length and mechanics of a run. batch_size counts all processes; device "auto" takes an accelerator if there is one."""
+    """Length and mechanics of a run.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: images of an optimiser step, over all processes and parts.
+        accumulate: parts a process does its share in, one after the other, to save memory.
+        precision: "no" (fp32), "bf16" or "fp16" (GPU only, with loss scaling) of the networks.
+        device: "auto" takes an accelerator if there is one.
+        channels_last: memory format of networks and images.
+        compile: torch.compile student and teacher.
+        batch_norm: statistics of the student's batch norms: "sync" over all processes (on GPUs; with one process as
+            "local"), "local" to a process, or "frozen" as they were loaded.
+        ema: decay of an exponential moving average of the student's weights, which is then what is scored and saved as the
+            network (e.g. 0.999); None for none.
+        log_every: steps between lines of the log; only these steps wait for the device.
+        checkpoint_every: steps between checkpoints, the most a crash can cost.
+        panels: validation images that are drawn at evaluations, 0 for none.
+    """
 
     steps: int = 1000
     batch_size: int = 8
+    accumulate: int = 1
     precision: Literal["no", "fp16", "bf16"] = "no"
     device: Literal["auto", "cpu"] = "auto"
     channels_last: bool = True
+    compile: bool = False
+    batch_norm: Literal["sync", "local", "frozen"] = "sync"
+    ema: float | None = None
     log_every: int = 10
     checkpoint_every: int = 200
+    panels: int = 3
 
 
 @dataclass
@@ -167,6 +201,7 @@ def check(config: Config) -> None:
     for name, value in (
         ("train.steps", config.train.steps),
         ("train.batch_size", config.train.batch_size),
+        ("train.accumulate", config.train.accumulate),
         ("train.log_every", config.train.log_every),
         ("train.checkpoint_every", config.train.checkpoint_every),
         ("eval.every", config.eval.every),
@@ -176,6 +211,8 @@ def check(config: Config) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if config.optim.lr <= 0:
         raise ValueError(f"optim.lr must be positive, got {config.optim.lr}")
+    if config.train.ema is not None and not 0 < config.train.ema < 1:
+        raise ValueError(f"train.ema is a decay between 0 and 1, e.g. 0.999, got {config.train.ema}; null for none")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -221,14 +258,21 @@ def _with_recipes(argv: list[str]) -> list[str]:
 
 
 def write_yaml(config: Config, path: Path) -> None:
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+# Values that change nothing in what a run computes; a teacher is known by its digest, not by its path.
+COSMETIC = (
+    *("out", "name", "teacher", "data.root", "data.workers"),
+    *("train.log_every", "train.checkpoint_every", "train.panels"),
+)
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the values in which two `to_dict` outputs differ; where a run is kept and its name do not count."""
+    """Dotted names of the values in which two `to_dict` outputs differ, those of `COSMETIC` left out."""
     found = []
     for key in sorted(set(a) | set(b)):
-        if not prefix and key in ("out", "name"):
+        if f"{prefix}{key}" in COSMETIC:
             continue
         left, right = a.get(key), b.get(key)
         if isinstance(left, dict) and isinstance(right, dict):

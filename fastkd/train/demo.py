@@ -87,10 +87,10 @@ def _paint(config: Config) -> tuple[SegmentationSet, SegmentationSet]:
 def run_state(config: Config) -> str:
     """ "finished", "partial" (can be resumed), or "new": nothing there, or of another configuration, or another teacher."""
     out = Path(config.out)
-    if not (out / "last.pt").exists():
+    if not checkpoint.exists(out):
         return "new"
     try:
-        state = checkpoint.load(out / "last.pt")
+        state, _ = checkpoint.load_last(out)
         if differences(state["config"], to_dict(config)):
             return "new"
         if config.teacher and state["teacher_digest"] != checkpoint.digest(checkpoint.load(config.teacher)["model"]):

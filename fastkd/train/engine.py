@@ -3,29 +3,48 @@
 Every random number of a step is a function of (seed, step): the step seeds torch, and each sample is drawn under its own
 seed (`loader.py`). So a resumed run is bitwise the run that was not interrupted, whatever the number of loader processes, and
 runs that differ only in their method see the same crops.
+
+A step's batch is shared by processes and by the parts that a process does one after the other. Means over valid pixels are
+taken over the whole batch, whatever the shares: see `Run._shares`.
 """
 
 from __future__ import annotations
 
+import errno
+import json
+import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch import Tensor, nn
-from tqdm import tqdm
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from torch import Tensor
 
 from fastkd.train import checkpoint
-from fastkd.train.config import Config, DataConfig, check, differences, to_dict, write_yaml
+from fastkd.train.config import Config, DataConfig, TrainConfig, check, differences, to_dict, write_yaml
 from fastkd.train.data import build_dataset, eval_transform, train_transform
 from fastkd.train.evaluation import Scores, SegmentationSet, evaluate
+from fastkd.train.files import write_json
+from fastkd.train.gradients import Latest, cut, gradient_statistics, send_back
 from fastkd.train.loader import train_loader
-from fastkd.train.log import RunLog, Stopwatch, versions, write_json
+from fastkd.train.log import PANELS, Progress, RunLog, Stopwatch, versions
+from fastkd.train.loss_cost import Shapes, loss_cost, shapes_of
 from fastkd.train.methods import Objective, Terms, student_features, teacher_forward
 from fastkd.train.models import Output, SegmentationModel, Student, build_model
+from fastkd.train.pictures import MAPS, difficulty, predictions, sample
+from fastkd.train.report import write_report
+from fastkd.train.schedule import build_optimizer, learning_rate
+from fastkd.train.student import Average, freeze_unused, set_batch_norm, train_mode
+
+RESULT = "result.json"
+PICTURES = 20  # the most panels that a run draws
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def train(
@@ -40,25 +59,54 @@ def train(
 
     Args:
         config: the run.
-        resume: go on from `<out>/last.pt`; a run that is finished returns its result at once.
+        resume: go on from `<out>/last.pt`, or from `last.prev.pt` where that one is damaged; a run that is finished returns its
+            result at once.
         overwrite: discard what `<out>` holds of an earlier run.
-        show: progress bars.
+        show: say how it goes.
         datasets: training and validation set, where several runs share them; None builds them (`build_datasets`).
 
     Raises:
         FileExistsError: `<out>` holds a run and neither flag is given.
-        CheckpointError, FileNotFoundError: `last.pt` or the teacher cannot be read or belongs to another configuration.
+        CheckpointError, FileNotFoundError: `last.pt` or the teacher cannot be read or belongs to another configuration, or a
+            checkpoint cannot be written.
         ValueError: parts of the configuration do not fit.
         FloatingPointError: the loss is no longer finite.
+        MemoryError: the device, or the machine, has too little memory.
+        OSError: something cannot be written.
     """
     check(config)
     out = Path(config.out)
-    last = out / "last.pt"
-    if last.exists() and not (resume or overwrite):
+    if checkpoint.exists(out) and not (resume or overwrite):
         raise FileExistsError(
             f"{out} already holds a run; go on with --resume, discard it with --overwrite, or change --out"
         )
-    return Run(config, show=show, datasets=datasets).run(resume=resume)
+    try:
+        return Run(config, show=show, datasets=datasets).run(resume=resume)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise MemoryError(_too_little_memory(config.train, str(error))) from error
+        raise
+    except OSError as error:
+        if error.errno in FULL:
+            raise OSError(
+                error.errno,
+                f"{error.strerror} while writing to {out}; the checkpoints there are whole: make room and go on with --resume",
+            ) from error
+        raise
+
+
+class Step(NamedTuple):
+    """What a step leaves.
+
+    Args:
+        rate: its learning rate.
+        info: 0-d values to log, beside the losses.
+        given: what the losses of its last part were given, if it was asked for.
+    """
+
+    rate: float
+    info: dict[str, Tensor]
+    given: tuple[Output, Output | None, Tensor] | None
 
 
 class Run:
@@ -68,10 +116,10 @@ class Run:
         self, config: Config, *, show: bool = True, datasets: tuple[SegmentationSet, SegmentationSet] | None = None
     ):
         self.config, self.out = config, Path(config.out)
-        precision = config.train.precision
-        self.accelerator = Accelerator(cpu=config.train.device == "cpu", mixed_precision=precision)
-        self.show = show and self.accelerator.is_main_process
-        self.device = self.accelerator.device
+        self.accelerator = _accelerator(config.train)
+        self.device, self.world = self.accelerator.device, self.accelerator.num_processes
+        self.main = self.accelerator.is_main_process
+        self.show = show and self.main
         self.train_set, self.val_set = datasets or build_datasets(config.data)
         self.classes = list(self.train_set.classes)
 
@@ -88,130 +136,214 @@ class Run:
             teacher=self.teacher,
             ignore_index=self.train_set.ignore_index,
         ).to(self.device)
-        if config.train.channels_last:
-            student = student.to(memory_format=torch.channels_last)
-        optimizer = _optimizer(config, student)
-        self.student, self.optimizer = self.accelerator.prepare(student, optimizer)
+        self._prepare(student)
         self.step, self.best = 0, -1.0
-
-    @property
-    def network(self) -> SegmentationModel:
-        return self.accelerator.unwrap_model(self.student, keep_fp32_wrapper=False).model
+        self.whole = True  # last.pt, if there is one, can be read
+        self.totals: dict[str, float] | None = None
+        self.losses: Latest | None = None
+        self.shapes: Shapes | None = None  # of what the losses are given, from the first step on
 
     def _teacher(self) -> tuple[SegmentationModel | None, str | None]:
-        if self.config.teacher is None or self.config.method == "none":
+        config = self.config
+        if config.teacher is None or config.method == "none":
             return None, None
-        teacher, state = checkpoint.load_network(self.config.teacher)
+        teacher, state = checkpoint.load_network(config.teacher)
         if list(state["classes"]) != self.classes:
             raise ValueError(
-                f"teacher {self.config.teacher} was trained on the classes {list(state['classes'])}, the data has {self.classes}"
+                f"teacher {config.teacher} was trained on the classes {list(state['classes'])}, the data has {self.classes}"
             )
         teacher = teacher.requires_grad_(False).to(self.device)
-        if self.config.train.channels_last:
+        if config.train.channels_last:
             teacher = teacher.to(memory_format=torch.channels_last)
         return teacher, checkpoint.digest(state["model"])
 
+    def _prepare(self, student: Student) -> None:
+        """The student as it is trained: batch norms, average, compiler, optimiser, processes."""
+        options = self.config.train
+        student = set_batch_norm(student, options.batch_norm, processes=self.world, device=self.device).to(self.device)
+        if options.channels_last:
+            student = student.to(memory_format=torch.channels_last)
+        if self.world > 1:
+            freeze_unused(student, aux=self.objective.aux_weight > 0)
+        self.average = None if options.ema is None else Average(student.model, options.ema)
+        self.teach: Callable[[Tensor], Output] | None = self.teacher
+        if options.compile:
+            student.model.tapped.pin()
+            student.compile()
+            if self.teacher is not None:
+                self.teacher.tapped.pin()
+                self.teach = torch.compile(self.teacher)  # the teacher itself stays as it is, for pictures of any size
+        self.student = student
+        # What is called in a step: it shares the gradients among processes, or is the student itself where there is one.
+        self.called, self.optimizer = self.accelerator.prepare(student, build_optimizer(self.config.optim, student))
+        # Drops Accelerate's autocast, which would cast the outputs to fp32: the losses take half precision as it is.
+        self.accelerator.unwrap_model(self.called, keep_fp32_wrapper=False)
+
+    @property
+    def network(self) -> SegmentationModel:
+        """What is scored, and saved as the network: the student's, or its moving average."""
+        return self.student.model if self.average is None else self.average.network
+
     def run(self, *, resume: bool) -> dict[str, Any]:
         config, steps = self.config, self.config.train.steps
-        main = self.accelerator.is_main_process
-        self.log = RunLog(self.out, enabled=main)
-        seconds = self._restore() if resume and (self.out / "last.pt").exists() else 0.0
-        self.log.open(keep_to=self.step)
-        if main:
-            write_yaml(config, self.out / "config.yaml")
+        seconds = self._restore() if resume and checkpoint.exists(self.out) else 0.0
+        if self.step == steps and (self.out / RESULT).exists():
+            return json.loads((self.out / RESULT).read_text(encoding="utf-8"))
+        self.accelerator.wait_for_everyone()  # all have read what the first one writes from here on
+        self.log = RunLog(self.out, enabled=self.main)
+        progress = Progress(config.name or self.out.name, total=steps, done=self.step, show=self.show)
         watch = Stopwatch(self.device, self.totals)
-        started = time.perf_counter() - seconds
-        batches = iter(
+        with closing(self.log), closing(progress):
+            self.log.open(keep_to=self.step)
+            if self.main:
+                write_yaml(config, self.out / "config.yaml")
+            started = time.perf_counter() - seconds
+            scores = self._steps(watch, progress, started) or self._evaluate()
+            result = self._result(scores, watch, time.perf_counter() - started)
+        if self.main:
+            write_json(self.out / RESULT, result)
+            self._report()
+        self.accelerator.wait_for_everyone()
+        return result
+
+    def _steps(self, watch: Stopwatch, progress: Progress, started: float) -> Scores | None:
+        """The steps that are left, with what is due between them; the scores of the last one."""
+        config, steps, scores = self.config, self.config.train.steps, None
+        every = (config.train.log_every, config.eval.every, config.train.checkpoint_every)
+        batches = self._batches()
+        train_mode(self.student, config.train.batch_norm)
+        while self.step < steps:
+            log, score, save = ((self.step + 1) % n == 0 or self.step + 1 == steps for n in every)
+            done = self._step(batches, watch, keep=log)
+            self.step += 1
+            values = self._values(done) if log or save else {}  # waits for the device
+            del done  # with what it keeps of the step
+            progress.step(self.step, values.get("loss"))
+            if log:
+                self.log.write(self.step, time.perf_counter() - started, "train", values | watch.means())
+            if score:
+                scores = self._evaluate()
+                found = {"miou": scores.miou, "pixel_accuracy": scores.pixel_accuracy}
+                self.log.write(self.step, time.perf_counter() - started, "val", found)
+                progress.say(f"step {self.step}: mIoU {100 * scores.miou:.2f} %")
+                self._draw()
+                if scores.miou > self.best:
+                    self.best = scores.miou
+                    self._save("best.pt")
+            if save:
+                self._save(checkpoint.LAST, watch=watch, seconds=time.perf_counter() - started)
+        return scores
+
+    def _batches(self) -> Iterator[list[Tensor]]:
+        return iter(
             train_loader(
                 self.train_set,
-                batch_size=config.train.batch_size,
-                steps=range(self.step, steps),
-                seed=config.seed,
-                workers=config.data.workers,
+                batch_size=self.config.train.batch_size,
+                steps=range(self.step, self.config.train.steps),
+                seed=self.config.seed,
+                workers=self.config.data.workers,
                 rank=self.accelerator.process_index,
-                world=self.accelerator.num_processes,
+                world=self.world,
+                parts=self.config.train.accumulate,
                 pin_memory=self.device.type == "cuda",
             )
         )
-        bar = tqdm(
-            total=steps, initial=self.step, desc=config.name or self.out.name, disable=not self.show, dynamic_ncols=True
-        )
-        result = None
-        while self.step < steps:
-            watch.begin()
-            images, labels = next(batches)
-            watch.data_ready()
-            rate, terms = self._step(images, labels, watch)
-            watch.end()
-            self.step += 1
-            bar.update()
-            if self.step % config.train.log_every == 0 or self.step == steps:
-                values = self._values(terms) | {"lr": rate} | watch.means()
-                self.log.write(self.step, time.perf_counter() - started, "train", values)
-                bar.set_postfix(loss=f"{values['loss']:.3f}")
-            if self.step % config.eval.every == 0 or self.step == steps:
-                result = self._evaluate()
-                values = {"miou": result.miou, "pixel_accuracy": result.pixel_accuracy}
-                self.log.write(self.step, time.perf_counter() - started, "val", values)
-                if result.miou > self.best:
-                    self.best = result.miou
-                    self._save("best.pt")
-            if self.step % config.train.checkpoint_every == 0 or self.step == steps:
-                self._save("last.pt", watch=watch, seconds=time.perf_counter() - started)
-        bar.close()
-        if result is None:  # resumed after the last step
-            result = self._evaluate()
-        summary = self._result(result, watch, time.perf_counter() - started)
-        self.log.close()
-        if main:
-            write_json(summary, self.out / "result.json")
-        self.accelerator.wait_for_everyone()
-        return summary
 
-    def _step(self, images: Tensor, labels: Tensor, watch: Stopwatch) -> tuple[float, Terms]:
-        """One optimiser step; returns its learning rate and losses."""
-        optim = self.config.optim
-        rate = learning_rate(self.config, self.step)
+    def _step(self, batches: Iterator[list[Tensor]], watch: Stopwatch, *, keep: bool = False) -> Step:
+        """One optimiser step."""
+        config, parts = self.config, self.config.train.accumulate
+        watch.begin()
+        loaded = [next(batches) for _ in range(parts)]
+        watch.data_ready()
+        rate = learning_rate(config.optim, self.step, config.train.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(step_seed(self.config.seed, self.step, self.accelerator.process_index))
-        images = images.to(self.device, non_blocking=True)
-        labels = labels.to(self.device, non_blocking=True)
-        if self.config.train.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        teacher = None
-        if self.teacher is not None:
-            with self.accelerator.autocast():
-                teacher = teacher_forward(self.teacher, images)
-        student = self.student(images)
-
-        # The losses see leaves cut off from the network, so that their own forward and backward can be timed; the gradients
-        # they leave there are then sent through the network. The result is that of one backward pass.
-        leaves, pairs = cut(student)
-        watch.loss_begins()
-        terms = self.objective(leaves, teacher, labels, self.step)
-        self.accelerator.backward(terms.total)
-        watch.loss_ends()
-        send_back(pairs)
-
-        if optim.clip is not None:
-            self.accelerator.clip_grad_norm_(self.student.parameters(), optim.clip)
+        torch.manual_seed(step_seed(config.seed, self.step, self.accelerator.process_index))
+        moved = [self._to_device(images, labels) for images, labels in loaded]
+        shares = self._shares([labels for _, labels in moved])
+        losses: dict[str, Tensor] = {}
+        info: dict[str, Tensor] = {}
+        for number, ((images, labels), share) in enumerate(zip(moved, shares, strict=True)):
+            with nullcontext() if number == parts - 1 else self.accelerator.no_sync(self.called):
+                given, terms = self._part(images, labels, share, watch)
+            for whole, part in ((losses, terms.parts), (info, {k: v / parts for k, v in terms.info.items()})):
+                for name, value in part.items():
+                    whole[name] = whole[name] + value.detach() if name in whole else value.detach()
+        if config.optim.clip is not None:
+            self.accelerator.clip_grad_norm_(self.student.parameters(), config.optim.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return rate, terms
+        if self.average is not None:
+            self.average.update(self.student.model)
+        values = torch.stack([value.float() for value in losses.values()])
+        self.losses = self.losses or Latest(losses, values, self.step + 1)
+        self.losses.see(values, self.step + 1)
+        watch.end()
+        return Step(rate, info, given if keep else None)
 
-    def _values(self, terms: Terms) -> dict[str, float]:
-        values = {"loss": terms.total.item()}
-        values |= {f"loss/{name}": part.item() for name, part in terms.parts.items()}
-        values |= {name: value.item() for name, value in terms.info.items()}
-        if not torch.isfinite(terms.total):
+    def _to_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        images, labels = (x.to(self.device, non_blocking=True) for x in (images, labels))
+        if self.config.train.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, labels
+
+    def _shares(self, labels: list[Tensor]) -> list[Tensor | None]:
+        """What a mean over the valid pixels of each part counts for in the whole batch's, times the number of processes.
+
+        Gradients are averaged over processes and added up over parts. A loss that is a mean over all pixels or elements, the
+        same number everywhere, then only needs a factor 1 / parts; one over valid pixels needs that of its part among those of
+        all parts and processes.
+        """
+        if self.world * len(labels) == 1:
+            return [None]
+        valid = torch.stack([(label != self.train_set.ignore_index).sum() for label in labels]).float()
+        total = self.accelerator.reduce(valid.sum(), "sum")  # waits for no device
+        return list(valid * self.world / total.clamp(min=1))
+
+    def _part(
+        self, images: Tensor, labels: Tensor, share: Tensor | None, watch: Stopwatch
+    ) -> tuple[tuple[Output, Output | None, Tensor], Terms]:
+        """Forward and backward of a part; its losses come back as they count in the step."""
+        with self.accelerator.autocast():
+            teacher = None if self.teach is None else teacher_forward(self.teach, images)
+            student = self.called(images)
+        leaves, pairs = cut(student)
+        self.shapes = self.shapes or shapes_of(leaves, teacher, labels)
+        watch.loss_begins()
+        terms = self.objective(leaves, teacher, labels, self.step)
+        if share is not None:
+            even = 1 / self.config.train.accumulate
+            means = self.objective.valid_means
+            parts = {name: part * (share if name in means else even) for name, part in terms.parts.items()}
+            terms = terms._replace(total=torch.stack(list(parts.values())).sum(), parts=parts)
+        scaler = self.accelerator.scaler
+        (terms.total if scaler is None else scaler.scale(terms.total)).backward()
+        watch.loss_ends()
+        send_back(pairs)
+        return (leaves, teacher, labels), terms
+
+    def _values(self, done: Step) -> dict[str, float]:
+        """The numbers of a step, of all processes, with one wait for the device. FloatingPointError names a loss."""
+        assert self.losses is not None
+        found = dict(done.info)
+        if done.given is not None:
+            student, teacher, labels = done.given
+            terms = self.objective(student, teacher, labels, self.step - 1)
+            found |= gradient_statistics(terms.parts, student, self.objective.task)
+        others = [value.float()[None] for value in found.values()]
+        read = self.accelerator.reduce(torch.cat([self.losses.values, *others]), "mean").tolist()
+        losses = dict(zip(self.losses.names, read, strict=False))
+        if wrong := [name for name, value in losses.items() if not math.isfinite(value)]:
             raise FloatingPointError(
-                f"the loss is {values['loss']} at step {self.step}: {values}; lower --optim.lr or set --optim.clip"
+                f"the loss {' and '.join(wrong)} is no longer finite at step {int(self.losses.step)} ({losses}); lower "
+                f"--optim.lr ({self.config.optim.lr}), set --optim.clip, or lower the weight of that loss"
             )
-        return values
+        values = {"loss": sum(losses.values())} | {f"loss/{name}": value for name, value in losses.items()}
+        weights = {f"weight/{name}": self.objective.weights[name] for name in losses}
+        return values | weights | dict(zip(found, read[len(losses) :], strict=True)) | {"lr": done.rate}
 
     def _evaluate(self) -> Scores:
-        return evaluate(
+        found = evaluate(
             self.network,
             self.val_set,
             device=self.device,
@@ -219,12 +351,32 @@ class Run:
             size=self.config.eval.size,
             limit=self.config.eval.limit,
             rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-            progress="validation" if self.show else None,
+            world=self.world,
+            progress="validation" if self.show and sys.stderr.isatty() else None,
         )
+        train_mode(self.student, self.config.train.batch_norm)
+        return found
+
+    def _draw(self) -> None:
+        """A panel of what the networks see, at no more than `PICTURES` of the run's evaluations."""
+        config = self.config
+        number, evaluations = -(-self.step // config.eval.every), -(-config.train.steps // config.eval.every)
+        due = number % -(-evaluations // PICTURES) == 0 or self.step == config.train.steps
+        if not (self.main and due and config.train.panels):
+            return
+        samples, size = sample(self.val_set, config.train.panels), config.eval.size
+        network = self.network.eval()
+        if self.teacher is None:
+            picture = predictions({"prediction": network}, samples, self.val_set, size)
+        else:
+            picture = difficulty(self.teacher, network, samples, self.val_set, size)
+        train_mode(self.student, config.train.batch_norm)
+        self.log.picture(self.step, picture)
 
     def _save(self, name: str, *, watch: Stopwatch | None = None, seconds: float = 0.0) -> None:
         """best.pt holds the network alone; last.pt (with `watch`) also what it takes to go on."""
+        if not self.main:
+            return
         state: dict[str, Any] = {
             "config": to_dict(self.config),
             "classes": self.classes,
@@ -232,11 +384,14 @@ class Run:
             "step": self.step,
             "model": self.network.state_dict(),
         }
+        previous = None
         if watch is not None:
-            student = self.accelerator.unwrap_model(self.student, keep_fp32_wrapper=False)
             scaler = self.accelerator.scaler
             state |= {
-                "adapters": student.adapters.state_dict(),
+                "student": None if self.average is None else self.student.model.state_dict(),
+                "average": None if self.average is None else self.average.count,
+                "adapters": self.student.adapters.state_dict(),
+                "objective": self.objective.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "best": self.best,
@@ -244,32 +399,37 @@ class Run:
                 "totals": watch.totals(),
                 "seconds": seconds,
             }
-        checkpoint.save(state, self.out / name, self.accelerator.save)
-
-    totals: dict[str, float] | None = None
+            previous = self.out / checkpoint.PREVIOUS if self.whole else None
+        checkpoint.save(state, self.out / name, previous=previous)
+        self.whole = self.whole or watch is not None
 
     def _restore(self) -> float:
-        path = self.out / "last.pt"
-        state = checkpoint.load(path)
+        """Goes back to the last checkpoint that can be read; returns the seconds the run had taken."""
+        state, self.whole = checkpoint.load_last(self.out)
         if changed := differences(state["config"], to_dict(self.config)):
             raise checkpoint.CheckpointError(
-                f"{path} belongs to another configuration: {', '.join(changed)} differ; "
+                f"{self.out} belongs to another configuration: {', '.join(changed)} differ; "
                 "restore them, or start again with --overwrite"
             )
         if state["teacher_digest"] != self.teacher_digest:
             raise checkpoint.CheckpointError(
-                f"{path} was distilled from another teacher than {self.config.teacher} holds now; start again with --overwrite"
+                f"{self.out} was distilled from another teacher than {self.config.teacher} holds now; "
+                "start again with --overwrite"
             )
-        student = self.accelerator.unwrap_model(self.student, keep_fp32_wrapper=False)
-        student.model.load_state_dict(state["model"])
-        student.adapters.load_state_dict(state["adapters"])
+        if self.average is None:
+            self.student.model.load_state_dict(state["model"])
+        else:
+            self.student.model.load_state_dict(state["student"])
+            self.average.restore(state["model"], state["average"])
+        self.student.adapters.load_state_dict(state["adapters"])
+        self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"] is not None and self.accelerator.scaler is not None:
+        if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.best, self.totals = state["step"], state["best"], state["totals"]
         return state["seconds"]
 
-    def _result(self, result: Scores, watch: Stopwatch, seconds: float) -> dict[str, Any]:
+    def _result(self, scores: Scores, watch: Stopwatch, seconds: float) -> dict[str, Any]:
         totals = watch.totals()
         model = self.config.model
         return {
@@ -278,15 +438,29 @@ class Run:
             "model": f"{model.arch} {model.encoder}" if model.library == "smp" else model.arch,
             "params": self.parameters,
             "steps": self.step,
-            "miou": result.miou,
-            "pixel_accuracy": result.pixel_accuracy,
-            "class_iou": result.class_iou,
+            "miou": scores.miou,
+            "pixel_accuracy": scores.pixel_accuracy,
+            "class_iou": scores.class_iou,
             "seconds_per_step": totals["step_s"] / max(totals["steps"], 1),
             "loss_share": totals["loss_s"] / totals["step_s"] if totals["step_s"] else 0.0,
+            "losses": self._loss_cost(),
             "seconds": seconds,
             "seed": self.config.seed,
+            "processes": self.world,
             "versions": versions(),
         }
+
+    def _loss_cost(self) -> dict[str, Any] | None:
+        if self.shapes is None or not self.main:
+            return None
+        return loss_cost(self.objective, self.shapes, step=self.config.train.steps - 1, device=self.device)
+
+    def _report(self) -> None:
+        about = "What the networks see in validation images, at the last step."
+        if self.teacher is not None:
+            about += f" {MAPS.format('this student')}"
+        panels = [(about, panel) for panel in sorted((self.out / PANELS).glob("*.jpg"))[-1:]]
+        write_report(self.out, [self.out], title=self.config.name or self.out.name, panels=panels)
 
 
 def build_datasets(data: DataConfig) -> tuple[SegmentationSet, SegmentationSet]:
@@ -299,41 +473,29 @@ def build_datasets(data: DataConfig) -> tuple[SegmentationSet, SegmentationSet]:
     )
 
 
-def learning_rate(config: Config, step: int) -> float:
-    """Poly decay after a linear warm-up; a function of the step alone."""
-    optim, steps = config.optim, config.train.steps
-    if step < optim.warmup:
-        return optim.lr * (step + 1) / optim.warmup
-    return optim.lr * (1 - step / steps) ** optim.power
-
-
 def step_seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step * 1_009 + rank) % 2**63
 
 
-def cut(student: Output) -> tuple[Output, list[tuple[Tensor, Tensor]]]:
-    """The output as leaves of a new graph, and the pairs (original, leaf)."""
-    pairs: list[tuple[Tensor, Tensor]] = []
-
-    def leaf(x: Tensor) -> Tensor:
-        pairs.append((x, x.detach().requires_grad_()))
-        return pairs[-1][1]
-
-    aux = None if student.aux is None else leaf(student.aux)
-    leaves = Output(leaf(student.logits), {name: leaf(x) for name, x in student.features.items()}, aux)
-    return leaves, pairs
-
-
-def send_back(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Backpropagates the gradients that the losses left in the leaves of `cut`."""
-    used = [(x, leaf.grad) for x, leaf in pairs if leaf.grad is not None]
-    torch.autograd.backward([x for x, _ in used], [grad for _, grad in used])
+def _accelerator(options: TrainConfig) -> Accelerator:
+    if not torch.distributed.is_initialized():
+        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run of this process had its own options
+    cpu = options.device == "cpu"
+    if options.precision == "fp16" and (cpu or not torch.accelerator.is_available()):
+        raise ValueError("train.precision fp16 needs a GPU; on a CPU take --train.precision bf16 or no")
+    # A process's own statistics would otherwise drift apart.
+    processes = DistributedDataParallelKwargs(
+        broadcast_buffers=options.batch_norm == "local", gradient_as_bucket_view=True
+    )
+    accelerator = Accelerator(cpu=cpu, mixed_precision=options.precision, kwargs_handlers=[processes])
+    kind = accelerator.distributed_type.value
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise ValueError(f"the trainer shares a batch among processes and does nothing else; {kind} was asked for")
+    return accelerator
 
 
-def _optimizer(config: Config, student: nn.Module) -> torch.optim.Optimizer:
-    optim = config.optim
-    if optim.name == "sgd":
-        return torch.optim.SGD(
-            student.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-        )
-    return torch.optim.AdamW(student.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
+def _too_little_memory(options: TrainConfig, error: str) -> str:
+    return (
+        f"too little memory: {error.splitlines()[0]}. Lower --train.batch_size ({options.batch_size}) or --data.crop, raise "
+        f"--train.accumulate ({options.accumulate}), or take --train.precision bf16 ({options.precision})"
+    )

@@ -11,22 +11,27 @@ from fastkd.train.evaluation import SegmentationSet
 
 
 class StepSampler(Sampler):
-    """For each step, this process's share of the batch: lists of (index, number of the sample in the run).
+    """For each step, this process's share of the batch in `parts` lists of (index, number of the sample in the run).
 
     Sample k is item k mod n of the permutation of epoch k div n; a batch may span two epochs. The order depends on the seed
-    alone, not on where the run starts or how many processes share a batch.
+    alone, not on where the run starts or how many processes and parts share a batch.
     """
 
-    def __init__(self, length: int, batch_size: int, steps: range, seed: int, rank: int, world: int):
+    def __init__(
+        self, length: int, batch_size: int, steps: range, seed: int, rank: int = 0, world: int = 1, parts: int = 1
+    ):
         if length < 1:
             raise ValueError("the training set is empty")
-        if batch_size % world:
-            raise ValueError(f"train.batch_size {batch_size} cannot be shared by {world} processes")
+        if batch_size % (world * parts):
+            raise ValueError(
+                f"train.batch_size {batch_size} cannot be shared by {world} processes with train.accumulate {parts}; "
+                f"take a multiple of {world * parts}"
+            )
         self.length, self.batch_size, self.steps, self.seed = length, batch_size, steps, seed
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.parts = rank, world, parts
 
     def __len__(self) -> int:
-        return len(self.steps)
+        return len(self.steps) * self.parts
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order, epoch = torch.empty(0), -1
@@ -41,7 +46,8 @@ class StepSampler(Sampler):
                         self.length, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
                     )
                 batch.append((int(order[number % self.length]), number))
-            yield batch
+            size = share // self.parts
+            yield from (batch[start : start + size] for start in range(0, share, size))
 
 
 class Seeded(Dataset):
@@ -71,8 +77,9 @@ def train_loader(
     workers: int = 0,
     rank: int = 0,
     world: int = 1,
+    parts: int = 1,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Batches for `steps` of a run; batch_size counts all processes."""
-    sampler = StepSampler(len(dataset), batch_size, steps, seed, rank, world)
+    """Batches for `steps` of a run, `parts` for each step; batch_size counts all processes and parts."""
+    sampler = StepSampler(len(dataset), batch_size, steps, seed, rank, world, parts)
     return DataLoader(Seeded(dataset, seed), batch_sampler=sampler, num_workers=workers, pin_memory=pin_memory)

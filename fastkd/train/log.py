@@ -1,25 +1,34 @@
-"""What a run writes about itself: log.jsonl, TensorBoard events, timings, versions."""
+"""What a run says about itself: log.jsonl, TensorBoard events, progress, timings, versions."""
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from tqdm import tqdm
+
+from fastkd.train.checkpoint import LAST, PREVIOUS
+from fastkd.train.files import write_text, write_whole
 
 PACKAGES = ("torch", "torchvision", "accelerate", "segmentation_models_pytorch", "timm", "torchmetrics")
 TIMES = ("step_s", "data_s", "loss_s")
+LINE_SECONDS = 30.0
+PANELS = "panels"  # folder of a run's pictures
+STALE = ("result.json", "report.html", "table.md", "curves.png", LAST, PREVIOUS, "best.pt")
 
 
 class RunLog:
-    """`log.jsonl`, one object a line {"step", "time", "split", ...}, and the same values as TensorBoard scalars."""
+    """`log.jsonl`, one object a line {"step", "time", "split", ...}, and the same values as TensorBoard scalars; pictures."""
 
     def __init__(self, out: Path, *, enabled: bool = True):
         self.out, self.enabled = out, enabled
@@ -38,10 +47,11 @@ class RunLog:
         if keep_to and path.exists():
             kept = [line for line in path.read_text().splitlines() if _step(line) <= keep_to]
         elif not keep_to:
-            shutil.rmtree(board, ignore_errors=True)
-            for stale in ("result.json", "last.pt", "best.pt"):
-                (self.out / stale).unlink(missing_ok=True)
-        path.write_text("".join(line + "\n" for line in kept))
+            for folder in (board, self.out / PANELS):
+                shutil.rmtree(folder, ignore_errors=True)
+            for name in STALE:
+                (self.out / name).unlink(missing_ok=True)
+        write_text(path, "".join(line + "\n" for line in kept))
         self.file = path.open("a", buffering=1)
         self.board = SummaryWriter(str(board), purge_step=keep_to + 1 if keep_to else None)
 
@@ -53,16 +63,66 @@ class RunLog:
         for name, value in values.items():
             self.board.add_scalar(f"{split}/{name}", value, step)
 
+    def picture(self, step: int, image: Image.Image) -> None:
+        """`panels/<step>.jpg`, and the same in TensorBoard."""
+        if not self.enabled:
+            return
+        path = self.out / PANELS / f"{step:06d}.jpg"
+        write_whole(path, lambda beside: image.save(beside, format="JPEG", quality=90))
+        self.board.add_image("panel", np.asarray(image), step, dataformats="HWC")
+
     def close(self) -> None:
-        if self.enabled:
+        if self.file is not None:
             self.file.close()
             self.board.close()
+
+
+class Progress:
+    """A bar where someone watches, and lines now and then where the output goes to a file; both with the time left."""
+
+    def __init__(self, name: str, *, total: int, done: int, show: bool):
+        self.name, self.total, self.first, self.show = name, total, done, show
+        self.watched = show and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, desc=name, disable=not self.watched, dynamic_ncols=True)
+        self.begun = time.perf_counter()
+        self.spoke = self.begun - LINE_SECONDS
+
+    def step(self, done: int, loss: float | None) -> None:
+        """After each step; `loss` where it is known."""
+        self.bar.update()
+        if loss is None or not self.show:
+            return
+        self.bar.set_postfix(loss=f"{loss:.3f}")
+        now = time.perf_counter()
+        if self.watched or (now - self.spoke < LINE_SECONDS and done < self.total):
+            return
+        self.spoke = now
+        pace = (now - self.begun) / (done - self.first)
+        left = duration(pace * (self.total - done))
+        self.say(f"step {done} of {self.total}, loss {loss:.3f}, {pace:.3g} s a step, {left} left")
+
+    def say(self, text: str) -> None:
+        if self.show:
+            tqdm.write(f"{self.name}: {text}", file=sys.stderr)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def duration(seconds: float) -> str:
+    """In words, to two places: "42 s", "3 min 20 s", "5 h 12 min", "2 d 4 h"."""
+    seconds = round(seconds)
+    for size, unit, part, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if seconds >= size:
+            whole, rest = divmod(round(seconds / part), size // part)
+            return f"{whole} {unit} {rest} {smaller}" if rest else f"{whole} {unit}"
+    return f"{seconds} s"
 
 
 def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a line cut short by a crash
+    except (ValueError, KeyError, TypeError):  # a line cut short by a crash
         return float("inf")
 
 
@@ -162,9 +222,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def write_json(values: dict[str, Any], path: Path) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -1,39 +1,22 @@
-"""Runs of a few steps: every method, resuming, checkpoints, logs, and what goes wrong."""
+"""Runs of a few steps: every method, how a step is done, what a run writes, and what goes wrong."""
 
-import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("accelerate")
 pytest.importorskip("segmentation_models_pytorch")
 
+from accelerate.optimizer import AcceleratedOptimizer
+from PIL import Image
+
 from fastkd.train import checkpoint, engine
-from fastkd.train.config import OptimConfig
-from fastkd.train.loader import StepSampler, train_loader
+from fastkd.train.config import EvalConfig, OptimConfig
+from fastkd.train.student import freeze_unused, set_batch_norm, train_mode
 from tests.train import tiny
-
-
-def run(config, **options):
-    return engine.train(config, show=False, datasets=tiny.DATASETS, **options)
-
-
-def lines(out, split):
-    return [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if line["split"] == split]
-
-
-def model_state(path):
-    return checkpoint.load(path)["model"]
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    out = tmp_path_factory.mktemp("teacher")
-    run(tiny.config(out, aux=True, width=64))
-    return str(out / "last.pt")
-
+from tests.train.tiny import lines, run
 
 TERMS = {
     "none": {"task"},
@@ -46,6 +29,14 @@ TERMS = {
 }
 
 
+def named(line, prefix):
+    return {key.removeprefix(prefix): value for key, value in line.items() if key.startswith(prefix)}
+
+
+def built(config):
+    return engine.Run(config, show=False, datasets=tiny.DATASETS)
+
+
 @pytest.mark.parametrize("method", TERMS)
 def test_every_method_trains(method, teacher, tmp_path):
     config = tiny.config(tmp_path, method=method, teacher=teacher)
@@ -56,160 +47,245 @@ def test_every_method_trains(method, teacher, tmp_path):
     train = lines(tmp_path, "train")
     assert [line["step"] for line in train] == [1, 2]
     for line in train:
-        terms = {key.removeprefix("loss/"): value for key, value in line.items() if key.startswith("loss/")}
-        assert set(terms) == TERMS[method]
-        assert line["loss"] == pytest.approx(sum(terms.values()), rel=1e-4)
+        losses = named(line, "loss/")
+        assert set(losses) == set(named(line, "grad/")) == set(named(line, "weight/")) == TERMS[method]
+        assert line["loss"] == pytest.approx(sum(losses.values()), rel=1e-4)
+        assert all(norm > 0 for norm in named(line, "grad/").values())
+        at_logits = TERMS[method] - {"nfd"} - ({"cwd"} if method == "cwd" else set())
+        assert ("grad_cosine" in line) == (len(at_logits) > 1)
+        assert abs(line.get("grad_cosine", 0)) <= 1
         assert 0 <= line["loss_s"] <= line["step_s"]
         assert line["lr"] > 0
+    if "nfd" in TERMS[method]:
+        assert train[0]["weight/nfd"] == 5.0
     assert result["method"] == method
     assert 0 < result["loss_share"] < 1
     assert list(result) == [
         "name", "method", "model", "params", "steps", "miou", "pixel_accuracy", "class_iou", "seconds_per_step", "loss_share",
-        "seconds", "seed", "versions",
+        "losses", "seconds", "seed", "processes", "versions",
     ]  # fmt: skip
     assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
     assert lines(tmp_path, "val")[-1]["miou"] == pytest.approx(result["miou"], rel=1e-4)
 
 
-def test_training_learns(tmp_path):
-    config = tiny.config(tmp_path, train={"steps": 30}, optim=OptimConfig(name="adamw", lr=0.01))
+def test_training_learns(tmp_path, quick):
+    config = tiny.config(tmp_path, train={"steps": 30, "checkpoint_every": 30}, optim=OptimConfig("adamw", lr=0.01))
     result = run(config)
     losses = [line["loss"] for line in lines(tmp_path, "train")]
     assert sum(losses[-5:]) / 5 < 0.4 * losses[0]  # the first is that of a network that knows nothing, log 3
     assert result["pixel_accuracy"] > 0.6
 
 
-def test_auxiliary_head_of_the_student(teacher, tmp_path):
-    for method, terms in (("none", {"loss/task", "loss/aux"}), ("rdd", {"loss/rdd_task", "loss/rdd_kd"})):
+def test_auxiliary_head_of_the_student(teacher, tmp_path, quick):
+    for method, terms in (("none", {"task", "aux"}), ("rdd", {"rdd_task", "rdd_kd"})):
         run(tiny.config(tmp_path, aux=True, method=method, teacher=teacher), overwrite=True)
-        assert {key for key in lines(tmp_path, "train")[0] if key.startswith("loss/")} == terms
-
-
-def test_split_backward_is_the_ordinary_one(teacher, tmp_path):
-    config = tiny.config(tmp_path, method="kd+nfd", teacher=teacher)
-    images, labels = next(iter(train_loader(tiny.DATASETS[0], batch_size=4, steps=range(1), seed=0)))
-    grads = []
-    for cut in (True, False):
-        work = engine.Run(config, show=False, datasets=tiny.DATASETS)
-        torch.manual_seed(0)
-        out = work.student(images)
-        target = engine.teacher_forward(work.teacher, images)
-        if cut:
-            leaves, pairs = engine.cut(out)
-            work.objective(leaves, target, labels, 0).total.backward()
-            engine.send_back(pairs)
-        else:
-            work.objective(out, target, labels, 0).total.backward()
-        grads.append({name: p.grad for name, p in work.student.named_parameters()})
-    assert any("adapters" in name for name in grads[0])
-    for name, grad in grads[0].items():
-        torch.testing.assert_close(grad, grads[1][name], rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_resume_is_bitwise_the_uninterrupted_run(workers, teacher, tmp_path, monkeypatch):
-    def config(name):
-        c = tiny.config(
-            tmp_path / name, method="nfd+rdd", teacher=teacher, aux=True, train={"steps": 5},
-            optim=OptimConfig(name="sgd", lr=0.01, clip=1.0),
-        )  # fmt: skip
-        c.data.workers = workers
-        return c
-
-    run(config("whole"))
-    step = engine.Run._step
-
-    def interrupted(self, *args):
-        if self.step == 3:  # after the checkpoint of step 2
-            raise KeyboardInterrupt
-        return step(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.Run, "_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(config("parts"))
-    assert checkpoint.load(tmp_path / "parts" / "last.pt")["step"] == 2
-    torch.rand(3)  # another place in the random stream
-    run(config("parts"), resume=True)
-
-    whole, parts = (checkpoint.load(tmp_path / name / "last.pt") for name in ("whole", "parts"))
-    for part in ("model", "adapters"):
-        for name, value in whole[part].items():
-            assert torch.equal(value, parts[part][name]), f"{part} {name}"
-    assert [x["step"] for x in lines(tmp_path / "parts", "train")] == [1, 2, 3, 4, 5]
-    assert [x["loss"] for x in lines(tmp_path / "whole", "train")] == [
-        x["loss"] for x in lines(tmp_path / "parts", "train")
-    ]
+        line = lines(tmp_path, "train")[0]
+        assert set(named(line, "loss/")) == terms
+    assert "weight/aux" not in line
 
 
 def test_runs_of_one_seed_begin_with_one_student(teacher, tmp_path):
-    states = []
-    for method in ("none", "nfd"):
-        work = engine.Run(tiny.config(tmp_path, method=method, teacher=teacher), show=False, datasets=tiny.DATASETS)
-        states.append(work.network.state_dict())
+    states = [
+        built(tiny.config(tmp_path, method=method, teacher=teacher)).network.state_dict() for method in ("none", "nfd")
+    ]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-def test_a_finished_run_resumes_to_its_result(tmp_path):
-    first = run(tiny.config(tmp_path))
-    again = run(tiny.config(tmp_path), resume=True)
-    assert again["miou"] == first["miou"]
-    assert again["steps"] == first["steps"]
-
-
-def test_an_old_run_is_not_overwritten_silently(tmp_path):
+def test_an_old_run_is_not_overwritten_silently(tmp_path, quick):
     run(tiny.config(tmp_path))
     with pytest.raises(FileExistsError, match=r"--resume.*--overwrite"):
         run(tiny.config(tmp_path))
     run(tiny.config(tmp_path, seed=1), overwrite=True)
     assert [x["step"] for x in lines(tmp_path, "train")] == [1, 2]
+    assert not (tmp_path / checkpoint.PREVIOUS).exists()
 
 
-def test_resuming_another_configuration_names_the_difference(tmp_path):
-    run(tiny.config(tmp_path))
-    with pytest.raises(checkpoint.CheckpointError, match=r"optim\.lr, seed differ"):
-        run(tiny.config(tmp_path, seed=3, optim=OptimConfig(lr=0.5)), resume=True)
+# How a step is done
 
 
-def test_resuming_with_another_teacher(teacher, tmp_path):
-    path = tmp_path / "teacher.pt"
-    state = checkpoint.load(teacher)
-    checkpoint.save(state, path)
-    config = tiny.config(tmp_path / "student", method="kd", teacher=str(path))
+def exact(**changes):
+    """Options under which a batch in parts gives what the whole gives: no dropout, no batch statistics."""
+    train = {"batch_norm": "frozen", "panels": 0} | changes.pop("train", {})
+    return {"options": {"decoder_dropout": 0.0}, "train": train} | changes
+
+
+def test_parts_of_a_batch_give_what_the_whole_gives(teacher, tmp_path, quick):
+    """Although the parts have different numbers of valid pixels."""
+    for parts in (1, 4):
+        train = {"accumulate": parts, "steps": 3}
+        run(tiny.config(tmp_path / str(parts), method="kd+nfd", teacher=teacher, aux=True, **exact(train=train)))
+    whole, parts = (lines(tmp_path / name, "train") for name in ("1", "4"))
+    for left, right in zip(whole, parts, strict=True):
+        for name in ("loss", "loss/task", "loss/aux", "loss/kd", "loss/nfd"):
+            assert right[name] == pytest.approx(left[name], rel=2e-5)
+    states = [checkpoint.load(tmp_path / name / "last.pt")["model"] for name in ("1", "4")]
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_parts_must_divide_the_batch(tmp_path):
+    with pytest.raises(ValueError, match=r"batch_size 4 .* train\.accumulate 3; take a multiple of 3"):
+        run(tiny.config(tmp_path, train={"accumulate": 3}))
+
+
+def test_moving_average_is_what_is_scored_and_saved(tmp_path, quick, monkeypatch):
+    students = []
+    real = engine.Average.update
+    monkeypatch.setattr(
+        engine.Average,
+        "update",
+        lambda self, model: (students.append({k: v.clone() for k, v in model.state_dict().items()}), real(self, model)),
+    )
+    scored = []
+    monkeypatch.setattr(engine, "evaluate", lambda model, *a, **k: scored.append(model) or engine.Scores(0.5, 0.5, {}))
+    run(tiny.config(tmp_path, train={"ema": 0.9, "steps": 3}))
+    expected = {name: students[0][name].double() for name in students[0]}
+    for student in students[1:]:
+        expected = {name: 0.9 * value + 0.1 * student[name].double() for name, value in expected.items()}
+    last, best = (checkpoint.load(tmp_path / name) for name in ("last.pt", "best.pt"))
+    for name, value in last["model"].items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-7)
+        assert torch.equal(last["student"][name], students[-1][name])
+        assert torch.equal(best["model"][name], value)
+        assert torch.equal(scored[0].state_dict()[name], value)
+
+
+def test_frozen_batch_norm_keeps_its_statistics(tmp_path, quick):
+    def statistics(state):
+        return {name: value for name, value in state.items() if "running" in name}
+
+    config = tiny.config(tmp_path, train={"batch_norm": "frozen"}, eval=EvalConfig(every=1, batch_size=2))
+    before = statistics(built(config).network.state_dict())
     run(config)
-    state["model"]["aux_head.0.weight"] += 1
-    checkpoint.save(state, path)
-    with pytest.raises(checkpoint.CheckpointError, match="another teacher"):
-        run(config, resume=True)
+    after = statistics(checkpoint.load(tmp_path / "last.pt")["model"])
+    assert len(after) > 10
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "cut", "foreign"])
-def test_unreadable_checkpoints_are_named(content, teacher, tmp_path):
-    path = tmp_path / "last.pt"
-    if content == "cut":
-        data = Path(teacher).read_bytes()
-        path.write_bytes(data[: len(data) // 2])
-    elif content == "foreign":
-        torch.save({"weight": torch.ones(1)}, path)
-    else:
-        path.write_bytes(content)
-    with pytest.raises(checkpoint.CheckpointError, match=str(path)):
-        run(tiny.config(tmp_path), resume=True)
-    with pytest.raises(checkpoint.CheckpointError, match=str(path)):
-        run(tiny.config(tmp_path / "student", method="kd", teacher=str(path)))
+def test_synchronised_batch_norm_keeps_the_network(tmp_path):
+    """timm's batch norms have their activation inside, which torch's own conversion drops."""
+    work = built(tiny.config(tmp_path, aux=True))
+    images = torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8)
+    train_mode(work.student, "local")
+    work.student(images)  # statistics that are not 0 and 1
+    before = work.student.eval()(images)
+    student = set_batch_norm(work.student, "sync", processes=2, device=torch.device("cuda"))
+    after = student.eval()(images)
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in student.modules())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in student.modules())
+    torch.testing.assert_close(after.logits, before.logits)
+    with pytest.raises(ValueError, match=r"on GPUs only.*local or frozen"):
+        set_batch_norm(student, "sync", processes=2, device=torch.device("cpu"))
 
 
-def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
-    path = tmp_path / "last.pt"
-    checkpoint.save({"model": {}, "step": 1}, path)
+def test_what_no_loss_reaches_is_frozen(tmp_path):
+    work = built(tiny.config(tmp_path, aux=True))
+    freeze_unused(work.student, aux=False)
+    frozen = {name for name, p in work.student.named_parameters() if not p.requires_grad}
+    assert frozen == {f"model.aux_head.{name}" for name, _ in work.network.aux_head.named_parameters()}
 
-    def fails(state, target):
-        target.write_bytes(b"half")
-        raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.save({"model": {}, "step": 2}, path, fails)
-    assert checkpoint.load(path)["step"] == 1
+@pytest.mark.parametrize("score_first", [False, True])
+def test_half_precision_reaches_the_losses(score_first, teacher, tmp_path):
+    """Also after an evaluation."""
+    work = built(tiny.config(tmp_path, method="kd+nfd", teacher=teacher, train={"precision": "bf16"}))
+    train_mode(work.student, "local")
+    if score_first:
+        work._evaluate()
+    watch = engine.Stopwatch(work.device)
+    student, other, _ = work._step(work._batches(), watch, keep=True).given
+    assert student.logits.dtype == other.logits.dtype == torch.bfloat16
+    assert student.logits.grad.dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in work.student.parameters())
+
+
+def test_loss_scaling_changes_nothing(teacher, tmp_path):
+    """The scaler of fp16 training, which Accelerate makes on a GPU only, put in by hand."""
+    weights = []
+    for scaler in (None, torch.amp.GradScaler("cpu")):
+        work = built(tiny.config(tmp_path, method="kd+nfd", teacher=teacher, aux=True))
+        work.accelerator.scaler = scaler
+        work.optimizer = AcceleratedOptimizer(work.optimizer.optimizer, scaler=scaler)
+        work.accelerator._optimizers = [work.optimizer]
+        train_mode(work.student, "local")
+        work._step(work._batches(), engine.Stopwatch(work.device))
+        weights.append(work.student.state_dict())
+    assert scaler.get_scale() == 2**16  # nothing overflowed
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_fp16_needs_a_gpu(tmp_path):
+    with pytest.raises(ValueError, match=r"fp16 needs a GPU.*bf16"):
+        run(tiny.config(tmp_path, train={"precision": "fp16"}))
+
+
+def compiled_run(tmp_path, teacher):
+    for compile in (False, True):
+        out = tmp_path / str(compile)
+        run(tiny.config(out, method="nfd+rdd", teacher=teacher, aux=True, **exact(train={"compile": compile})))
+    plain, compiled = (lines(tmp_path / str(compile), "train") for compile in (False, True))
+    for left, right in zip(plain, compiled, strict=True):
+        assert right["loss"] == pytest.approx(left["loss"], rel=1e-3)
+    state = checkpoint.load(tmp_path / "True" / "last.pt")["model"]
+    assert state.keys() == checkpoint.load(tmp_path / "False" / "last.pt")["model"].keys()
+
+
+def test_compiled_networks(teacher, tmp_path, quick, monkeypatch):
+    """Captured in one graph each; with a backend that runs the graph as it is."""
+    graphs = []
+
+    def eager(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compile = torch.compile  # nn.Module.compile calls it too
+    monkeypatch.setattr(torch, "compile", lambda network: compile(network, backend=eager, fullgraph=True))
+    compiled_run(tmp_path, teacher)
+    assert len(graphs) == 2
+
+
+@pytest.mark.slow
+def test_compiled_networks_by_inductor(teacher, tmp_path, quick):
+    torch._dynamo.reset()
+    compiled_run(tmp_path, teacher)
+
+
+# What a run writes
+
+
+def test_panels_events_and_page(teacher, tmp_path):
+    config = tiny.config(tmp_path, method="rdd", teacher=teacher, train={"steps": 3}, eval=EvalConfig(every=1, limit=2))
+    run(config)
+    panels = sorted((tmp_path / "panels").iterdir())
+    assert [panel.name for panel in panels] == ["000001.jpg", "000002.jpg", "000003.jpg"]
+    with Image.open(panels[0]) as picture:
+        assert picture.width > 6 * 256  # image, label, teacher, student, two maps
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert {"train/loss/rdd_kd", "train/grad/rdd_kd", "train/grad_cosine", "val/miou"} <= set(events.Tags()["scalars"])
+    assert len(events.Images("panel")) == 3
+    page = (tmp_path / "report.html").read_text()
+    assert "What the losses cost" in page
+    assert page.count("data:image/png;base64,") == 1
+
+
+def test_long_runs_draw_few_panels(tmp_path, quick, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(engine.RunLog, "picture", lambda self, step, image: drawn.append(step))
+    work = built(tiny.config(tmp_path, train={"steps": 1000, "panels": 1}, eval=EvalConfig(every=7)))
+    work.log = engine.RunLog(tmp_path, enabled=False)
+    for work.step in [*range(7, 1000, 7), 1000]:
+        work._draw()
+    assert 15 < len(drawn) <= engine.PICTURES
+    assert drawn[-1] == 1000
+
+
+# What goes wrong
 
 
 def test_a_teacher_of_other_classes(teacher, tmp_path):
@@ -220,25 +296,29 @@ def test_a_teacher_of_other_classes(teacher, tmp_path):
         engine.train(tiny.config(tmp_path, method="kd", teacher=teacher), show=False, datasets=(Other(), Other()))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"lower --optim\.lr"):
-        run(tiny.config(tmp_path, optim=OptimConfig(lr=1e30), train={"steps": 6}))
+def test_a_loss_that_is_not_finite_is_named(teacher, tmp_path):
+    config = tiny.config(tmp_path, method="kd", teacher=teacher, train={"steps": 6, "log_every": 3})
+    config.loss.kd.weight = 1e39  # infinite in fp32; after this step everything is
+    with pytest.raises(
+        FloatingPointError, match=r"the loss kd is no longer finite at step 1 .*'kd': inf.*lower --optim\.lr \(0\.01\)"
+    ):
+        run(config)
+    assert not (tmp_path / "last.pt").exists()
 
 
-def test_learning_rate():
-    config = tiny.config("x", train={"steps": 100}, optim=OptimConfig(lr=0.1, power=0.9, warmup=10))
-    assert engine.learning_rate(config, 0) == pytest.approx(0.01)
-    assert engine.learning_rate(config, 50) == pytest.approx(0.1 * 0.5**0.9)
-    assert engine.learning_rate(dataclasses.replace(config, optim=OptimConfig(lr=0.1)), 0) == 0.1
+def test_too_little_memory_says_what_to_lower(tmp_path, monkeypatch):
+    def greedy(self, *args, **kwargs):
+        torch.empty(2**46, dtype=torch.uint8)
 
+    monkeypatch.setattr(engine.Run, "_part", greedy)
+    with pytest.raises(
+        MemoryError, match=r"too little memory: .*70368744177664 bytes.*--train\.batch_size \(4\).*bf16"
+    ):
+        run(tiny.config(tmp_path))
 
-def test_samples_depend_on_seed_and_step_alone():
-    whole = list(StepSampler(10, 4, range(6), 0, 0, 1))
-    assert list(StepSampler(10, 4, range(3, 6), 0, 0, 1)) == whole[3:]
-    shares = [list(StepSampler(10, 4, range(6), 0, rank, 2)) for rank in range(2)]
-    assert [a + b for a, b in zip(*shares, strict=True)] == whole
-    flat = [index for batch in whole for index, _ in batch]
-    assert sorted(flat[:10]) == list(range(10))
-    assert flat[:10] != flat[10:20]
-    with pytest.raises(ValueError, match="cannot be shared"):
-        StepSampler(10, 4, range(6), 0, 0, 3)
+    def out_of_memory(self, *args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(engine.Run, "_part", out_of_memory)
+    with pytest.raises(MemoryError, match="CUDA out of memory"):
+        run(tiny.config(tmp_path))

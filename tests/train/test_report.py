@@ -15,7 +15,8 @@ pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
 
 from fastkd.train.panels import as_image, colourise, heatmap, overlay, panel  # noqa: E402
-from fastkd.train.report import load_runs, read_run, verdict, write_report  # noqa: E402
+from fastkd.train.report import write_report  # noqa: E402
+from fastkd.train.runs import grouped, load_runs, read_run, verdict  # noqa: E402
 
 CLASSES = ("road", "sky", "traffic sign")
 PALETTE = np.array([(128, 64, 128), (70, 130, 180), (220, 220, 0)], dtype=np.uint8)
@@ -129,22 +130,46 @@ def test_report_is_reproducible(runs, tmp_path):
 def test_markdown(runs, tmp_path):
     write_report(tmp_path / "out", runs, title="T")
     text = (tmp_path / "out" / "table.md").read_text()
-    assert "| nfd | nfd | 55.0 | 80.0 | 0.25 | 7.0 | 1.90 M | 40 |" in text
+    assert "| nfd | nfd | 55.0 | 80.0 | 0.25 | 7.0 | 1.90 M | 40 | 10 s |" in text
     # The teacher is no student: the best student is marked, and every one of equals.
     assert "| road | 70.0 | 50.0 | **55.0** | 50.2 | 45.0 |" in text
     assert "| sky | 50.0 | **50.0** | **50.0** | **50.0** | **50.0** |" in text
     assert "| traffic sign |" + " \N{EN DASH} |" * 5 in text
 
 
+def test_what_the_losses_cost(runs, tmp_path):
+    def with_losses(path, losses):
+        result = json.loads((path / "result.json").read_text()) | {"losses": losses}
+        (path / "result.json").write_text(json.dumps(result))
+
+    with_losses(
+        runs[2],
+        {
+            "backends": ["cpu"],
+            "ours": {"bytes": 3 * 2**19, "seconds": 0.02, "images": 8},
+            "eager": {"bytes": 3 * 2**30, "seconds": 0.5, "images": 1},
+            "note": None,
+        },
+    )
+    with_losses(runs[3], {"backends": ["triton"], "ours": None, "eager": None, "note": "not measured: <reason>"})
+    with_losses(runs[4], {"backends": 3, "ours": {"bytes": "many"}})
+    page = write_report(tmp_path / "out", runs, title="T").read_text()
+    parse(page)
+    for text in ("1.5 MiB", "3 GiB*", "25×", "2048×", "rdd: not measured: &lt;reason&gt;."):
+        assert text in page
+    assert "| nfd | cpu | 7.0 | 20 | 500* | 25× | 1.5 MiB | 3 GiB* |" in (tmp_path / "out" / "table.md").read_text()
+    assert "What the losses cost" not in write_report(tmp_path / "out", runs[:2], title="T").read_text()
+
+
 def judged(paths):
-    return "\n".join(verdict(load_runs(paths)))
+    return "\n".join(verdict(grouped(load_runs(paths))))
 
 
 def test_verdict_sorts_gains_losses_and_ties(runs):
     text = judged(runs)
     assert "gap is 20.0 points" in text
     assert "Gained over the plain student, in points of mIoU: nfd (+5.0, 25 % of the gap)." in text
-    assert "no clear difference: rdd (+0.2)." in text
+    assert "No clear difference from it: rdd (+0.2)." in text
     assert "Lost against it: cwd (-5.0)." in text
     assert "one seed (0)" in text
 
@@ -162,6 +187,73 @@ def test_verdict_names_unlike_runs(runs, tmp_path):
     assert "Seeds 0, 3 appear" in text
 
 
+@pytest.fixture
+def seeds(tmp_path):
+    """A teacher, and three seeds of a plain student and of two distilled ones; seeds differ more than methods."""
+    paths = [make_run(tmp_path, "teacher", "none", 0.70, model="unet large")]
+    for name, method, change in (("plain", "none", 0.0), ("nfd", "nfd", 0.02), ("kd", "kd", None)):
+        for seed, base in enumerate((0.48, 0.50, 0.53)):
+            noise = (0.03, -0.02, 0.01)[seed] if change is None else change + 0.001 * seed * (change > 0)
+            paths.append(make_run(tmp_path, f"{name}-s{seed}", method, base + noise, seed=seed))
+    return paths
+
+
+def test_seeds_of_one_configuration_are_one_row(seeds, tmp_path):
+    groups = grouped(load_runs(seeds))
+    assert [(group.name, len(group.runs)) for group in groups] == [("teacher", 1), ("plain", 3), ("nfd", 3), ("kd", 3)]
+    plain = groups[1]
+    assert plain.mean("miou") == pytest.approx((0.48 + 0.50 + 0.53) / 3)
+    assert plain.spread("miou") == pytest.approx(math.sqrt((0.0233333**2 + 0.0033333**2 + 0.0266667**2) / 2), rel=1e-4)
+    assert plain.curve("val/miou")[-1] == pytest.approx((40, 0.5033333, 0.48, 0.53))
+    page = write_report(tmp_path / "out", seeds, title="T").read_text()
+    parse(page)
+    for text in ("nfd (3 seeds)", "52.4 ± 2.6", "Each seed", "A band spans the seeds"):
+        assert text in page
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| plain (3 seeds) | none | 50.3 ± 2.5 | 80.0 ± 0.0 |" in table
+    assert "| plain-s2 | none | 53.0 |" in table
+
+
+def test_verdict_over_seeds(seeds):
+    """Seed by seed nfd always gains 2 points, although the seeds differ by 5; kd gains as much in one as it loses in another."""
+    text = judged(seeds)
+    assert "the plain student (plain) 50.3 ± 2.5 %" in text
+    assert "Gained over the plain student, in points of mIoU: nfd (+2.1 ± 0.1 over 3 seeds, 11 % of the gap)." in text
+    assert "No clear difference from it: kd (+0.7 ± 2.5 over 3 seeds, 3 % of the gap)." in text
+    assert "twice its standard error" in text
+    one = judged([*seeds[:4], seeds[4]])
+    assert "nfd-s0 (+2.0 with seed 0, 10 % of the gap)." in one
+    assert "Not every method has several seeds" in one
+
+
+def test_runs_of_other_configurations_are_no_seeds(tmp_path):
+    paths = [make_run(tmp_path, f"kd-{i}", "kd", 0.5, seed=i) for i in range(2)]
+    paths.append(make_run(tmp_path, "longer", "kd", 0.5, seed=2, steps=80))
+    paths.append(make_run(tmp_path, "again", "kd", 0.5, seed=1))
+    assert [len(group.runs) for group in grouped(load_runs(paths))] == [2, 1, 1]
+
+
+def test_one_run_shows_its_losses_and_their_gradients(tmp_path):
+    path = make_run(tmp_path, "kd", "kd", 0.5)
+    with (path / "log.jsonl").open("a") as log:
+        for step in (41, 42):
+            line = {"step": step, "split": "train", "loss/task": 1.0, "loss/kd": 0.5, "grad/task": 0.1, "grad/kd": 0.2}
+            log.write(json.dumps(line | {"grad_cosine": -0.25}) + "\n")
+    page = write_report(tmp_path / "out", [path], title="T").read_text()
+    parse(page)
+    assert page.count("<svg") == 5
+    assert "below 0 the two pull apart" in page
+    assert "compare a run with itself" not in page
+    assert Image.open(tmp_path / "out" / "curves.png").size[0] > 1600
+
+
+def test_large_pictures_are_compressed(runs, tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (600, 600, 3), dtype=np.uint8))
+    page = write_report(tmp_path / "out", runs, title="T", panels=[noise]).read_text()
+    inside = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    assert Image.open(io.BytesIO(base64.b64decode(inside[0]))).size == (600, 600)
+
+
 def test_verdict_with_a_poor_teacher(tmp_path):
     paths = [
         make_run(tmp_path, "t", "none", 0.4, model="other"),
@@ -175,8 +267,9 @@ def test_verdict_with_a_poor_teacher(tmp_path):
 
 def test_verdict_without_distillation(tmp_path):
     text = judged([make_run(tmp_path, "p", "none", 0.5)])
-    assert "no distilled run to judge" in text
-    assert "best run is p with 50.0 % mIoU" in text
+    assert text == "p reaches 50.0 % mIoU after 40 steps."
+    text = judged([tmp_path / "p", make_run(tmp_path, "q", "none", 0.6)])
+    assert "no distilled run to judge. The best run is q with 60.0 % mIoU" in text
 
 
 def test_unfinished_run_is_shown_as_such(runs, tmp_path):
@@ -233,7 +326,7 @@ def test_broken_runs_never_stop_the_report(runs, tmp_path):
     ):
         assert words in page
     assert not re.search(r"<td[^>]*>(nan|inf|None)", page)
-    assert "No run finished" in judged([empty])
+    assert "No run finished" in judged([empty, tmp_path / "never"])
 
 
 def test_no_runs(tmp_path):
@@ -245,9 +338,12 @@ def test_read_run(runs):
     run = read_run(runs[1])
     assert run.finished
     assert run.problems == []
-    assert len(run.loss) == 40
-    assert run.miou[-1] == (40, 0.5)
+    assert len(run.curves["train/loss"]) == 40
+    assert run.curves["val/miou"][-1] == (40, 0.5)
     assert verdict([]) == ["No run finished: there is nothing to compare."]
+    assert judged([make_run(runs[0].parent, "cut", "kd", 0.5, finished=False)]) == (
+        "cut did not finish, or cannot be read; it stopped at step 40."
+    )
 
 
 # Panels

@@ -1,0 +1,94 @@
+"""The backward pass in two parts, what the losses' gradients say about each other, and which loss was the first to fail.
+
+The losses see leaves cut off from the network, so that their own forward and backward can be timed and their gradients be
+compared; what they leave there is then sent through the network. The result is that of one backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.train.models import Output
+
+HALF_SCALE = 2.0**16  # keeps the gradients of half-precision logits, about 1 / pixels, off zero
+
+
+def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` (an Output, a dict, None, ...) with every tensor in it changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: each_tensor(inner, change) for key, inner in value.items()}
+    if isinstance(value, tuple):
+        return type(value)(*(each_tensor(inner, change) for inner in value))
+    return value
+
+
+def cut(student: Output) -> tuple[Output, list[tuple[Tensor, Tensor]]]:
+    """The output as leaves of a new graph, and the pairs (original, leaf)."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+
+    def leaf(x: Tensor) -> Tensor:
+        pairs.append((x, x.detach().requires_grad_()))
+        return pairs[-1][1]
+
+    return each_tensor(student, leaf), pairs
+
+
+def send_back(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Backpropagates the gradients that the losses left in the leaves of `cut`."""
+    used = [(x, leaf.grad) for x, leaf in pairs if leaf.grad is not None]
+    torch.autograd.backward([x for x, _ in used], [grad for _, grad in used])
+
+
+def gradient_statistics(parts: Mapping[str, Tensor], student: Output, task: frozenset[str]) -> dict[str, Tensor]:
+    """How strongly each loss pulls at the student's outputs, and whether task and distillation pull the same way.
+
+    Args:
+        parts: the weighted losses, with their graph down to the leaves of `student`.
+        student: leaves from `cut`.
+        task: names of the parts that compare with labels; the others compare with the teacher.
+
+    Returns:
+        0-d tensors. "grad/<part>": norm of the part's gradient at what it reads of the student (logits, auxiliary logits,
+        features). "grad_cosine": cosine at the logits between the summed gradients of task and distillation, the conflict that
+        RDD (arXiv 2407.03719) speaks of; absent unless both have a gradient there.
+    """
+    leaves: list[Tensor] = []
+    each_tensor(student, lambda x: leaves.append(x) or x)  # type: ignore[func-returns-value]
+    half = any(leaf.dtype == torch.float16 for leaf in leaves)
+    scale = HALF_SCALE if half else 1.0
+    found: dict[str, Tensor] = {}
+    sums: dict[bool, Tensor] = {}
+    for name, part in parts.items():
+        if not part.requires_grad:
+            continue
+        grads = torch.autograd.grad(part * scale, leaves, retain_graph=True, allow_unused=True)
+        norms = [grad.float().norm() for grad in grads if grad is not None]
+        found[f"grad/{name}"] = torch.stack(norms).norm() / scale
+        at_logits = next(grad for leaf, grad in zip(leaves, grads, strict=True) if leaf is student.logits)
+        if at_logits is not None:
+            side = name in task
+            sums[side] = sums[side] + at_logits.float() if side in sums else at_logits.float()
+    if len(sums) == 2:
+        found["grad_cosine"] = torch.nn.functional.cosine_similarity(sums[True].flatten(), sums[False].flatten(), dim=0)
+    return found
+
+
+class Latest:
+    """The weighted losses of the latest step, or of the first one in which a loss was not finite.
+
+    Kept on the device and read when it is due: by then one loss that is not finite has made all of them so.
+    """
+
+    def __init__(self, names: Iterable[str], values: Tensor, step: int):
+        self.names, self.values, self.step = tuple(names), values, torch.full_like(values[0], step)
+
+    def see(self, values: Tensor, step: int) -> None:
+        finite = self.values.isfinite().all()
+        self.values = torch.where(finite, values, self.values)
+        self.step = torch.where(finite, step, self.step)

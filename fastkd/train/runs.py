@@ -1,0 +1,326 @@
+"""Finished and unfinished runs as they are found on the disk, the seeds of one configuration together, and what they show.
+
+A run that was cut short, or whose files are damaged, is shown as that; it never stops a report.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+NO_CLEAR_CHANGE = 0.5  # points of mIoU: below this, a difference says nothing
+TEACHER_COLOUR, PLAIN_COLOUR = "#2b3138", "#8b939d"
+COLOURS = ("#0b6bb3", "#d1580b", "#12876a", "#b14a8b", "#b98a00", "#4aa3d6", "#7a5cc0", "#8c5a3c")
+PLAIN = ("none", "plain", "")  # words for "no distillation"
+OWN = ("out", "name", "seed")  # values in which the runs of one group differ
+
+Points = list[tuple[float, float]]  # (step, value)
+
+
+@dataclass
+class Run:
+    """What could be read of one run directory; None or empty where it could not."""
+
+    path: Path
+    name: str
+    result: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, Points] = field(default_factory=dict)  # "train/loss", "val/miou", ...
+    last: dict[str, Any] = field(default_factory=dict)  # the last validation's values
+    step: int | None = None
+    config: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)  # what the text of `config` says
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def method(self) -> str:
+        return str(self.result.get("method", "")) or str(self.settings.get("method", "")) or "?"
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.result)
+
+    @property
+    def seed(self) -> Any:
+        found = (as_number(values.get("seed")) for values in (self.result, self.settings))
+        return next((int(seed) for seed in found if seed is not None), "unknown")
+
+    def number(self, key: str) -> float | None:
+        """A finite number of result.json; for scores, else that of the last validation in the log."""
+        value = as_number(self.result.get(key))
+        return as_number(self.last.get(key)) if value is None and key in ("miou", "pixel_accuracy") else value
+
+
+@dataclass
+class Group:
+    """Runs that differ in their seed alone; most are one run.
+
+    role: "teacher", "plain" (a student without distillation), "distilled", or "student" when nothing tells.
+    """
+
+    name: str
+    runs: list[Run]
+    role: str = "student"
+    colour: str = PLAIN_COLOUR
+
+    @property
+    def first(self) -> Run:
+        return self.runs[0]
+
+    @property
+    def method(self) -> str:
+        return self.first.method
+
+    @property
+    def model(self) -> str:
+        return next((str(run.result["model"]) for run in self.runs if "model" in run.result), "?")
+
+    @property
+    def finished(self) -> bool:
+        return all(run.finished for run in self.runs)
+
+    def numbers(self, key: str) -> list[float]:
+        return [value for run in self.runs if (value := run.number(key)) is not None]
+
+    def mean(self, key: str) -> float | None:
+        return statistics.fmean(values) if (values := self.numbers(key)) else None
+
+    def spread(self, key: str) -> float | None:
+        """Standard deviation over the seeds (n − 1); None for one."""
+        return statistics.stdev(values) if len(values := self.numbers(key)) > 1 else None
+
+    def scores(self) -> dict[Any, float]:
+        """mIoU in per cent of the finished runs, by seed."""
+        return {run.seed: 100 * v for run in self.runs if (v := as_number(run.result.get("miou"))) is not None}
+
+    def curve(self, name: str) -> list[tuple[float, float, float, float]]:
+        """(step, mean, lowest, highest) over the runs, at the steps that all of them have."""
+        having = [dict(run.curves[name]) for run in self.runs if run.curves.get(name)]
+        steps = sorted(set(having[0]).intersection(*having[1:])) if having else []
+        columns = [(step, [values[step] for values in having]) for step in steps]
+        return [(step, statistics.fmean(values), min(values), max(values)) for step, values in columns]
+
+
+def load_runs(paths: Sequence[Path | str]) -> list[Run]:
+    return [read_run(Path(path)) for path in paths]
+
+
+def read_run(path: Path) -> Run:
+    """Whatever can be read of a run directory; what cannot is named in `problems`."""
+    run = Run(path, path.name or str(path))
+    if not path.is_dir():
+        run.problems.append(f"no such run directory: {path}")
+        return run
+    try:
+        result = json.loads((path / "result.json").read_text(encoding="utf-8"))
+        if isinstance(result, dict):
+            run.result = result
+        else:
+            run.problems.append("result.json does not hold an object")
+    except FileNotFoundError:
+        run.problems.append("no result.json: the run did not finish")
+    except (OSError, ValueError) as error:
+        run.problems.append(f"result.json cannot be read ({error})")
+    run.name = str(run.result.get("name") or run.name)
+    try:
+        run.config = (path / "config.yaml").read_text(encoding="utf-8", errors="replace")
+        settings = yaml.safe_load(run.config)
+        run.settings = settings if isinstance(settings, dict) else {}
+    except OSError:
+        run.problems.append("no config.yaml")
+    except yaml.YAMLError:
+        run.problems.append("config.yaml cannot be read")
+    try:
+        lines = (path / "log.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        run.problems.append("no log.jsonl: no curves")
+        return run
+    damaged = 0
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            step, split = int(entry["step"]), entry.get("split")
+        except (ValueError, KeyError, TypeError, OverflowError, AttributeError):
+            damaged += bool(line.strip()) and number < len(lines)  # the last line may be cut short
+            continue
+        run.step = step if run.step is None else max(run.step, step)
+        for key, value in entry.items():
+            if key not in ("step", "split") and as_number(value) is not None:
+                run.curves.setdefault(f"{split}/{key}", []).append((step, float(value)))
+        if split == "val":
+            run.last = entry
+    if damaged:
+        run.problems.append(f"log.jsonl: {damaged} unreadable line{'s' if damaged > 1 else ''} left out")
+    return run
+
+
+def as_number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Runs that differ in their seed alone, together; with their roles and colours.
+
+    A group without distillation is the plain student if a distilled one has its model, else a teacher.
+    """
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        settings = {key: value for key, value in run.settings.items() if key not in OWN}
+        same = "seed" in run.settings
+        what = [settings, run.result.get("model"), run.result.get("steps")]
+        key = json.dumps(what, sort_keys=True, default=str) if same else str(run.path)
+        if same and run.seed in [other.seed for other in found.get(key, [])]:
+            key = str(run.path)  # the same run twice, or one that cannot be told from it
+        found.setdefault(key, []).append(run)
+    groups = [Group(_common_name(members), members) for members in found.values()]
+    students = {group.model for group in groups if group.method not in (*PLAIN, "?")}
+    number = 0
+    for group in groups:
+        if group.method not in (*PLAIN, "?"):
+            group.role = "distilled"
+        elif group.method != "?" and students and any(run.finished for run in group.runs):
+            group.role = "plain" if group.model in students else "teacher"
+        if group.role in ("teacher", "plain"):
+            group.colour = TEACHER_COLOUR if group.role == "teacher" else PLAIN_COLOUR
+        else:
+            group.colour = COLOURS[number % len(COLOURS)]
+            number += 1
+    return groups
+
+
+def _common_name(runs: Sequence[Run]) -> str:
+    """The names of a group less the number of the seed at their end, where that leaves one name; else the method."""
+    if len(runs) == 1:
+        return runs[0].name
+    names = {re.sub(r"[-_. ]*(seed|s)?[-_. ]*\d+$", "", run.name) for run in runs}
+    return (names.pop() if len(names) == 1 else "") or runs[0].method
+
+
+def verdict(groups: Sequence[Group]) -> list[str]:
+    """Sentences that follow from the finished runs' mIoU, and no more than follows."""
+    whole = [group for group in groups if group.scores()]
+    if len(groups) == 1:
+        return [_alone(groups[0])]
+    lines: list[str] = []
+    plain = {group.model: group for group in reversed(whole) if group.role == "plain"}
+    teachers = [group for group in whole if group.role == "teacher"]
+    distilled = [group for group in whole if group.role == "distilled"]
+    for model, base in plain.items():
+        gap = None
+        if len(teachers) == 1:
+            gap = _score(teachers[0]) - _score(base)
+            if gap > 0:
+                lines.append(
+                    f"The teacher ({teachers[0].name}) reaches {_said(teachers[0])} mIoU, the plain student ({base.name}) "
+                    f"{_said(base)}. The gap is {gap:.1f} points."
+                )
+            else:
+                lines.append(
+                    f"The teacher ({teachers[0].name}, {_said(teachers[0])} mIoU) is no better than the plain student "
+                    f"({base.name}, {_said(base)}), so these runs say little about distillation."
+                )
+        else:
+            lines.append(f"The plain student ({base.name}) reaches {_said(base)} mIoU.")
+        lines += _changes(base, [group for group in distilled if group.model == model], gap)
+    alone = [group.name for group in distilled if group.model not in plain]
+    if alone:
+        lines.append(f"No plain student of the same model was finished, so nothing can be said of {', '.join(alone)}.")
+    if not plain and not alone and whole:
+        best = max(whole, key=_score)
+        lines.append(f"There is no distilled run to judge. The best run is {best.name} with {_said(best)} mIoU.")
+    broken = [run.name for group in groups for run in group.runs if as_number(run.result.get("miou")) is None]
+    if broken:
+        lines.append(f"Left out of this comparison, because unfinished or unreadable: {', '.join(broken)}.")
+    if not whole:
+        return [*lines, "No run finished: there is nothing to compare."]
+    several = [len(group.scores()) > 1 for group in [*plain.values(), *distilled]]
+    if plain and distilled and all(several):
+        lines.append(
+            "± is the standard deviation over seeds. A difference counts as clear if it is larger than "
+            f"{NO_CLEAR_CHANGE} points and than twice its standard error over the seeds that both have."
+        )
+    elif any(several):
+        lines.append("Not every method has several seeds: a difference of one can change with another.")
+    else:
+        seeds = sorted({str(run.seed) for group in whole for run in group.runs})
+        one = f"Every run is one seed ({seeds[0]})" if len(seeds) == 1 else f"Seeds {', '.join(seeds)} appear"
+        lines.append(f"{one}: differences of this size can change with another seed.")
+    return lines
+
+
+def _alone(group: Group) -> str:
+    if not group.scores():
+        at = f"; it stopped at step {group.first.step}" if group.first.step is not None else ""
+        return f"{group.name} did not finish, or cannot be read{at}."
+    seeds = f" over {len(group.runs)} seeds" if len(group.runs) > 1 else ""
+    return f"{group.name} reaches {_said(group)} mIoU{seeds} after {group.first.result.get('steps')} steps."
+
+
+def _changes(base: Group, distilled: Sequence[Group], gap: float | None) -> list[str]:
+    """How the distilled groups differ from the plain student, sorted by what can be said."""
+    words: dict[str, list[str]] = {"gained": [], "lost": [], "unclear": []}
+    for group in distilled:
+        shared, change, error = _difference(group, base)
+        text = f"{group.name} ({change:+.1f}"
+        if len(shared) > 1:
+            text += f" ± {error * math.sqrt(len(shared)):.1f} over {len(shared)} seeds"
+        elif shared and len(group.scores()) + len(base.scores()) > 2:
+            text += f" with seed {shared[0]}"
+        if gap is not None and gap > NO_CLEAR_CHANGE and change > NO_CLEAR_CHANGE:
+            text += f", {100 * change / gap:.0f} % of the gap"
+        unlike = [
+            f"{key} {left} instead of {right}"
+            for key, of in (("steps", _steps), ("seed", _seeds))
+            if (left := of(group)) != (right := of(base)) and not (key == "seed" and shared)
+        ]
+        text += ")" + (f" [not like for like: {', '.join(unlike)}]" if unlike else "")
+        clear = abs(change) >= NO_CLEAR_CHANGE and abs(change) > 2 * error
+        words["unclear" if not clear else "gained" if change > 0 else "lost"].append(text)
+    titles = {
+        "gained": "Gained over the plain student, in points of mIoU",
+        "lost": "Lost against it",
+        "unclear": "No clear difference from it",
+    }
+    return [f"{titles[word]}: {'; '.join(texts)}." for word, texts in words.items() if texts]
+
+
+def _difference(group: Group, base: Group) -> tuple[list[Any], float, float]:
+    """The seeds that both have, the change in points seed by seed, and its standard error (0: unknown).
+
+    Where they share none it is that of the means.
+    """
+    ours, theirs = group.scores(), base.scores()
+    shared = [seed for seed in ours if seed in theirs]
+    if not shared:
+        return [], _score(group) - _score(base), 0.0
+    changes = [ours[seed] - theirs[seed] for seed in shared]
+    error = statistics.stdev(changes) / math.sqrt(len(shared)) if len(shared) > 1 else 0.0
+    return shared, statistics.fmean(changes), error
+
+
+def _score(group: Group) -> float:
+    return statistics.fmean(group.scores().values())
+
+
+def _said(group: Group) -> str:
+    values = list(group.scores().values())
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{spread} %"
+
+
+def _steps(group: Group) -> Any:
+    return group.first.result.get("steps")
+
+
+def _seeds(group: Group) -> Any:
+    seeds = [run.seed for run in group.runs]
+    return seeds[0] if len(seeds) == 1 else ", ".join(map(str, sorted(seeds, key=str)))

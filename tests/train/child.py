@@ -1,0 +1,36 @@
+"""Runs in processes of their own, for the tests: `python -m tests.train.child killed|shared OUT TEACHER`."""
+
+import sys
+from pathlib import Path
+
+from fastkd.train import checkpoint
+from fastkd.train.config import EvalConfig
+from tests.train import tiny
+
+STEPS = 12
+
+
+def killed(out, teacher):
+    """NFD+RDD with an auxiliary head and a moving average; a checkpoint after every step."""
+    train = {"steps": STEPS, "checkpoint_every": 1, "ema": 0.9, "panels": 0}
+    return tiny.config(out, method="nfd+rdd", teacher=teacher, aux=True, train=train)
+
+
+def shared(out, teacher, *, accumulate=1):
+    """KD and NFD beside the task, with nothing that depends on who shares the batch: no dropout, no batch statistics.
+
+    The auxiliary head is one that no loss reads.
+    """
+    train = {"steps": 3, "accumulate": accumulate, "batch_norm": "frozen", "panels": 0, "checkpoint_every": 3}
+    evaluation = EvalConfig(every=2, batch_size=2, limit=3)  # which two processes cannot share evenly
+    config = tiny.config(
+        out, method="kd+nfd", teacher=teacher, aux=True, options={"decoder_dropout": 0.0}, train=train, eval=evaluation
+    )
+    config.loss.aux_weight = 0.0
+    return config
+
+
+if __name__ == "__main__":
+    kind, out, teacher = sys.argv[1:]
+    config = killed(out, teacher) if kind == "killed" else shared(out, teacher, accumulate=2)
+    tiny.run(config, resume=checkpoint.exists(Path(out)))

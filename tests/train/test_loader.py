@@ -1,0 +1,29 @@
+"""Samples depend on the seed and their number in the run alone."""
+
+import pytest
+
+pytest.importorskip("torchmetrics")
+
+from fastkd.train.loader import StepSampler
+
+
+def test_samples_depend_on_seed_and_step_alone():
+    whole = list(StepSampler(10, 4, range(6), 0))
+    assert list(StepSampler(10, 4, range(3, 6), 0)) == whole[3:]
+    shares = [list(StepSampler(10, 4, range(6), 0, rank, 2)) for rank in range(2)]
+    assert [a + b for a, b in zip(*shares, strict=True)] == whole
+    parts = StepSampler(10, 4, range(6), 0, parts=2)
+    assert len(parts) == 12
+    assert [key for part in parts for key in part] == [key for batch in whole for key in batch]
+    flat = [index for batch in whole for index, _ in batch]
+    assert sorted(flat[:10]) == list(range(10))
+    assert flat[:10] != flat[10:20]
+
+
+def test_what_cannot_be_shared():
+    with pytest.raises(ValueError, match="cannot be shared by 3 processes"):
+        StepSampler(10, 4, range(6), 0, 0, 3)
+    with pytest.raises(ValueError, match="take a multiple of 8"):
+        StepSampler(10, 4, range(6), 0, 0, 2, 4)
+    with pytest.raises(ValueError, match="empty"):
+        StepSampler(0, 4, range(6), 0)
