@@ -27,12 +27,14 @@ class DataConfig:
     """Data set and augmentation.
 
     Args:
-        name: data set, "street_scenes" (generated) or "camvid".
+        name: data set: "street_scenes" (generated), "cityscapes", "camvid", "voc", "ade20k", or "folders" for any other.
         root: folder of the data set; None for generated data.
-        options: further keywords of the data set, e.g. {"length": 800} for street_scenes.
+        options: further keywords of the data set, e.g. {"length": 800} for street_scenes (docs/training.md lists them).
         val_options: the same for the validation split, over `options`.
         crop: height and width of a training crop.
         scale: range of the random resize before the crop.
+        scale_step: factors are low, low + scale_step, ... high; 0 for any between them.
+        cat_max_ratio: share of the labelled pixels of a crop that one class may have; 1 for no limit.
         flip: probability of a horizontal flip.
         jitter: strength of the colour jitter, 0 for none.
         workers: loader processes; 0 loads in the training process.
@@ -44,6 +46,8 @@ class DataConfig:
     val_options: dict[str, Any] = field(default_factory=dict)
     crop: tuple[int, int] = (256, 512)
     scale: tuple[float, float] = (0.5, 2.0)
+    scale_step: float = 0.0
+    cat_max_ratio: float = 1.0
     flip: float = 0.5
     jitter: float = 0.0
     workers: int = 0
@@ -119,12 +123,46 @@ class TrainConfig:
 
 @dataclass
 class EvalConfig:
-    """Validation. size: images are resized to (height, width) before the model; scores are always at label resolution."""
+    """Validation; scores are always at label resolution.
+
+    Args:
+        every: steps between validations.
+        batch_size: images at a time; images of other sizes are evaluated apart.
+        size: images are resized to this height and width before the model.
+        limit: only the first so many images.
+        window: height and width of a sliding window; None evaluates whole images.
+        stride: step of the window, down and across; None for two thirds of it.
+        scales: factors an image is evaluated at; the class probabilities are averaged.
+        flip: also evaluate the mirror image.
+        size_divisor: images are padded to sides that this divides (32 suits every encoder, 8 a dilated one).
+        align_corners: convention of the bilinear resize of logits to labels, as in training.
+    """
 
     every: int = 200
     batch_size: int = 8
     size: tuple[int, int] | None = None
     limit: int | None = None
+    window: tuple[int, int] | None = None
+    stride: tuple[int, int] | None = None
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    size_divisor: int = 32
+    align_corners: bool = False
+
+    def check(self) -> None:
+        """ValueError where values do not fit each other."""
+        for name in ("every", "batch_size", "size_divisor"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"eval.{name} must be at least 1, got {getattr(self, name)}")
+        if not self.scales or min(self.scales) <= 0:
+            raise ValueError(f"eval.scales must be factors above 0, at least one, got {list(self.scales)}")
+        if self.stride is not None and self.window is None:
+            raise ValueError("eval.stride is the step of a sliding window; set eval.window too, or leave it out")
+        steps = zip(self.stride or (), self.window or (), strict=False)
+        if not all(0 < step <= side for step, side in steps):
+            raise ValueError(
+                f"eval.stride {self.stride} must be between 1 and the window {self.window}, or pixels are left out"
+            )
 
 
 @dataclass
@@ -169,11 +207,10 @@ def check(config: Config) -> None:
         ("train.batch_size", config.train.batch_size),
         ("train.log_every", config.train.log_every),
         ("train.checkpoint_every", config.train.checkpoint_every),
-        ("eval.every", config.eval.every),
-        ("eval.batch_size", config.eval.batch_size),
     ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    config.eval.check()
     if config.optim.lr <= 0:
         raise ValueError(f"optim.lr must be positive, got {config.optim.lr}")
 

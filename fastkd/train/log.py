@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "torchvision", "accelerate", "segmentation_models_pytorch", "timm", "torchmetrics")
+PACKAGES = ("torch", "torchvision", "accelerate", "segmentation_models_pytorch", "timm")
 TIMES = ("step_s", "data_s", "loss_s")
 
 
