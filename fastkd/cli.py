@@ -14,7 +14,7 @@ from typing import Any
 USAGE = """usage: fastkd COMMAND ...
 
   train     train a network, alone or with a teacher         fastkd train --help
-  eval      score a checkpoint on a validation set           fastkd eval CHECKPOINT
+  eval      score networks on a validation set               fastkd eval RUN|CHECKPOINT...
   predict   colour overlays for images                       fastkd predict CHECKPOINT IMAGE|FOLDER...
   report    compare finished runs in one page                fastkd report RUN... --out DIR
   demo      teacher, student and distilled students compared fastkd demo --out runs/demo
@@ -63,36 +63,43 @@ def _train(words: list[str]) -> int:
 
 
 def _eval(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="fastkd eval", description="Scores of a checkpoint on its validation set.")
-    parser.add_argument("checkpoint", type=Path)
+    parser = argparse.ArgumentParser(
+        prog="fastkd eval",
+        description="Scores networks on the validation set, all in the same way: by default as the first was in training.",
+    )
+    parser.add_argument(
+        "paths", type=Path, nargs="+", metavar="RUN|CHECKPOINT", help="a run stands for the network of its last step"
+    )
     parser.add_argument("--root", help="folder of the data set, if it is not where it was in training")
+    parser.add_argument("--split", choices=("val", "test", "train"), default="val")
     parser.add_argument(
         "--size", type=int, nargs=2, metavar=("H", "W"), help="resize images to this before the network"
     )
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--window", type=int, nargs=2, metavar=("H", "W"), help="slide a window of this size")
+    parser.add_argument("--stride", type=int, nargs=2, metavar=("H", "W"), help="step of the window (two thirds of it)")
+    parser.add_argument("--scales", type=float, nargs="+", metavar="S", help="average over these scales")
+    parser.add_argument("--flip", action="store_const", const=True, help="average with the mirror image")
+    parser.add_argument("--limit", type=int, help="only the first so many images")
+    parser.add_argument("--batch-size", type=int)
     parser.add_argument("--device", help="a torch device; default: an accelerator if there is one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything to this file")
     args = parser.parse_args(words)
-    from fastkd.train import checkpoint
-    from fastkd.train.config import Config, from_dict
-    from fastkd.train.data import build_dataset, eval_transform
-    from fastkd.train.evaluation import evaluate
+    import dataclasses
 
-    network, state = checkpoint.load_network(args.checkpoint)
-    config = from_dict(Config, state["config"])
-    data = config.data
-    options = data.options | data.val_options
-    dataset: Any = build_dataset(
-        data.name, root=args.root or data.root, split="val", transform=eval_transform(), **options
+    from fastkd.train import scoreboard
+    from fastkd.train.log import write_json
+
+    names = ("size", "window", "stride", "scales", "flip", "limit", "batch_size")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    how = dataclasses.replace(scoreboard.validation_of(args.paths[0]), **given)
+    entries = scoreboard.score(
+        args.paths, how, root=args.root, split=args.split, device=_device(args.device), progress=sys.stderr.isatty()
     )
-    device = _device(args.device)
-    size = tuple(args.size) if args.size else config.eval.size
-    result = evaluate(
-        network.to(device), dataset, device=device, batch_size=args.batch_size, size=size, progress="validation"
-    )
-    width = max(map(len, result.class_iou))
-    for name, value in result.class_iou.items():
-        print(f"  {name:<{width}}  {'absent' if value is None else f'{100 * value:6.2f}'}")
-    print(f"mIoU {100 * result.miou:.2f} %, pixel accuracy {100 * result.pixel_accuracy:.2f} %, {len(dataset)} images")
+    print(scoreboard.class_table(entries))
+    print(f"\n{scoreboard.table(scoreboard.rows(entries))}")
+    if args.json:
+        write_json(scoreboard.to_json(entries, how), args.json)
     return 0
 
 
