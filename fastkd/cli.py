@@ -1,4 +1,4 @@
-"""The command `fastkd`: train, eval, predict, report, demo, info.
+"""The command `fastkd`: train, eval, predict, export, report, demo, info.
 
 Only `info` works without the trainer's packages; the others say how to install them.
 """
@@ -16,12 +16,13 @@ USAGE = """usage: fastkd COMMAND ...
   train     train a network, alone or with a teacher         fastkd train --help
   eval      score networks on a validation set               fastkd eval RUN|CHECKPOINT...
   predict   colour overlays for images                       fastkd predict CHECKPOINT IMAGE|FOLDER...
+  export    ONNX or safetensors of a checkpoint              fastkd export CHECKPOINT --out FILE.onnx
   report    compare finished runs in one page                fastkd report RUN... --out DIR
   demo      teacher, student and distilled students compared fastkd demo --out runs/demo
   info      kernels that are built, loaded and chosen        fastkd info
 """
 INSTALL = 'this command needs the trainer; install it with: pip install "fastkd[train]"'
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+EXPORT = ("onnx", "onnxruntime", "onnxscript")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name and error.name.split(".")[0] == "fastkd":
             raise
-        print(f"fastkd {words[0]}: no module {error.name!r}; {INSTALL}", file=sys.stderr)
+        install = INSTALL.replace("train]", "train,export]") if error.name in EXPORT else INSTALL
+        print(f"fastkd {words[0]}: no module {error.name!r}; {install}", file=sys.stderr)
     except (ValueError, LookupError, OSError, FloatingPointError) as error:
         print(f"fastkd {words[0]}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
@@ -118,27 +120,37 @@ def _predict(words: list[str]) -> int:
     parser.add_argument("--alpha", type=float, default=0.55, help="opacity of the colours (default: %(default)s)")
     parser.add_argument("--device", help="a torch device; default: an accelerator if there is one")
     args = parser.parse_args(words)
-    from fastkd.train.predict import predict
+    from fastkd.train.predict import image_files, predict
 
-    files = list(_image_files(args.images))
-    written = predict(args.checkpoint, files, args.out, size=args.size, alpha=args.alpha, device=_device(args.device))
-    print(f"{len(written)} images in {args.out}")
+    written, failed = predict(
+        args.checkpoint,
+        image_files(args.images),
+        args.out,
+        size=args.size,
+        alpha=args.alpha,
+        device=_device(args.device),
+    )
+    for message in failed:
+        print(f"fastkd predict: {message}", file=sys.stderr)
+    print(f"{len(written)} images in {args.out}" + (f", {len(failed)} failed" if failed else ""))
+    return 1 if failed else 0
+
+
+def _export(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="fastkd export",
+        description="Writes a network as ONNX or safetensors and compares what was written with it.",
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.onnx|FILE.safetensors")
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("H", "W"), help="of ONNX's images; default: the validation's"
+    )
+    args = parser.parse_args(words)
+    from fastkd.train.export import export
+
+    print(export(args.checkpoint, args.out, size=tuple(args.size) if args.size else None))
     return 0
-
-
-def _image_files(paths: Sequence[Path]) -> list[Path]:
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES)
-            if not inside:
-                raise FileNotFoundError(f"{path} holds no image ({', '.join(IMAGES)})")
-            files += inside
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise FileNotFoundError(f"no image or folder {path}")
-    return files
 
 
 def _report(words: list[str]) -> int:
@@ -227,6 +239,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "eval": _eval,
     "predict": _predict,
+    "export": _export,
     "report": _report,
     "demo": _demo,
     "info": _info,

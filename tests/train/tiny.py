@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fastkd.train.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
+from fastkd.train import checkpoint
+from fastkd.train.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig, to_dict
+from fastkd.train.models import build_model
 
 CROP = (64, 64)
 
@@ -62,3 +64,19 @@ def config(out, **changes) -> Config:
         eval=changes.pop("eval", EvalConfig(every=100, batch_size=2)),
         **changes,
     )
+
+
+def save_network(path, config, dataset=DATASETS[0]):
+    """A checkpoint of an untrained network of `config` for the classes of `dataset`; returns its path as text."""
+    torch.manual_seed(0)
+    network = build_model(config.model, len(dataset.classes))
+    state = {
+        "config": to_dict(config),
+        "classes": list(dataset.classes),
+        "palette": torch.as_tensor(dataset.palette).tolist(),
+        "step": 0,
+        "model": network.state_dict(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(state, path)
+    return str(path)

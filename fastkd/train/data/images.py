@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # Pillow's other decoders are not for files of unknown origin
@@ -46,3 +46,11 @@ def open_mode(path: Path, modes: Sequence[str], remedy: str) -> Image.Image:
     if picture.mode not in modes:
         raise DataError(f"{path} has mode {picture.mode}, expected {' or '.join(modes)}; {remedy}")
     return picture
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """The picture turned as its camera says (EXIF orientation)."""
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # damaged metadata fails in many ways, and says nothing about the pixels
+        return picture
