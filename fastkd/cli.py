@@ -1,4 +1,4 @@
-"""The command `fastkd`: train, eval, predict, export, report, demo, info.
+"""The command `fastkd`: train, data, eval, predict, export, report, demo, info.
 
 Only `info` works without the trainer's packages; the others say how to install them.
 """
@@ -14,6 +14,7 @@ from typing import Any
 USAGE = """usage: fastkd COMMAND ...
 
   train     train a network, alone or with a teacher         fastkd train --help
+  data      a data set's classes, soundness and speed        fastkd data --check --data.name camvid --data.root FOLDER
   eval      score networks on a validation set               fastkd eval RUN|CHECKPOINT...
   predict   colour overlays for images                       fastkd predict CHECKPOINT IMAGE|FOLDER...
   export    ONNX or safetensors of a checkpoint              fastkd export CHECKPOINT --out FILE.onnx
@@ -103,6 +104,48 @@ def _eval(words: list[str]) -> int:
     if args.json:
         write_json(scoreboard.to_json(entries, how), args.json)
     return 0
+
+
+def _data(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="fastkd data",
+        usage="%(prog)s [--check] [--recipe NAME] [--config FILE] [--NAME VALUE ...]",
+        description="Finds the data set of a run, times its loading, and with --check reads every file. "
+        "The other words are those of fastkd train.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--check", action="store_true", help="read every file and count the pixels of each class")
+    args, rest = parser.parse_known_args(words)
+    from fastkd.train.config import parse
+
+    config, _ = parse([*rest, "--method", "none"], prog="fastkd data")
+    from fastkd.train.data import build_dataset, check, eval_transform
+    from fastkd.train.engine import build_datasets
+
+    data = config.data
+    training, validation = build_datasets(data)
+    augment: Any = training.transform  # type: ignore[attr-defined]
+    plain: Any = build_dataset(data.name, root=data.root, split="train", transform=eval_transform(), **data.options)
+    print(f"{data.name}: {len(plain.classes)} classes, {len(plain)} training and {len(validation)} validation images")
+    problems: list[str] = []
+    if args.check:
+        found = {name: check.contents(x, name if sys.stderr.isatty() else None) for name, x in (("train", plain), ("val", validation))}
+        print(check.table(plain.classes, found))
+        problems = [problem for split in found.values() for problem in split.problems]
+        for problem in problems:
+            print(f"fastkd data: {problem}", file=sys.stderr)
+    if not problems:
+        speed = check.speed(plain, augment)
+        print(
+            f"one loader process: {1 / speed.sample:.0f} samples/s ({1e3 * speed.read:.1f} ms to read one, "
+            f"{1e3 * speed.augment:.1f} ms to augment it)"
+        )
+        batch, workers = config.train.batch_size, max(data.workers, 1)
+        print(
+            f"{workers} of them, on as many free cores: a batch of {batch} every {batch * speed.sample / workers:.3f} s "
+            "(data.workers); a training step that is faster waits for it"
+        )
+    return 1 if problems else 0
 
 
 def _predict(words: list[str]) -> int:
@@ -237,6 +280,7 @@ def _summary(result: dict) -> str:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
+    "data": _data,
     "eval": _eval,
     "predict": _predict,
     "export": _export,
