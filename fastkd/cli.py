@@ -129,7 +129,9 @@ def _data(words: list[str]) -> int:
     print(f"{data.name}: {len(plain.classes)} classes, {len(plain)} training and {len(validation)} validation images")
     problems: list[str] = []
     if args.check:
-        found = {name: check.contents(x, name if sys.stderr.isatty() else None) for name, x in (("train", plain), ("val", validation))}
+        bar = sys.stderr.isatty()
+        splits = {"train": plain, "val": validation}
+        found = {name: check.contents(split, name if bar else None) for name, split in splits.items()}
         print(check.table(plain.classes, found))
         problems = [problem for split in found.values() for problem in split.problems]
         for problem in problems:

@@ -87,13 +87,20 @@ def test_merge_changes_neither():
     assert over == {"a": {"b": 4}, "e": None}
 
 
-def test_networks_of_the_recipes():
-    for name in ("baseline", "segformer"):
-        network = build_model(resolve(name).model, 19).eval()
-        out = network(torch.zeros(1, 3, 64, 96))
-        stride = 4 if name == "segformer" else 8
-        assert out.logits.shape == (1, 19, 64 // stride, 96 // stride)
-        assert network.has_aux == (name == "baseline")
+@pytest.mark.parametrize(
+    ("name", "words", "stride"),
+    [
+        ("baseline", [], 8),
+        ("baseline", ["--model.encoder", "mobilenet_v2"], 8),
+        ("baseline", ["--model.arch", "PSPNet"], 8),
+        ("segformer", [], 4),
+    ],
+)
+def test_networks_of_the_recipes(name, words, stride):
+    network = build_model(resolve(name, *words).model, 19).eval()
+    out = network(torch.zeros(1, 3, 64, 96))
+    assert out.logits.shape == (1, 19, 64 // stride, 96 // stride)
+    assert network.has_aux == (name == "baseline")
 
 
 SMALL = ["--model.encoder", "tu-test_resnet"]
