@@ -33,7 +33,7 @@ clean:
 
 # The build must see the torch it will run with, hence no build isolation.
 .venv/.built: .venv/.installed $(SOURCES)
-	FASTKD_BUILD=1 $(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[train,bench,dev]"
+	FASTKD_BUILD=1 $(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[train,export,bench,dev]"
 	touch $@
 
 .venv/.installed: constraints.txt

@@ -1,4 +1,4 @@
-"""The command `fastkd`: train, convert, eval, predict, report, demo, bench, info.
+"""The command `fastkd`: train, convert, data, eval, predict, export, report, demo, bench, info.
 
 `info` and `bench` work without the trainer's packages; the others say how to install them.
 """
@@ -16,15 +16,17 @@ USAGE = """usage: fastkd COMMAND ...
 
   train     train a network, alone or with a teacher         fastkd train --help
   convert   a network with weights from elsewhere as a teacher  fastkd convert --help
-  eval      score a checkpoint on a validation set           fastkd eval CHECKPOINT
+  data      a data set's classes, soundness and speed        fastkd data --check --data.name camvid --data.root FOLDER
+  eval      score networks on a validation set               fastkd eval RUN|CHECKPOINT...
   predict   colour overlays for images                       fastkd predict CHECKPOINT IMAGE|FOLDER...
+  export    ONNX or safetensors of a checkpoint              fastkd export CHECKPOINT --out FILE.onnx
   report    compare finished runs in one page                fastkd report RUN... --out DIR
   demo      teacher, student and distilled students compared fastkd demo --out runs/demo
   bench     the losses on your own shapes and machine        fastkd bench --shape 8,19,64,128 --size 512,1024
   info      kernels that are built, loaded and chosen        fastkd info
 """
 INSTALL = 'install what this command needs with: pip install "fastkd[{}]"'
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+EXPORT = ("onnx", "onnxruntime", "onnxscript")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name and error.name.split(".")[0] == "fastkd":
             raise
-        extra = "bench" if words[0] == "bench" else "train"
+        extra = "bench" if words[0] == "bench" else "train,export" if error.name in EXPORT else "train"
         print(f"fastkd {words[0]}: no module {error.name!r}; {INSTALL.format(extra)}", file=sys.stderr)
     except (ValueError, LookupError, OSError, FloatingPointError, MemoryError) as error:
         print(f"fastkd {words[0]}: {error}", file=sys.stderr)
@@ -79,37 +81,88 @@ def _convert(words: list[str]) -> int:
 
 
 def _eval(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="fastkd eval", description="Scores of a checkpoint on its validation set.")
-    parser.add_argument("checkpoint", type=Path)
+    parser = argparse.ArgumentParser(
+        prog="fastkd eval",
+        description="Scores networks on the validation set, all in the same way: by default as the first was in training.",
+    )
+    parser.add_argument(
+        "paths", type=Path, nargs="+", metavar="RUN|CHECKPOINT", help="a run stands for the network of its last step"
+    )
     parser.add_argument("--root", help="folder of the data set, if it is not where it was in training")
+    parser.add_argument("--split", choices=("val", "test", "train"), default="val")
     parser.add_argument(
         "--size", type=int, nargs=2, metavar=("H", "W"), help="resize images to this before the network"
     )
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--window", type=int, nargs=2, metavar=("H", "W"), help="slide a window of this size")
+    parser.add_argument("--stride", type=int, nargs=2, metavar=("H", "W"), help="step of the window (two thirds of it)")
+    parser.add_argument("--scales", type=float, nargs="+", metavar="S", help="average over these scales")
+    parser.add_argument("--flip", action="store_const", const=True, help="average with the mirror image")
+    parser.add_argument("--limit", type=int, help="only the first so many images")
+    parser.add_argument("--batch-size", type=int)
     parser.add_argument("--device", help="a torch device; default: an accelerator if there is one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything to this file")
     args = parser.parse_args(words)
-    from fastkd.train import checkpoint
-    from fastkd.train.config import Config, from_dict
-    from fastkd.train.data import build_dataset, eval_transform
-    from fastkd.train.evaluation import evaluate
+    import dataclasses
 
-    network, state = checkpoint.load_network(args.checkpoint)
-    config = from_dict(Config, state["config"])
-    data = config.data
-    options = data.options | data.val_options
-    dataset: Any = build_dataset(
-        data.name, root=args.root or data.root, split="val", transform=eval_transform(), **options
+    from fastkd.train import scoreboard
+    from fastkd.train.log import write_json
+
+    names = ("size", "window", "stride", "scales", "flip", "limit", "batch_size")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    how = dataclasses.replace(scoreboard.validation_of(args.paths[0]), **given)
+    entries = scoreboard.score(
+        args.paths, how, root=args.root, split=args.split, device=_device(args.device), progress=sys.stderr.isatty()
     )
-    device = _device(args.device)
-    size = tuple(args.size) if args.size else config.eval.size
-    result = evaluate(
-        network.to(device), dataset, device=device, batch_size=args.batch_size, size=size, progress="validation"
-    )
-    width = max(map(len, result.class_iou))
-    for name, value in result.class_iou.items():
-        print(f"  {name:<{width}}  {'absent' if value is None else f'{100 * value:6.2f}'}")
-    print(f"mIoU {100 * result.miou:.2f} %, pixel accuracy {100 * result.pixel_accuracy:.2f} %, {len(dataset)} images")
+    print(scoreboard.class_table(entries))
+    print(f"\n{scoreboard.table(scoreboard.rows(entries))}")
+    if args.json:
+        write_json(scoreboard.to_json(entries, how), args.json)
     return 0
+
+
+def _data(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="fastkd data",
+        usage="%(prog)s [--check] [--recipe NAME] [--config FILE] [--NAME VALUE ...]",
+        description="Finds the data set of a run, times its loading, and with --check reads every file. "
+        "The other words are those of fastkd train.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--check", action="store_true", help="read every file and count the pixels of each class")
+    args, rest = parser.parse_known_args(words)
+    from fastkd.train.config import parse
+
+    config, _ = parse([*rest, "--method", "none"], prog="fastkd data")
+    from fastkd.train.data import build_dataset, check, eval_transform
+    from fastkd.train.engine import build_datasets
+
+    data = config.data
+    training, validation = build_datasets(data)
+    augment: Any = training.transform  # type: ignore[attr-defined]
+    plain: Any = build_dataset(data.name, root=data.root, split="train", transform=eval_transform(), **data.options)
+    print(f"{data.name}: {len(plain.classes)} classes, {len(plain)} training and {len(validation)} validation images")
+    problems: list[str] = []
+    if args.check:
+        bar = sys.stderr.isatty()
+        splits = {"train": plain, "val": validation}
+        found = {name: check.contents(split, name if bar else None) for name, split in splits.items()}
+        print(check.table(plain.classes, found))
+        problems = [problem for split in found.values() for problem in split.problems]
+        for problem in problems:
+            print(f"fastkd data: {problem}", file=sys.stderr)
+    if not problems:
+        speed = check.speed(plain, augment)
+        print(
+            f"one loader process: {1 / speed.sample:.0f} samples/s ({1e3 * speed.read:.1f} ms to read one, "
+            f"{1e3 * speed.augment:.1f} ms to augment it)"
+        )
+        batch, workers = config.train.batch_size, max(data.workers, 1)
+        print(
+            f"{workers} of them, on as many free cores: a batch of {batch} every {batch * speed.sample / workers:.3f} s "
+            "(data.workers); a training step that is faster waits for it"
+        )
+    return 1 if problems else 0
 
 
 def _predict(words: list[str]) -> int:
@@ -127,27 +180,37 @@ def _predict(words: list[str]) -> int:
     parser.add_argument("--alpha", type=float, default=0.55, help="opacity of the colours (default: %(default)s)")
     parser.add_argument("--device", help="a torch device; default: an accelerator if there is one")
     args = parser.parse_args(words)
-    from fastkd.train.predict import predict
+    from fastkd.train.predict import image_files, predict
 
-    files = list(_image_files(args.images))
-    written = predict(args.checkpoint, files, args.out, size=args.size, alpha=args.alpha, device=_device(args.device))
-    print(f"{len(written)} images in {args.out}")
+    written, failed = predict(
+        args.checkpoint,
+        image_files(args.images),
+        args.out,
+        size=args.size,
+        alpha=args.alpha,
+        device=_device(args.device),
+    )
+    for message in failed:
+        print(f"fastkd predict: {message}", file=sys.stderr)
+    print(f"{len(written)} images in {args.out}" + (f", {len(failed)} failed" if failed else ""))
+    return 1 if failed else 0
+
+
+def _export(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="fastkd export",
+        description="Writes a network as ONNX or safetensors and compares what was written with it.",
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.onnx|FILE.safetensors")
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("H", "W"), help="of ONNX's images; default: the validation's"
+    )
+    args = parser.parse_args(words)
+    from fastkd.train.export import export
+
+    print(export(args.checkpoint, args.out, size=tuple(args.size) if args.size else None))
     return 0
-
-
-def _image_files(paths: Sequence[Path]) -> list[Path]:
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES)
-            if not inside:
-                raise FileNotFoundError(f"{path} holds no image ({', '.join(IMAGES)})")
-            files += inside
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise FileNotFoundError(f"no image or folder {path}")
-    return files
 
 
 def _report(words: list[str]) -> int:
@@ -280,8 +343,10 @@ def _summary(result: dict) -> str:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "convert": _convert,
+    "data": _data,
     "eval": _eval,
     "predict": _predict,
+    "export": _export,
     "report": _report,
     "demo": _demo,
     "bench": _bench,

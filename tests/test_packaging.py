@@ -125,6 +125,7 @@ def test_wheel_with_kernels(tmp_path):
         "fastkd/train/demo.yaml",
         "fastkd/train/recipes/camvid-lite0-student.yaml",
         "fastkd/train/data/street_scenes.py",
+        "fastkd/train/data/classes/ade20k.txt",
     ):
         assert needed in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc"))]

@@ -1,14 +1,17 @@
 """Configuration of a training run: dataclasses, read from YAML and the command line by jsonargparse.
 
-    fastkd train --config run.yaml --method nfd --optim.lr 0.02
+    fastkd train --recipe rdd-paper --config mine.yaml --optim.lr 0.01
 
-Later arguments win. Every value of the resolved configuration is written to `<out>/config.yaml`, which is itself a valid
-`--config`.
+A recipe comes first (recipe.py); later arguments win. Every value of the resolved configuration is written to
+`<out>/config.yaml`, which is itself a valid `--config`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import re
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -17,10 +20,9 @@ from typing import Any, Literal
 
 import yaml
 
+from fastkd.train import recipe
 from fastkd.train.files import write_text
 from fastkd.train.methods.registry import LossConfig, parse_method
-
-RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass
@@ -28,12 +30,14 @@ class DataConfig:
     """Data set and augmentation.
 
     Args:
-        name: data set, "street_scenes" (generated) or "camvid".
+        name: data set: "street_scenes" (generated), "cityscapes", "camvid", "voc", "ade20k", or "folders" for any other.
         root: folder of the data set; None for generated data.
-        options: further keywords of the data set, e.g. {"length": 800} for street_scenes.
+        options: further keywords of the data set, e.g. {"length": 800} for street_scenes (docs/training.md lists them).
         val_options: the same for the validation split, over `options`.
         crop: height and width of a training crop.
         scale: range of the random resize before the crop.
+        scale_step: factors are low, low + scale_step, ... high; 0 for any between them.
+        cat_max_ratio: share of the labelled pixels of a crop that one class may have; 1 for no limit.
         flip: probability of a horizontal flip.
         jitter: strength of the colour jitter, 0 for none.
         workers: loader processes; 0 loads in the training process.
@@ -45,6 +49,8 @@ class DataConfig:
     val_options: dict[str, Any] = field(default_factory=dict)
     crop: tuple[int, int] = (256, 512)
     scale: tuple[float, float] = (0.5, 2.0)
+    scale_step: float = 0.0
+    cat_max_ratio: float = 1.0
     flip: float = 0.5
     jitter: float = 0.0
     workers: int = 0
@@ -153,12 +159,46 @@ class TrainConfig:
 
 @dataclass
 class EvalConfig:
-    """Validation. size: images are resized to (height, width) before the model; scores are always at label resolution."""
+    """Validation; scores are always at label resolution.
+
+    Args:
+        every: steps between validations.
+        batch_size: images at a time; images of other sizes are evaluated apart.
+        size: images are resized to this height and width before the model.
+        limit: only the first so many images.
+        window: height and width of a sliding window; None evaluates whole images.
+        stride: step of the window, down and across; None for two thirds of it.
+        scales: factors an image is evaluated at; the class probabilities are averaged.
+        flip: also evaluate the mirror image.
+        size_divisor: images are padded to sides that this divides (32 suits every encoder, 8 a dilated one).
+        align_corners: convention of the bilinear resize of logits to labels, as in training.
+    """
 
     every: int = 200
     batch_size: int = 8
     size: tuple[int, int] | None = None
     limit: int | None = None
+    window: tuple[int, int] | None = None
+    stride: tuple[int, int] | None = None
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    size_divisor: int = 32
+    align_corners: bool = False
+
+    def check(self) -> None:
+        """ValueError where values do not fit each other."""
+        for name in ("every", "batch_size", "size_divisor"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"eval.{name} must be at least 1, got {getattr(self, name)}")
+        if not self.scales or min(self.scales) <= 0:
+            raise ValueError(f"eval.scales must be factors above 0, at least one, got {list(self.scales)}")
+        if self.stride is not None and self.window is None:
+            raise ValueError("eval.stride is the step of a sliding window; set eval.window too, or leave it out")
+        steps = zip(self.stride or (), self.window or (), strict=False)
+        if not all(0 < step <= side for step, side in steps):
+            raise ValueError(
+                f"eval.stride {self.stride} must be between 1 and the window {self.window}, or pixels are left out"
+            )
 
 
 @dataclass
@@ -204,11 +244,10 @@ def check(config: Config) -> None:
         ("train.accumulate", config.train.accumulate),
         ("train.log_every", config.train.log_every),
         ("train.checkpoint_every", config.train.checkpoint_every),
-        ("eval.every", config.eval.every),
-        ("eval.batch_size", config.eval.batch_size),
     ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    config.eval.check()
     if config.optim.lr <= 0:
         raise ValueError(f"optim.lr must be positive, got {config.optim.lr}")
     if config.train.ema is not None and not 0 < config.train.ema < 1:
@@ -247,16 +286,6 @@ def _typed(hint: Any, value: Any) -> Any:
     return tuple(value) if typing.get_origin(hint) is tuple and isinstance(value, list) else value
 
 
-def _with_recipes(argv: list[str]) -> list[str]:
-    """`--config NAME` may name a recipe of the package instead of a file."""
-    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    for i, word in enumerate(words[:-1]):
-        recipe = RECIPES / f"{words[i + 1]}.yaml"
-        if word == "--config" and not Path(words[i + 1]).exists() and recipe.exists():
-            words[i + 1] = str(recipe)
-    return words
-
-
 def write_yaml(config: Config, path: Path) -> None:
     write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
 
@@ -284,22 +313,66 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[
 
 def parse(argv: list[str], *, prog: str = "fastkd train") -> tuple[Config, dict[str, Any]]:
     """Configuration and flags (resume, overwrite) from command-line words; exits with a message where they are wrong."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentError, ArgumentParser
 
-    recipes = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
     parser = ArgumentParser(
         prog=prog,
-        usage="%(prog)s [--config FILE] [--NAME VALUE ...]",
+        usage="%(prog)s [--recipe NAME] [--config FILE] [--NAME VALUE ...]",
         description="Train a segmentation network, with or without a teacher.",
+        exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", help=f"YAML file, or one of the recipes {recipes}")
+    # Taken from the words before the parser sees them, since it comes first wherever it stands: later ones win.
+    parser.add_argument("--recipe", help=f"values to start from: {', '.join(recipe.names())}")
+    parser.add_argument("--config", action="config", help="YAML file")
     parser.add_argument("--resume", action="store_true", help="go on from <out>/last.pt")
     parser.add_argument("--overwrite", action="store_true", help="discard what an earlier run left in <out>")
     parser.add_class_arguments(Config)
-    values = parser.instantiate(parser.parse_args(_with_recipes(argv)))
-    config = Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
     try:
+        given = parser.parse_args(argv, defaults=False)
+        if chosen := given.get("recipe"):
+            data = given.data.name if "data.name" in given else None
+            argv = ["--config", yaml.safe_dump(recipe.load(chosen, data)), *argv]
+        args = parser.parse_args(argv)
+        for group in (name for name, is_group in _keys(Config).items() if is_group):
+            if not hasattr(args[group], "as_dict"):
+                member = next(name for name in _keys(Config) if name.startswith(f"{group}."))
+                raise ValueError(f"{group} is a group of values, such as {member}; got {args[group]!r}")
+        values = parser.instantiate(args)
+        config = Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
         check(config)
-    except ValueError as error:
-        parser.error(str(error))
+    except (ArgumentError, ValueError) as error:
+        print(f"{prog}: {_with_hint(str(error))}\nAll values and their meaning: {prog} --help", file=sys.stderr)
+        raise SystemExit(2) from None
     return config, {"resume": values.resume, "overwrite": values.overwrite}
+
+
+def _keys(kind: type, prefix: str = "") -> dict[str, bool]:
+    """Dotted name of every value of a configuration -> whether it is a group of others."""
+    found = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        group = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+        found[prefix + name] = group
+        found |= _keys(hint, f"{prefix}{name}.") if group else {}
+    return found
+
+
+def _with_hint(message: str) -> str:
+    """jsonargparse's message about a name it does not know, with the closest ones that exist."""
+    if path := re.search(r"File does not exist: '(.+)'", message):
+        stem = Path(path[1]).stem
+        return f"no file {path[1]}" + (f"; the recipe is given by --recipe {stem}" if stem in recipe.names() else "")
+    if "Key must be a string, got: True" in message:
+        return 'YAML reads the key on as true; put it in quotes: {"on": features}'
+    known_forms = (
+        r"unrecognized arguments: -*([\w.]+)",
+        r"Group '(.+)' does not accept option '(.+)'",
+        r"Option '(.+)' is not accepted",
+    )
+    found = next((match for form in known_forms if (match := re.search(form, message))), None)
+    if found is None:
+        return message
+    name = ".".join(found.groups())
+    known = [*_keys(Config), "config", "recipe", "resume", "overwrite"]
+    close = difflib.get_close_matches(name, known, n=2)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    return f"there is no value {name}{hint}"

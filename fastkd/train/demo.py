@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from fastkd.train import checkpoint
+from fastkd.train import checkpoint, recipe
 from fastkd.train.comparison import compare
 from fastkd.train.config import Config, differences, from_dict, to_dict
 from fastkd.train.engine import build_datasets, train
@@ -36,13 +36,8 @@ def configs(out: Path, settings: dict[str, Any]) -> dict[str, Config]:
 def _config(settings: dict[str, Any], role: str, values: dict[str, Any], **own: Any) -> Config:
     merged: dict[str, Any] = {}
     for layer in (settings["common"], settings[role], values, own):
-        merged = _merge(merged, layer)
+        merged = recipe.merge(merged, layer)
     return from_dict(Config, merged)
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    both = {k: _merge(base[k], v) for k, v in over.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
-    return base | over | both
 
 
 def demo(out: Path, settings: dict[str, Any] | None = None) -> Path:

@@ -346,10 +346,9 @@ class Run:
         found = evaluate(
             self.network,
             self.val_set,
+            self.config.eval,
             device=self.device,
-            batch_size=self.config.eval.batch_size,
-            size=self.config.eval.size,
-            limit=self.config.eval.limit,
+            workers=self.config.data.workers,
             rank=self.accelerator.process_index,
             world=self.world,
             progress="validation" if self.show and sys.stderr.isatty() else None,
@@ -466,7 +465,14 @@ class Run:
 def build_datasets(data: DataConfig) -> tuple[SegmentationSet, SegmentationSet]:
     """Training set with augmentation, validation set without."""
     build: Callable[..., Any] = build_dataset
-    crops = train_transform(data.crop, scale=data.scale, flip=data.flip, jitter=data.jitter)
+    crops = train_transform(
+        data.crop,
+        scale=data.scale,
+        scale_step=data.scale_step,
+        cat_max_ratio=data.cat_max_ratio,
+        flip=data.flip,
+        jitter=data.jitter,
+    )
     return (
         build(data.name, root=data.root, split="train", transform=crops, **data.options),
         build(data.name, root=data.root, split="val", transform=eval_transform(), **(data.options | data.val_options)),

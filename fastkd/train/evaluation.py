@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
-from torchmetrics.classification import MulticlassConfusionMatrix
 from tqdm import tqdm
+
+from fastkd.train.config import EvalConfig
 
 
 class SegmentationSet(Protocol):
@@ -50,24 +52,127 @@ def scores(matrix: Tensor, classes: Sequence[str]) -> Scores:
 
 @torch.no_grad()
 def predict_logits(
-    model: nn.Module, images: Tensor, size: tuple[int, int], *, input_size: tuple[int, int] | None = None
+    model: nn.Module,
+    images: Tensor,
+    size: tuple[int, int],
+    *,
+    input_size: tuple[int, int] | None = None,
+    size_divisor: int = 32,
+    align_corners: bool = False,
 ) -> Tensor:
-    """Logits (N, K, *size) of uint8 or [0, 1] float images (N, 3, H, W), which are first resized to `input_size`, if given."""
-    if input_size is not None and tuple(images.shape[-2:]) != tuple(input_size):
-        images = images.float() / 255 if images.dtype == torch.uint8 else images
-        images = F.interpolate(images, tuple(input_size), mode="bilinear", align_corners=False, antialias=True)
-    logits = model(images).logits.float()
-    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+    """Logits (N, K, *size) of uint8 or [0, 1] float images (N, 3, H, W), from one look at the whole images.
+
+    The images are first resized to `input_size`, if given, and padded at the bottom and the right, by repeating the edge, to
+    sides that `size_divisor` divides, which most encoders need.
+    """
+    images = _resized(images, input_size)
+    height, width = images.shape[-2:]
+    bottom, right = -height % size_divisor, -width % size_divisor
+    if not (bottom or right):
+        logits = model(images).logits.float()
+        return F.interpolate(logits, size, mode="bilinear", align_corners=align_corners)
+    padded = F.pad(_unit(images), (0, right, 0, bottom), mode="replicate")
+    logits = model(padded).logits.float()
+    logits = F.interpolate(logits, padded.shape[-2:], mode="bilinear", align_corners=align_corners)
+    logits = logits[..., :height, :width]
+    if (height, width) == tuple(size):
+        return logits
+    return F.interpolate(logits, size, mode="bilinear", align_corners=align_corners)
+
+
+@torch.no_grad()
+def predict_scores(model: nn.Module, images: Tensor, size: tuple[int, int], how: EvalConfig) -> Tensor:
+    """Scores (N, K, *size), whose largest is the predicted class, of images (N, 3, H, W) evaluated as `how` says.
+
+    One view (one scale, no flip): its logits. Several: the mean of their class probabilities.
+    """
+    views = [(scale, flip) for scale in how.scales for flip in ((False, True) if how.flip else (False,))]
+    total: Tensor | None = None
+    for scale, flip in views:
+        view = images.flip(-1) if flip else images
+        sides = how.size or view.shape[-2:]
+        view = _resized(view, (max(1, round(sides[0] * scale)), max(1, round(sides[1] * scale))))
+        logits = _slide(model, view, size, how) if how.window else _whole(model, view, size, how)
+        logits = logits.flip(-1) if flip else logits
+        if len(views) == 1:
+            return logits
+        shares = logits.softmax(1) / len(views)
+        total = shares if total is None else total.add_(shares)
+    assert total is not None  # config.check: at least one scale
+    return total
+
+
+def _whole(model: nn.Module, images: Tensor, size: tuple[int, int], how: EvalConfig) -> Tensor:
+    return predict_logits(model, images, size, size_divisor=how.size_divisor, align_corners=how.align_corners)
+
+
+def _slide(model: nn.Module, images: Tensor, size: tuple[int, int], how: EvalConfig) -> Tensor:
+    """Mean, pixel by pixel, of the logits of the windows that cover a pixel; the last window of a row ends at the border."""
+    assert how.window is not None
+    height, width = images.shape[-2:]
+    high, wide = min(how.window[0], height), min(how.window[1], width)
+    down, across = how.stride or (max(1, high * 2 // 3), max(1, wide * 2 // 3))
+    total: Tensor | None = None
+    count = images.new_zeros((height, width), dtype=torch.float32)
+    for top in _starts(height, high, down):
+        for left in _starts(width, wide, across):
+            part = (..., slice(top, top + high), slice(left, left + wide))
+            logits = _whole(model, images[part], (high, wide), how)
+            if total is None:
+                total = logits.new_zeros((*logits.shape[:2], height, width))
+            total[part] += logits
+            count[part] += 1
+    assert total is not None
+    total /= count
+    if (height, width) == tuple(size):
+        return total
+    return F.interpolate(total, size, mode="bilinear", align_corners=how.align_corners)
+
+
+def _starts(length: int, window: int, stride: int) -> list[int]:
+    return [*range(0, length - window, stride), length - window]
+
+
+def _resized(images: Tensor, size: Sequence[int] | None) -> Tensor:
+    if size is None or tuple(images.shape[-2:]) == tuple(size):
+        return images
+    return F.interpolate(_unit(images), tuple(size), mode="bilinear", align_corners=False, antialias=True)
+
+
+def _unit(images: Tensor) -> Tensor:
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+class ConfusionMatrix:
+    """Counts (K, K) of pixels, rows = labels, columns = predictions, on `device`; nothing waits for the device but `compute`.
+
+    Not torchmetrics': it drops ignored pixels by a boolean index, whose size the host must wait for at every batch.
+    """
+
+    def __init__(self, classes: int, ignore_index: int, device: torch.device) -> None:
+        self.classes, self.ignore_index = classes, ignore_index
+        self.counts = torch.zeros(classes * classes + 1, dtype=torch.int64, device=device)  # the last: ignored pixels
+
+    def update(self, predicted: Tensor, labels: Tensor) -> None:
+        """predicted, labels: integers of one shape; labels in [0, K) or `ignore_index`."""
+        cells = labels.long() * self.classes + predicted
+        cells = torch.where(labels == self.ignore_index, self.classes**2, cells).flatten()
+        self.counts.index_add_(0, cells, torch.ones_like(cells))
+
+    def compute(self, *, world: int = 1) -> Tensor:
+        """The matrix over all `world` processes."""
+        if world > 1:
+            torch.distributed.all_reduce(self.counts)
+        return self.counts[:-1].view(self.classes, self.classes)
 
 
 def evaluate(
     model: nn.Module,
     dataset: SegmentationSet,
+    how: EvalConfig | None = None,
     *,
     device: torch.device,
-    batch_size: int = 8,
-    size: tuple[int, int] | None = None,
-    limit: int | None = None,
+    workers: int = 0,
     rank: int = 0,
     world: int = 1,
     progress: Any = None,
@@ -76,23 +181,45 @@ def evaluate(
 
     Args:
         model: takes images, returns an `Output`; left in the mode it was found in.
-        dataset: images and labels.
-        size: images are resized to (height, width) before the model.
-        limit: only the first so many items.
+        dataset: images and labels; pictures of other sizes are evaluated apart.
+        how: size, windows, scales, flip, batch size and limit (`config.EvalConfig`).
+        workers: loader processes.
         rank, world: this process and their number; each takes its share, and all get the scores of the whole.
         progress: text of a progress bar, None for no bar.
+
+    Raises:
+        ValueError: the model's classes are not as many as the data set's.
     """
-    classes, ignore_index = dataset.classes, dataset.ignore_index
-    count = len(dataset) if limit is None else min(limit, len(dataset))
-    loader: Any = DataLoader(Subset(cast(Any, dataset), range(rank, count, world)), batch_size=batch_size)
-    metric = MulticlassConfusionMatrix(len(classes), ignore_index=ignore_index, validate_args=False).to(device)
+    how = how or EvalConfig()
+    classes = dataset.classes
+    count = len(dataset) if how.limit is None else min(how.limit, len(dataset))
+    loader: Any = DataLoader(
+        Subset(cast(Any, dataset), range(rank, count, world)),
+        batch_size=how.batch_size,
+        collate_fn=_by_size,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+    matrix = ConfusionMatrix(len(classes), dataset.ignore_index, device)
     training = model.training
     model.eval()
     try:
-        for images, labels in tqdm(loader, desc=progress, disable=progress is None, leave=False, dynamic_ncols=True):
-            labels = labels.to(device).long()
-            logits = predict_logits(model, images.to(device), labels.shape[-2:], input_size=size)
-            metric.update(logits.argmax(1), labels)
-        return scores(metric.compute(), classes)
+        for batches in tqdm(loader, desc=progress, disable=progress is None, leave=False, dynamic_ncols=True):
+            for images, labels in batches:
+                images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
+                found = predict_scores(model, images, labels.shape[-2:], how)
+                if found.shape[1] != len(classes):
+                    raise ValueError(
+                        f"the network predicts {found.shape[1]} classes, the data set has {len(classes)}; "
+                        "evaluate it on the data set it was trained for"
+                    )
+                matrix.update(found.argmax(1), labels)
+        return scores(matrix.compute(world=world), classes)
     finally:
         model.train(training)
+
+
+def _by_size(items: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """A batch as batches of neighbours of one size."""
+    groups = [list(group) for _, group in groupby(items, lambda item: (item[0].shape, item[1].shape))]
+    return [(torch.stack([image for image, _ in g]), torch.stack([label for _, label in g])) for g in groups]

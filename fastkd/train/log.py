@@ -20,7 +20,7 @@ from tqdm import tqdm
 from fastkd.train.checkpoint import LAST, PREVIOUS
 from fastkd.train.files import write_text, write_whole
 
-PACKAGES = ("torch", "torchvision", "accelerate", "segmentation_models_pytorch", "timm", "torchmetrics")
+PACKAGES = ("torch", "torchvision", "accelerate", "segmentation_models_pytorch", "timm")
 TIMES = ("step_s", "data_s", "loss_s")
 LINE_SECONDS = 30.0
 PANELS = "panels"  # folder of a run's pictures

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
 from fastkd.train import checkpoint
-from fastkd.train.config import Config, from_dict
-from fastkd.train.evaluation import predict_logits
+from fastkd.train.config import Config, EvalConfig, from_dict
+from fastkd.train.data.images import SUFFIXES, DataError, open_mode, upright
+from fastkd.train.evaluation import predict_scores
 from fastkd.train.panels import overlay
 
-STRIDE = 32  # sides of an input are multiples of this, which every encoder takes
+MODES = ("RGB", "L", "LA", "RGBA", "P", "PA", "CMYK", "1")  # what Pillow turns into RGB without a guess
 
 
 def predict(
@@ -26,39 +30,71 @@ def predict(
     size: Sequence[int] | None = None,
     alpha: float = 0.55,
     device: torch.device | None = None,
-) -> list[Path]:
-    """Writes `<out>/<image name>.png` for each image and returns these paths.
+) -> tuple[list[Path], list[str]]:
+    """Writes `<out>/<image name>.png` for each image; returns the files written, and a message for each image that failed.
 
     Args:
         path: a checkpoint of the trainer.
-        size: (height, width) the network sees; None: the one of its validation, or the image's own rounded to 32.
+        images: files, which may be anybody's; one that cannot be used does not stop the others.
+        size: (height, width) the network sees; None: that of its validation, or the image's own.
         alpha: opacity of the colours.
 
     Raises:
-        ValueError: a file is no image, or two images would be written to one name.
+        ValueError: two images would be written to one name, or over an image.
     """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is an opacity between 0 and 1, got {alpha}")
     network, state = checkpoint.load_network(path)
     device = device or torch.device("cpu")
     network = network.to(device)
-    size = size or from_dict(Config, state["config"]).eval.size
+    how = from_dict(Config, state["config"]).eval
+    how = dataclasses.replace(how, size=(size[0], size[1])) if size else how
     palette = np.asarray(state["palette"], dtype=np.uint8)
     targets = [out / f"{image.stem}.png" for image in images]
     if len(set(targets)) != len(targets):
         twice = next(t.name for t in targets if targets.count(t) > 1)
         raise ValueError(f"two of the images would be written to {twice}; predict their folders one by one")
+    if over := {t.resolve() for t in targets} & {i.resolve() for i in images}:
+        raise ValueError(f"{min(over)} would be overwritten; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
+    written, failed = [], []
     for image, target in zip(tqdm(images, desc="predict", disable=len(images) < 2), targets, strict=True):
         try:
-            pixels = np.asarray(Image.open(image).convert("RGB"))
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"cannot read image {image}: {error}") from error
+            pixels = np.asarray(upright(open_mode(image, MODES, "convert it to 8-bit RGB")).convert("RGB"))
+            label = _label(network, image, pixels, how, device)
+        except DataError as error:
+            failed.append(str(error))
+            continue
+        partial = target.with_name(target.name + ".tmp")
+        Image.fromarray(overlay(pixels, label, palette, alpha=alpha)).save(partial, format="PNG")
+        os.replace(partial, target)
+        written.append(target)
+    return written, failed
+
+
+def _label(network: nn.Module, image: Path, pixels: np.ndarray, how: EvalConfig, device: torch.device) -> np.ndarray:
+    """Predicted class numbers, uint8 (H, W)."""
+    height, width = pixels.shape[:2]
+    try:
         batch = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(device)
-        height, width = pixels.shape[:2]
-        seen = tuple(size) if size else (_round(height), _round(width))
-        label = predict_logits(network, batch, (height, width), input_size=seen).argmax(1)[0]
-        Image.fromarray(overlay(pixels, label.cpu().numpy().astype(np.uint8), palette, alpha=alpha)).save(target)
-    return targets
+        return predict_scores(network, batch, (height, width), how).argmax(1)[0].byte().cpu().numpy()
+    except (MemoryError, RuntimeError) as error:  # torch's out-of-memory errors are RuntimeErrors
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        raise DataError(f"{image} ({width}x{height}) needs more memory than there is; give a smaller --size") from error
 
 
-def _round(side: int) -> int:
-    return max(STRIDE, round(side / STRIDE) * STRIDE)
+def image_files(paths: Sequence[Path]) -> list[Path]:
+    """The files named, and the images in the folders named. FileNotFoundError: there is none."""
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+            if not inside:
+                raise FileNotFoundError(f"{path} holds no image ({', '.join(SUFFIXES)})")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise FileNotFoundError(f"no image or folder {path}")
+    return files

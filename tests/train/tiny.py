@@ -6,7 +6,9 @@ import json
 
 import torch
 
-from fastkd.train.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
+from fastkd.train import checkpoint
+from fastkd.train.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig, to_dict
+from fastkd.train.models import build_model
 
 CROP = (64, 64)
 
@@ -76,3 +78,19 @@ def run(config, **options) -> dict:
 def lines(out, split: str) -> list[dict]:
     """The log's lines of one split."""
     return [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if line["split"] == split]
+
+
+def save_network(path, config, dataset=DATASETS[0]):
+    """A checkpoint of an untrained network of `config` for the classes of `dataset`; returns its path as text."""
+    torch.manual_seed(0)
+    network = build_model(config.model, len(dataset.classes))
+    state = {
+        "config": to_dict(config),
+        "classes": list(dataset.classes),
+        "palette": torch.as_tensor(dataset.palette).tolist(),
+        "step": 0,
+        "model": network.state_dict(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(state, path)
+    return str(path)

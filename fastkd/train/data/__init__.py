@@ -6,38 +6,61 @@ mean and standard deviation belong to the model.
 
 from __future__ import annotations
 
+import difflib
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
-from fastkd.train.data.camvid import CamVid, DataError
+from fastkd.train.data.folders import LabelledImages, Layout
+from fastkd.train.data.images import DataError
+from fastkd.train.data.layouts import LAYOUTS
 from fastkd.train.data.street_scenes import StreetScenes
 from fastkd.train.data.transforms import eval_transform, train_transform
 
-__all__ = ["DATASETS", "CamVid", "DataError", "StreetScenes", "build_dataset", "eval_transform", "train_transform"]
+__all__ = [
+    "DATASETS", "DataError", "LabelledImages", "Layout", "StreetScenes", "build_dataset", "eval_transform", "train_transform",
+]  # fmt: skip
 
-DATASETS: dict[str, type[StreetScenes] | type[CamVid]] = {"street_scenes": StreetScenes, "camvid": CamVid}
+DATASETS = ("street_scenes", *LAYOUTS)
+SPLITS = ("train", "val", "test")
 
 
-def build_dataset(name: str, *, root: str | Path | None = None, split: str, **options: Any) -> Dataset:
-    """The data set `name` of `DATASETS`; `root` is its folder if it reads files; `options` go to its constructor.
+def build_dataset(
+    name: str,
+    *,
+    root: str | Path | None = None,
+    split: str,
+    transform: Callable[..., Any] | None = None,
+    **options: Any,
+) -> Dataset:
+    """The data set `name` of `DATASETS`; `root` is its folder if it reads files; `options` are its own (data.options).
 
     `ValueError`: an unknown name, a folder given or missing where it should not be, or an unknown option.
     """
     if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}; known: {', '.join(sorted(DATASETS))}")
-    kind: Any = DATASETS[name]
-    parameters = inspect.signature(kind).parameters
-    known = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ValueError(f"data set {name!r} has no option {', '.join(unknown)}; its options: {', '.join(known)}")
-    if "root" not in parameters:
+        raise ValueError(f"unknown data set {name!r};{_close(name, DATASETS)} known: {', '.join(sorted(DATASETS))}")
+    if split not in SPLITS:
+        raise ValueError(f"{name}: unknown split {split!r}; expected one of {', '.join(SPLITS)}")
+    kind: Any = StreetScenes if name == "street_scenes" else LAYOUTS[name]
+    known = [p.name for p in inspect.signature(kind).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    known = [option for option in known if option != "transform"]
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"data set {name!r} has no option {option!r};{_close(option, known)} its options: {', '.join(known) or 'none'}"
+            )
+    if name == "street_scenes":
         if root is not None:
             raise ValueError(f"data set {name!r} is generated and reads no files; leave root out (got {str(root)!r})")
-        return kind(split, **options)
+        return StreetScenes(split, transform=transform, **options)
     if root is None:
-        raise ValueError(f"data set {name!r} needs root, the folder its files are in")
-    return kind(root, split, **options)
+        raise ValueError(f"data set {name!r} needs root, the folder its files are in: --data.root FOLDER")
+    return LabelledImages(root, kind(split, **options), transform=transform)
+
+
+def _close(word: str, known: Any) -> str:
+    found = difflib.get_close_matches(word, known, n=1)
+    return f" did you mean {found[0]!r}?" if found else ""

@@ -1,0 +1,252 @@
+"""Images beside label maps, in the folders of any data set: `Layout` says how they lie, `LabelledImages` reads them.
+
+A class file has a class a line, in the order of their numbers: a name and, if wanted, its colour.
+
+    # comment
+    traffic light 250 170 30
+    road
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from fastkd.train.data.images import SUFFIXES, DataError, open_mode
+
+IGNORE = 255
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one split of a data set lies on disk; paths are under the root.
+
+    Args:
+        name: for messages.
+        tree: what the folder should look like, for messages.
+        classes: class file.
+        images: folder of the images, and of folders of images.
+        labels: the same of the labels; the first that exists. A label lies where its image does.
+        image_suffixes: endings of the images, in any case; what is left of a name is what image and label share.
+        label_suffix: ending of the labels.
+        lists: files that name the images, the first that exists; none: every image in the folder. A line is a name without
+            ending, or the paths of image and label.
+        inside: folders that the root may be given above.
+        values: label value -> class; None: classes are numbered from `first`.
+        first: label value of the first class.
+        ignored: label values that count nowhere.
+    """
+
+    name: str
+    tree: str
+    classes: Path
+    images: str
+    labels: tuple[str, ...]
+    image_suffixes: tuple[str, ...] = SUFFIXES
+    label_suffix: str = ".png"
+    lists: tuple[str, ...] = ()
+    inside: tuple[str, ...] = ()
+    values: Mapping[int, int] | None = None
+    first: int = 0
+    ignored: tuple[int, ...] = (IGNORE,)
+
+
+class LabelledImages(Dataset):
+    """The images of a layout and their labels.
+
+    Item `i` is `(tv_tensors.Image uint8 (3, H, W), tv_tensors.Mask uint8 (H, W))`, ignored pixels 255. `classes` are the
+    names, `palette` is uint8 (K, 3), `items` the pairs of paths.
+
+    `FileNotFoundError`: a folder or list that is not there, or holds no images. `DataError`, at construction: an image
+    without its label, a class file or a list that cannot be used; when an item is loaded: a file that `open_image` refuses, a
+    wrong mode, a label value without a class, or an image and a label of different sizes.
+    """
+
+    ignore_index = IGNORE
+
+    def __init__(self, root: str | Path, layout: Layout, *, transform: Callable[..., Any] | None = None) -> None:
+        self.layout, self.transform = layout, transform
+        self.root = self._root(Path(root).expanduser())
+        self.classes, self.palette = read_classes(self.root / layout.classes)
+        self.items = self._listed() if layout.lists else self._found()
+        if missing := [pair for pair in self.items if not pair[1].is_file()]:
+            more = f" ({len(missing)} images have none)" if len(missing) > 1 else ""
+            raise DataError(
+                f"{layout.name}: {missing[0][0]} has no label {missing[0][1]}{more}; "
+                f"add the label or remove the image. Expected {layout.tree}"
+            )
+        self.values = layout.values or {layout.first + k: k for k in range(len(self.classes))}
+        if both := sorted(set(self.values) & set(layout.ignored)):
+            raise DataError(
+                f"{layout.name}: label value {both[0]} is both ignored and the class {self.classes[self.values[both[0]]]!r}; "
+                "set --data.options.first to the label value of the first class, or another ignore"
+            )
+        self.known = np.isin(np.arange(256), [*self.values, *layout.ignored])
+        self.table = np.array([self.values.get(value, IGNORE) for value in range(256)], np.uint8)
+
+    def _root(self, root: Path) -> Path:
+        """`root`, or the folder in it where the data set begins."""
+        layout = self.layout
+        begins = layout.images.split("/")[0]
+        for inside in ("", *layout.inside):
+            if (root / inside / begins).is_dir():
+                return root / inside
+        raise FileNotFoundError(
+            f"{layout.name}: no folder {root / begins if root.is_dir() else root}; expected {layout.tree}. "
+            "Set --data.root to that folder"
+        )
+
+    def _folders(self) -> tuple[Path, Path]:
+        layout = self.layout
+        images = self.root / layout.images
+        choices = [self.root / labels for labels in layout.labels]
+        labels = next((folder for folder in choices if folder.is_dir()), choices[0])
+        for folder in (images, labels):
+            if not folder.is_dir():
+                raise FileNotFoundError(
+                    f"{layout.name}: no folder {folder}; expected {layout.tree}. Set --data.root to the folder that has them"
+                )
+        return images, labels
+
+    def _found(self) -> list[tuple[Path, Path]]:
+        layout = self.layout
+        images, labels = self._folders()
+        items = []
+        for path in sorted(images.rglob("*")):
+            suffix = next((s for s in layout.image_suffixes if path.name.lower().endswith(s.lower())), None)
+            if suffix is not None and path.is_file():
+                shared = str(path.relative_to(images))[: -len(suffix)]
+                items.append((path, labels / (shared + layout.label_suffix)))
+        if not items:
+            kinds = ", ".join(f"*{suffix}" for suffix in layout.image_suffixes)
+            raise FileNotFoundError(f"{layout.name}: no images ({kinds}) in {images}; expected {layout.tree}")
+        return items
+
+    def _listed(self) -> list[tuple[Path, Path]]:
+        layout = self.layout
+        choices = [self.root / name for name in layout.lists]
+        path = next((choice for choice in choices if choice.is_file()), None)
+        if path is None:
+            names = " or ".join(str(choice) for choice in choices)
+            raise FileNotFoundError(f"{layout.name}: no list {names}; expected {layout.tree}")
+        items = []
+        for number, line in enumerate(_text(path).splitlines(), 1):
+            words = line.split()
+            if len(words) == 1:
+                images, labels = self._folders()
+                image = self._inside(images, words[0] + layout.image_suffixes[0], path, number)
+                items.append((image, self._inside(labels, words[0] + layout.label_suffix, path, number)))
+            elif len(words) == 2 and all(Path(word).suffix for word in words):
+                image, label = (self._inside(self.root, word.lstrip("/"), path, number) for word in words)
+                items.append((image, label))
+            elif words:
+                raise DataError(
+                    f"{layout.name}: line {number} of {path} is {line!r}; expected a name, or the paths of image and label"
+                )
+        if not items:
+            raise DataError(f"{layout.name}: {path} lists no images")
+        return items
+
+    def _inside(self, folder: Path, name: str, path: Path, number: int) -> Path:
+        """`folder / name`. A list comes with a download: it must not send the reader elsewhere on the disk."""
+        relative = os.path.normpath(name)
+        if os.path.isabs(relative) or relative.split(os.sep)[0] == "..":
+            raise DataError(f"{self.layout.name}: line {number} of {path} leaves the data set: {name!r}; remove it")
+        return folder / relative
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        try:
+            image, label = self._load(*self.items[index])
+        except DataError as error:
+            raise DataError(f"{self.layout.name}: {error}") from error.__cause__
+        item = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), tv_tensors.Mask(torch.from_numpy(label))
+        return item if self.transform is None else self.transform(*item)
+
+    def _load(self, image_path: Path, label_path: Path) -> tuple[np.ndarray, np.ndarray]:
+        image = open_mode(image_path, ("RGB", "L"), "convert it to 8-bit RGB")
+        label = open_mode(
+            label_path, ("L", "P"), "convert it to 8-bit class numbers, one channel (an RGB label is a colour map)"
+        )
+        if image.size != label.size:
+            raise DataError(
+                f"{image_path} is {image.width}x{image.height} but its label {label_path} is "
+                f"{label.width}x{label.height}; they must be the same size"
+            )
+        numbers = np.array(label)
+        wrong = [value for value, count in enumerate(label.histogram()) if count and not self.known[value]]
+        if wrong:
+            y, x = np.argwhere(numbers == wrong[0])[0]
+            raise DataError(f"{label_path} holds the value {wrong[0]} at row {y}, column {x}; {self._expected()}")
+        return np.array(image.convert("RGB")), self.table[numbers]
+
+    def _expected(self) -> str:
+        return (
+            f"expected {_spans(sorted(self.values))} for the {len(self.classes)} classes and "
+            f"{_spans(sorted(self.layout.ignored)) or 'nothing'} for ignored pixels. Is the number of classes right, or is it "
+            "a label of another data set or kind?"
+        )
+
+
+def _spans(values: Any) -> str:
+    """[0, 1, 2, 5] -> "0 to 2, 5"."""
+    spans: list[list[int]] = []
+    for value in values:
+        if spans and value == spans[-1][-1] + 1:
+            spans[-1] = [spans[-1][0], value]
+        else:
+            spans.append([value])
+    return ", ".join(" to ".join(map(str, span)) for span in spans)
+
+
+def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names and palette, uint8 (K, 3), of a class file. `DataError` names the file and the line."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no class file {path}; write one with a class a line, in the order of their numbers")
+    names: list[str] = []
+    palette = colour_map(256)
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        name, *colour = re.fullmatch(r"(.+?)(?:\s+(\d+)\s+(\d+)\s+(\d+))?", line).groups()  # type: ignore[union-attr]
+        if name in names:
+            raise DataError(f"line {number} of {path} repeats the class {name!r}; give it a name of its own")
+        if len(names) == IGNORE:
+            raise DataError(f"{path} has more than {IGNORE} classes, which 8-bit labels cannot hold")
+        if colour[0] is not None:
+            values = [int(v) for v in colour]
+            if max(values) > 255:
+                raise DataError(f"line {number} of {path} has the colour {values}; expected three numbers up to 255")
+            palette[len(names)] = values
+        names.append(name)
+    if not names:
+        raise DataError(f"{path} names no class; write a class a line")
+    return tuple(names), palette[: len(names)].copy()
+
+
+def colour_map(count: int) -> np.ndarray:
+    """VOC's colours, uint8 (count, 3): bit 3i + c of the class number is bit 7 − i of its channel c."""
+    numbers, colours = np.arange(count), np.zeros((count, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((numbers >> (3 * bit + channel)) & 1).astype(np.uint8) << (7 - bit)
+    return colours
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as text ({error}); replace it") from error

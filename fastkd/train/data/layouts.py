@@ -1,0 +1,130 @@
+"""The data sets that lie in folders: each a function from the split, and what `data.options` may hold, to its `Layout`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from fastkd.train.data.folders import IGNORE, Layout
+from fastkd.train.data.images import DataError
+
+CLASSES = Path(__file__).with_name("classes")
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # label id of each train id
+
+
+def cityscapes(split: str, *, labels: Literal["labelIds", "labelTrainIds"] = "labelIds") -> Layout:
+    """Cityscapes, fine annotations, 19 classes (Cordts et al., CVPR 2016).
+
+    labels: "labelIds", the files of the download (ids 0 to 33), or "labelTrainIds", those cityscapesScripts makes of them.
+    """
+    if labels not in ("labelIds", "labelTrainIds"):
+        raise ValueError(f"cityscapes: labels must be 'labelIds' or 'labelTrainIds', got {labels!r}")
+    raw = labels == "labelIds"
+    return Layout(
+        name="cityscapes",
+        tree=(
+            f"ROOT/leftImg8bit/{split}/CITY/*_leftImg8bit.png beside ROOT/gtFine/{split}/CITY/*_gtFine_{labels}.png "
+            f"(for the other kind of label files set --data.options.labels {'labelTrainIds' if raw else 'labelIds'})"
+        ),
+        classes=CLASSES / "cityscapes.txt",
+        images=f"leftImg8bit/{split}",
+        labels=(f"gtFine/{split}",),
+        image_suffixes=("_leftImg8bit.png",),
+        label_suffix=f"_gtFine_{labels}.png",
+        values={label: number for number, label in enumerate(CITYSCAPES_IDS)} if raw else None,
+        ignored=(*(i for i in range(34) if i not in CITYSCAPES_IDS), IGNORE) if raw else (IGNORE,),
+    )
+
+
+def camvid(split: str) -> Layout:
+    """CamVid, 11 classes, in the layout of the SegNet tutorial, whose labels have 11 for void.
+
+    Brostow, Fauqueur, Cipolla, "Semantic object classes in video", PRL 2009; Badrinarayanan et al., SegNet, 2017.
+    """
+    return Layout(
+        name="camvid",
+        tree=f"ROOT/{split}/*.png|jpg beside ROOT/{split}annot/*.png (the SegNet tutorial's CamVid)",
+        classes=CLASSES / "camvid.txt",
+        images=split,
+        labels=(f"{split}annot",),
+        ignored=(11, IGNORE),
+    )
+
+
+def voc(split: str, *, aug: bool = True, list: str | None = None) -> Layout:
+    """PASCAL VOC 2012, 21 classes (Everingham et al.), trained on the augmented list (Hariharan et al., ICCV 2011).
+
+    aug: train on trainaug.txt and SegmentationClassAug, else on train.txt and SegmentationClass. list: another list of
+    images, under the root; its lines are names, or paths of image and label.
+    """
+    train_aug = aug and split == "train"
+    labels = ("SegmentationClassAug",) if train_aug else ("SegmentationClass", "SegmentationClassAug")
+    names = ("trainaug.txt", "train_aug.txt") if train_aug else (f"{split}.txt",)
+    hint = " (without the augmented set: --data.options.aug false)" if train_aug else ""
+    return Layout(
+        name="voc",
+        tree=f"ROOT/JPEGImages/*.jpg, ROOT/{labels[0]}/*.png and ROOT/ImageSets/Segmentation/{names[0]}, "
+        f"ROOT being VOC2012 or a folder above it{hint}",
+        classes=CLASSES / "voc.txt",
+        images="JPEGImages",
+        labels=labels,
+        image_suffixes=(".jpg",),
+        lists=(list,) if list else tuple(f"ImageSets/Segmentation/{name}" for name in names) + names,
+        inside=("VOC2012", "VOCdevkit/VOC2012"),
+    )
+
+
+def ade20k(split: str) -> Layout:
+    """ADE20K of the scene parsing challenge, 150 classes (Zhou et al., CVPR 2017); label 0 is ignored, k is class k − 1."""
+    folder = {"train": "training", "val": "validation"}.get(split)
+    if folder is None:
+        raise ValueError(f"ade20k: has the splits train and val, got {split!r}")
+    return Layout(
+        name="ade20k",
+        tree=f"ROOT/images/{folder}/*.jpg beside ROOT/annotations/{folder}/*.png, ROOT being ADEChallengeData2016 or above it",
+        classes=CLASSES / "ade20k.txt",
+        images=f"images/{folder}",
+        labels=(f"annotations/{folder}",),
+        image_suffixes=(".jpg",),
+        inside=("ADEChallengeData2016",),
+        first=1,
+        ignored=(0,),
+    )
+
+
+def folders(
+    split: str,
+    *,
+    images: str = "images/{split}",
+    labels: str = "labels/{split}",
+    label_suffix: str = ".png",
+    classes: str = "classes.txt",
+    first: int = 0,
+    ignore: int | None = IGNORE,
+) -> Layout:
+    """Any set: a folder of images, one of 8-bit labels with the same names, and a class file.
+
+    images, labels: folders under the root, "{split}" stands for train or val. label_suffix: ending of the labels, e.g.
+    "_label.png". classes: the class file. first: the label value of the first class. ignore: the one that counts nowhere,
+    None for none.
+    """
+    if ignore is not None and not 0 <= ignore <= 255:
+        raise DataError(
+            f"folders: ignore is {ignore}, but label files hold 0 to 255: an ignore label of -1 is stored as 255, so set "
+            "--data.options.ignore 255"
+        )
+    return Layout(
+        name="folders",
+        tree=f"ROOT/{images}/*.png|jpg beside ROOT/{labels}/*{label_suffix} and ROOT/{classes}".replace(
+            "{split}", split
+        ),
+        classes=Path(classes),
+        images=images.replace("{split}", split),
+        labels=(labels.replace("{split}", split),),
+        label_suffix=label_suffix,
+        first=first,
+        ignored=() if ignore is None else (ignore,),
+    )
+
+
+LAYOUTS = {kind.__name__: kind for kind in (cityscapes, camvid, voc, ade20k, folders)}

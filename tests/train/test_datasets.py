@@ -1,0 +1,351 @@
+"""Data sets in folders: each layout, every way a tree or a file can be wrong, and the real CamVid where it is at hand."""
+
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("torchvision")
+Image = pytest.importorskip("PIL.Image")
+
+from torchvision import tv_tensors  # noqa: E402
+
+from fastkd.train.data import DataError, build_dataset  # noqa: E402
+from fastkd.train.data.layouts import CITYSCAPES_IDS  # noqa: E402
+from tests.train.trees import SIZE, TREES, save, stripes  # noqa: E402
+
+CLASSES = {"cityscapes": 19, "camvid": 11, "voc": 21, "ade20k": 150, "folders": 3}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """name -> the root of a sound data set of that name."""
+
+    def make(name):
+        TREES[name](tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+def build(name, root, split="train", **options):
+    return build_dataset(name, root=root, split=split, **options)
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_items(name, tree):
+    root = tree(name)
+    for split, count in (("train", 3), ("val", 1 if name == "voc" else 2)):
+        dataset = build(name, root, split)
+        assert len(dataset) == count
+        assert len(set(dataset.classes)) == CLASSES[name]
+        assert dataset.palette.shape == (CLASSES[name], 3)
+        image, mask = dataset[0]
+        assert type(image) is tv_tensors.Image
+        assert image.shape == (3, *SIZE)
+        assert image.dtype == torch.uint8
+        assert type(mask) is tv_tensors.Mask
+        assert mask.shape == SIZE
+        assert mask.dtype == torch.uint8
+        assert mask.unique().tolist() == [*range(CLASSES[name]), 255]
+        assert len({path for path, _ in dataset.items}) == count
+
+
+# From cityscapesScripts' table, column by column: id 7 is road (0), 11 building (2), 24 person (11), 33 bicycle (18).
+@pytest.mark.parametrize(("raw", "number"), [(7, 0), (8, 1), (11, 2), (17, 5), (23, 10), (24, 11), (26, 13), (33, 18)])
+def test_cityscapes_ids(raw, number, tree):
+    dataset = build("cityscapes", tree("cityscapes"))
+    save(np.full(SIZE, raw, np.uint8), dataset.items[0][1])
+    assert (dataset[0][1] == number).all()
+
+
+def test_cityscapes_ids_and_train_ids_agree(tree):
+    root = tree("cityscapes")
+    ids, train_ids = build("cityscapes", root), build("cityscapes", root, labels="labelTrainIds")
+    raw = stripes([*CITYSCAPES_IDS, 0, 5, 30])
+    save(raw, ids.items[0][1])
+    save(ids[0][1].numpy(), train_ids.items[0][1])
+    assert torch.equal(ids[0][1], train_ids[0][1])
+    assert dict(zip(ids.classes, ids.palette.tolist(), strict=True))["car"] == [0, 0, 142]
+    with pytest.raises(ValueError, match="'labelIds' or 'labelTrainIds'"):
+        build("cityscapes", root, labels="color")
+
+
+def test_wrong_kind_of_cityscapes_labels_names_the_option(tree):
+    root = tree("cityscapes")
+    for path in root.rglob("*_labelIds.png"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"has no label .*labelIds\.png.*--data\.options\.labels labelTrainIds"):
+        build("cityscapes", root)
+
+
+def test_ade20k_shift(tree):
+    dataset = build("ade20k", tree("ade20k"))
+    save(stripes([0, 1, 150]), dataset.items[0][1])
+    assert dataset[0][1].unique().tolist() == [0, 149, 255]
+    assert (dataset.classes[0], dataset.classes[149]) == ("wall", "flag")
+
+
+def test_camvid_void_and_palette_labels(tree):
+    dataset = build("camvid", tree("camvid"))
+    label = np.full(SIZE, 11, np.uint8)
+    label[0] = 255  # void as others write it
+    label[1] = 3
+    save(label, dataset.items[0][1], palette=True)
+    with Image.open(dataset.items[0][1]) as stored:
+        assert stored.mode == "P"
+    assert dataset[0][1].unique().tolist() == [3, 255]
+
+
+def test_voc_lists(tree):
+    root = tree("voc")
+    names = [path.stem for path, _ in build("voc", root).items]
+    assert names == ["2007_000001", "2008_000002", "2008_000003"]
+    plain = build("voc", root / "VOCdevkit", aug=False)  # the root may also be given further down
+    assert [path.stem for path, _ in plain.items] == ["2007_000001"]
+    assert plain.items[0][1].parent.name == "SegmentationClass"
+    inside = root / "VOCdevkit" / "VOC2012"
+    pairs = "/JPEGImages/2008_000002.jpg /SegmentationClassAug/2008_000002.png\n\n"
+    (inside / "train_aug.txt").write_text(pairs)
+    (inside / "ImageSets" / "Segmentation" / "trainaug.txt").unlink()
+    assert [label.parent.name for _, label in build("voc", inside).items] == ["SegmentationClassAug"]
+    assert len(build("voc", inside, list="train_aug.txt", split="val")) == 1
+    (inside / "train_aug.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no list .*trainaug\.txt.*--data\.options\.aug false"):
+        build("voc", inside)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("../../../../etc/passwd", "leaves the data set"),
+        ("/etc/passwd", "leaves the data set"),
+        ("/etc/passwd.jpg /etc/passwd.png", "has no label"),  # such lines start at the root, where nothing is
+        ("../secret.jpg JPEGImages/a.png", "leaves the data set"),
+        ("JPEGImages/../../x.jpg SegmentationClassAug/a.png", "leaves the data set"),
+        ("a b c", "expected a name, or the paths"),
+        ("2007_000001 1", "expected a name, or the paths"),
+        ("", "lists no images"),
+    ],
+)
+def test_lists_stay_inside_the_root(line, says, tree):
+    path = tree("voc") / "VOCdevkit/VOC2012/ImageSets/Segmentation/trainaug.txt"
+    path.write_text(line + "\n")
+    with pytest.raises(DataError, match=says) as error:
+        build("voc", path.parents[2])
+    assert str(path.parents[2]) in str(error.value)
+
+
+def test_a_list_that_is_no_text(tree):
+    path = tree("voc") / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"
+    path.write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(DataError, match=r"val\.txt cannot be read as text"):
+        build("voc", path.parents[2], "val")
+
+
+def test_folders_with_other_names(tree, tmp_path):
+    root = tree("folders")
+    dataset = build("folders", root)
+    assert dataset.classes == ("road", "traffic light", "thing")
+    assert dataset.palette.tolist() == [[128, 64, 128], [128, 0, 0], [1, 2, 3]]  # VOC's colour for number 1
+    other = tmp_path / "other"
+    save(np.zeros((*SIZE, 3), np.uint8), other / "a.png")
+    save(stripes([0, 1, 2, 3]), other / "gt" / "a_label.png")
+    (other / "names").write_text("x\ny\nz\n")
+    options = {"images": ".", "labels": "gt", "label_suffix": "_label.png", "classes": "names", "first": 1, "ignore": 0}
+    for path in (other / "gt").iterdir():  # labels beside images must not be taken for images
+        assert path.suffix == ".png"
+    with pytest.raises(DataError, match="has no label"):
+        build("folders", other, **options)
+    (other / "in").mkdir()
+    (other / "a.png").rename(other / "in" / "a.png")
+    assert build("folders", other, **options | {"images": "in"})[0][1].unique().tolist() == [0, 1, 2, 255]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "names no class"),
+        ("a\nb\na\n", "line 3 of .* repeats the class 'a'"),
+        ("a 1 2 300\n", "line 1 of .* has the colour"),
+        ("\n".join(map(str, range(300))), "more than 255 classes"),
+        (b"\xff\xfe", "cannot be read as text"),
+        (None, "no class file"),
+    ],
+)
+def test_class_files(text, says, tree):
+    path = tree("folders") / "classes.txt"
+    if text is None:
+        path.unlink()
+    else:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises((DataError, FileNotFoundError), match=says) as error:
+        build("folders", path.parent)
+    assert str(path) in str(error.value)
+
+
+def test_fewer_classes_than_label_values(tree):
+    root = tree("folders")
+    (root / "classes.txt").write_text("road\nthing\n")
+    with pytest.raises(DataError, match=r"value 2 at row 0.*expected 0 to 1 for the 2 classes and 255 for ignored"):
+        build("folders", root)[0]
+
+
+def test_label_255_against_another_ignore(tree):
+    root = tree("folders")
+    with pytest.raises(DataError, match=r"ignore is -1, but label files hold 0 to 255.*--data\.options\.ignore 255"):
+        build("folders", root, ignore=-1)
+    with pytest.raises(DataError, match=r"value 255 .*expected 0 to 2 for the 3 classes and nothing for ignored"):
+        build("folders", root, ignore=None)[0]
+    with pytest.raises(DataError, match=r"0 is both ignored and the class 'road'.*--data\.options\.first"):
+        build("folders", root, ignore=0)
+
+
+def test_unknown_names_suggest_close_ones(tree):
+    with pytest.raises(ValueError, match="did you mean 'cityscapes'"):
+        build("cityscape", "x")
+    with pytest.raises(ValueError, match=r"no option 'lable_suffix'; did you mean 'label_suffix'"):
+        build("folders", "x", lable_suffix="x")
+    with pytest.raises(ValueError, match="train, val, test"):
+        build("camvid", "x", "training")
+    with pytest.raises(ValueError, match="train and val, got 'test'"):
+        build("ade20k", "x", "test")
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_wrong_root(name, tree, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere; expected ROOT/.*Set --data\.root"):
+        build(name, tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no folder .*empty.*; expected ROOT/.*Set --data\.root"):
+        build(name, tmp_path / "empty")
+
+
+def test_missing_labels_folder_and_no_images(tree):
+    root = tree("camvid")
+    with pytest.raises(FileNotFoundError, match=r"test.*SegNet"):
+        build("camvid", root, "test")
+    (root / "valannot").rename(root / "annotations")
+    with pytest.raises(FileNotFoundError, match=r"no folder .*valannot"):
+        build("camvid", root, "val")
+    for path in (root / "train").iterdir():
+        path.unlink()
+    (root / "train" / "readme.txt").write_text("x")
+    with pytest.raises(FileNotFoundError, match=r"no images \(\*\.png.*in .*train"):
+        build("camvid", root)
+
+
+def test_image_without_label_and_label_that_vanished(tree):
+    root = tree("camvid")
+    dataset = build("camvid", root)
+    label = dataset.items[1][1]
+    label.unlink()
+    with pytest.raises(DataError, match=rf"camvid: there is no file {label}"):
+        dataset[1]
+    with pytest.raises(DataError, match=rf"{dataset.items[1][0]} has no label {label}"):
+        build("camvid", root)
+
+
+def png_header(width, height):
+    """A few bytes that promise a picture of any size."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunk = b"IHDR" + header
+    head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return head + struct.pack(">I", 9) + b"IDAT"
+
+
+DAMAGE = {
+    "truncated": lambda whole: whole[: len(whole) // 2],
+    "empty": lambda whole: b"",
+    "text": lambda whole: b"<html>not found</html>",
+    "bomb": lambda whole: png_header(100_000, 100_000),
+    "warned about": lambda whole: png_header(10_000, 10_000),  # between one and two times Pillow's limit
+    "postscript": lambda whole: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+}
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_file(damage, which, tree):
+    dataset = build("camvid", tree("camvid"))
+    path = dataset.items[1][which]
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    dataset[0]
+    says = "is too large" if damage in ("bomb", "warned about") else r"cannot be read .*replace"
+    with pytest.raises(DataError, match=rf"camvid: {path} {says}"):
+        dataset[1]
+
+
+def test_truncated_jpeg(tree):
+    dataset = build("ade20k", tree("ade20k"))
+    path = dataset.items[1][0]
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(DataError, match=rf"{path} cannot be read"):
+        dataset[1]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "CMYK", "I;16"])
+def test_wrong_image_mode(mode, tree):
+    dataset = build("camvid", tree("camvid"))
+    suffix = "jpg" if mode == "CMYK" else "png"
+    Image.new(mode, SIZE[::-1]).save(dataset.items[0][0], format="JPEG" if suffix == "jpg" else "PNG")
+    with pytest.raises(DataError, match=rf"{dataset.items[0][0]} has mode {mode}, expected RGB or L; convert"):
+        dataset[0]
+
+
+def test_grey_images_are_read(tree):
+    """ADE20K has a few."""
+    dataset = build("ade20k", tree("ade20k"))
+    Image.new("L", SIZE[::-1], 90).save(dataset.items[0][0])
+    assert (dataset[0][0] == 90).all()
+    assert dataset[0][0].shape == (3, *SIZE)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "I;16", "1"])
+def test_wrong_label_mode(mode, tree):
+    dataset = build("camvid", tree("camvid"))
+    Image.new(mode, SIZE[::-1]).save(dataset.items[0][1])
+    with pytest.raises(DataError, match=rf"{dataset.items[0][1]} has mode .*, expected L or P; convert"):
+        dataset[0]
+
+
+def test_label_out_of_range(tree):
+    dataset = build("camvid", tree("camvid"))
+    label = np.zeros(SIZE, np.uint8)
+    label[5, 7] = 12
+    save(label, dataset.items[0][1])
+    with pytest.raises(
+        DataError, match=rf"{dataset.items[0][1]} holds the value 12 at row 5, column 7; expected 0 to 10"
+    ):
+        dataset[0]
+
+
+def test_sizes_differ(tree):
+    dataset = build("camvid", tree("camvid"))
+    Image.new("L", (SIZE[1], 20)).save(dataset.items[0][1])
+    with pytest.raises(DataError, match=r"is 64x48 but its label .* is 64x20"):
+        dataset[0]
+
+
+def real_root():
+    places = [os.environ.get("FASTKD_CAMVID"), Path(__file__).parents[3] / "shared" / "data" / "camvid"]
+    return next((Path(p) for p in places if p and Path(p).is_dir()), None)
+
+
+@pytest.mark.skipif(real_root() is None, reason="CamVid is not here: set FASTKD_CAMVID to its folder")
+def test_real_camvid():
+    train, val = build("camvid", real_root()), build("camvid", real_root(), "val")
+    assert (len(train), len(val)) == (367, 101)
+    assert not {p.name for p, _ in train.items} & {p.name for p, _ in val.items}
+    seen = set()
+    for dataset in (train, val):
+        for index in range(0, len(dataset), 40):
+            image, mask = dataset[index]
+            assert image.shape == (3, 360, 480)
+            assert mask.shape == (360, 480)
+            seen |= set(mask.unique().tolist())
+    assert seen == {*range(11), 255}
