@@ -1,14 +1,19 @@
-"""The C++ part of the build: fastkd/_cpu.so, the operators torch.ops.fastkd_cpu.*. Everything else is in pyproject.toml.
+"""The C++ part of the build: fastkd/_cpu.so, the operators torch.ops.fastkd_cpu.*, and fastkd/_cuda.so, those of
+torch.ops.fastkd_cuda.*. Everything else is in pyproject.toml.
 
-The library uses LibTorch's stable ABI and no Python, so one file serves every Python and every torch from 2.10 on.
-FASTKD_BUILD=0 leaves it out; FASTKD_BUILD=1 makes it an error that it cannot be built; otherwise a package without it
+The libraries use LibTorch's stable ABI and no Python, so one file serves every Python and every torch from 2.10 on.
+FASTKD_BUILD=0 leaves them out; FASTKD_BUILD=1 makes it an error that one cannot be compiled; otherwise a package without it
 is built, and says so. The kernels in csrc/cpu are compiled once per instruction set and chosen when the library runs.
+Those in csrc/cuda are compiled where nvcc and a CUDA build of torch are there, for FASTKD_CUDA_ARCHS (default: all below);
+FASTKD_CUDA=0 leaves them out, FASTKD_CUDA=1 makes it an error that they cannot be built.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,6 +46,12 @@ if X86:
     ISAS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 
 
+# Each gets machine code of its own; the last as PTX too, for what comes after it.
+CUDA_ARCHS = os.environ.get("FASTKD_CUDA_ARCHS", "80 86 89 90 100").split()
+# Multiplications and additions are fused where the source says so, and nowhere else: the emulation computes the same bits.
+CUDA_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+
+
 def torch_paths() -> tuple[list[str], str] | str:
     """Include directories and library directory of torch, or why there are none."""
     if sys.platform == "win32":
@@ -55,22 +66,68 @@ def torch_paths() -> tuple[list[str], str] | str:
     return include_paths(), str(Path(torch.__file__).parent / "lib")
 
 
+def cuda_compiler() -> tuple[str, list[str]] | str:
+    """nvcc and the flags that name the architectures, or why there are no CUDA kernels."""
+    if os.environ.get("FASTKD_CUDA") == "0":
+        return "FASTKD_CUDA=0"
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+    if nvcc is None:
+        return "there is no nvcc, neither in PATH nor in CUDA_HOME"
+    import torch
+
+    if not torch.version.cuda:
+        return f"torch {torch.__version__} is not a CUDA build"
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
+    if not archs:
+        return f"{nvcc} knows none of the architectures {', '.join(CUDA_ARCHS)}"
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return nvcc, [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
 class BuildExt(build_ext):
-    """Compiles the kernels once per instruction set, in parallel, and links one library without a Python tag."""
+    """Compiles in parallel and links libraries without a Python tag."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"
 
-    def run(self) -> None:
-        try:
-            super().run()
-        except Exception as error:
-            if os.environ.get("FASTKD_BUILD") == "1":
-                raise
-            print(f"fastkd: installed without the C++ kernels, because they did not compile: {error}", file=sys.stderr)
-            self.extensions = []  # no file to copy in place, none to list
+    def build_extensions(self) -> None:
+        for ext in list(self.extensions):
+            try:
+                self.build_extension(ext)
+            except Exception as error:
+                if os.environ.get("FASTKD_BUILD") == "1":
+                    raise
+                print(f"fastkd: installed without {ext.name}, which did not compile: {error}", file=sys.stderr)
+                self.extensions.remove(ext)  # no file to copy in place, none to list
 
     def build_extension(self, ext: Extension) -> None:
+        os.makedirs(os.path.dirname(self.get_ext_fullpath(ext.name)), exist_ok=True)
+        if ext.name == "fastkd._cuda":
+            self.build_cuda(ext)
+        else:
+            self.build_cpu(ext)
+
+    def compile_all(
+        self, units: list[tuple[str, Path, list[str]]], includes: list[str], depends: list[str]
+    ) -> list[str]:
+        def compile_unit(unit: tuple[str, Path, list[str]]) -> str:
+            name, source, flags = unit
+            # A directory of its own each: the object file is named after the source.
+            return self.compiler.compile(
+                [str(source)],
+                output_dir=os.path.join(self.build_temp, name),
+                include_dirs=includes if "registration" in name else [],
+                extra_postargs=[*FLAGS, *flags],
+                depends=depends,
+            )[0]
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(compile_unit, units))
+
+    def build_cpu(self, ext: Extension) -> None:
+        """The kernels once per instruction set."""
         includes, libs = PATHS
         units = [
             ("registration", CSRC / "registration.cpp", ["-DTORCH_TARGET_VERSION=" + STABLE_ABI]),
@@ -80,23 +137,29 @@ class BuildExt(build_ext):
             units += [
                 (f"{isa}_{name}", CSRC / "cpu" / f"{name}.cpp", [f"-DFASTKD_ISA={isa}", *flags]) for name in KERNELS
             ]
-
-        def compile_unit(unit: tuple[str, Path, list[str]]) -> str:
-            name, source, flags = unit
-            # A directory of its own each: the object file is named after the source.
-            return self.compiler.compile(
-                [str(source)],
-                output_dir=os.path.join(self.build_temp, name),
-                include_dirs=includes if name == "registration" else [],
-                extra_postargs=[*FLAGS, *flags],
-                depends=ext.depends,
-            )[0]
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_unit, units))
+        objects = self.compile_all(units, includes, ext.depends)
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), libraries=["torch_cpu"], library_dirs=[libs], target_lang="c++"
         )
+
+    def build_cuda(self, ext: Extension) -> None:
+        """The kernels for each architecture, and CUDA's runtime linked in, so that torch may bring another one."""
+        includes, libs = PATHS
+        nvcc, archs = CUDA
+        folder = Path(self.build_temp) / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        sources = sorted((CSRC / "cuda").glob("*.cu"))
+        objects = [str(folder / f"{source.stem}.o") for source in sources]
+
+        def compile_kernels(source: Path, target: str) -> None:
+            self.spawn([nvcc, *CUDA_FLAGS, *archs, "--threads", "0", "-c", str(source), "-o", target])
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile_kernels, sources, objects))
+        unit = ("cuda_registration", CSRC / "cuda" / "registration.cpp", ["-DTORCH_TARGET_VERSION=" + STABLE_ABI])
+        objects += self.compile_all([unit], includes, ext.depends)
+        out = self.get_ext_fullpath(ext.name)
+        self.spawn([nvcc, *archs, "-shared", "-o", out, *objects, f"-L{libs}", "-ltorch_cpu", "-ltorch_cuda"])
 
 
 class BdistWheel(bdist_wheel):
@@ -108,14 +171,22 @@ class BdistWheel(bdist_wheel):
 
 PATHS = "FASTKD_BUILD=0" if os.environ.get("FASTKD_BUILD") == "0" else torch_paths()
 if isinstance(PATHS, str):
-    if os.environ.get("FASTKD_BUILD") == "1":
+    if "1" in (os.environ.get("FASTKD_BUILD"), os.environ.get("FASTKD_CUDA")):
         sys.exit(f"fastkd: cannot build the C++ kernels: {PATHS}")
-    print(f"fastkd: installing without the C++ kernels: {PATHS}", file=sys.stderr)
+    print(f"fastkd: installing without the C++ and CUDA kernels: {PATHS}", file=sys.stderr)
     setup()
 else:
     headers = [str(path) for path in CSRC.rglob("*.h")]
-    sources = [str(path) for path in CSRC.rglob("*.cpp")]
-    setup(
-        ext_modules=[Extension("fastkd._cpu", sources, depends=headers)],
-        cmdclass={"build_ext": BuildExt, "bdist_wheel": BdistWheel},
-    )
+    sources = [str(path) for folder in (CSRC, CSRC / "cpu") for path in folder.glob("*.cpp")]
+    extensions = [Extension("fastkd._cpu", sources, depends=headers)]
+    CUDA = cuda_compiler()
+    if isinstance(CUDA, str):
+        if os.environ.get("FASTKD_CUDA") == "1":
+            sys.exit(f"fastkd: cannot build the CUDA kernels: {CUDA}")
+        print(f"fastkd: installing without the CUDA kernels: {CUDA}", file=sys.stderr)
+    else:
+        cuda_sources = [str(path) for path in sorted((CSRC / "cuda").glob("*.cu"))]
+        extensions.append(
+            Extension("fastkd._cuda", [*cuda_sources, str(CSRC / "cuda" / "registration.cpp")], depends=headers)
+        )
+    setup(ext_modules=extensions, cmdclass={"build_ext": BuildExt, "bdist_wheel": BdistWheel})

@@ -1,8 +1,8 @@
 """Which backend runs an operator, why, and how to force one.
 
-A backend is chosen per call from the device of the tensors: ``cpu`` (C++) for CPU tensors, ``triton`` for CUDA tensors,
-``reference`` (plain PyTorch, any device) where a kernel is missing. ``FASTKD_BACKEND`` or :class:`use_backend` forces
-one. Nothing is loaded or compiled before the first call that needs it.
+A backend is chosen per call from the device of the tensors: ``cpu`` (C++) for CPU tensors, ``triton`` for CUDA tensors
+(``cuda``, CUDA C++, where it was measured to be faster), ``reference`` (plain PyTorch, any device) where a kernel is missing.
+``FASTKD_BACKEND`` or :class:`use_backend` forces one. Nothing is loaded or compiled before the first call that needs it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 
 # Operator -> the backends that have a kernel for it, the preferred one of a device first.
 KERNELS: dict[str, tuple[str, ...]] = {
-    "nfd": ("cpu", "triton"),
+    "nfd": ("cpu", "triton", "cuda"),
     "kd": ("cpu", "triton"),
     "cwd": ("cpu", "triton"),
     "resized_cross_entropy": ("cpu", "triton"),
@@ -31,8 +31,12 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "teacher_confidence": ("cpu", "triton"),
     "difficulty_mask": ("cpu", "triton"),
 }
+# Operator -> the compute capabilities on which its CUDA C++ kernel was measured to be faster than Triton's, so that it is
+# chosen there without being asked for. Filled from measurements alone (docs/cuda.md): there are none yet.
+FASTER_IN_CUDA: dict[str, frozenset[tuple[int, int]]] = {"nfd": frozenset()}
 _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 _LIBRARY = "_cpu.so"
+_CUDA_LIBRARY = "_cuda.so"
 
 _T = TypeVar("_T")
 # Of this thread (or asyncio task) alone. Dynamo guards on a ContextVar, but cannot trace setting one: a `with use_backend`
@@ -80,6 +84,25 @@ def _load_triton() -> str | None:
     return None
 
 
+def _load_cuda() -> str | None:
+    # What tests build: the same kernels, run thread by thread on CPU tensors.
+    emulation = os.environ.get("FASTKD_CUDA_EMULATION")
+    path = Path(emulation) if emulation else Path(__file__).with_name(_CUDA_LIBRARY)
+    if not path.is_file():
+        return (
+            "the CUDA C++ kernels were not built with this installation (no nvcc at build time, or FASTKD_CUDA=0); "
+            "run `pip install --no-build-isolation .` where nvcc and a CUDA build of torch are present"
+        )
+    if not emulation and not (torch.version.cuda and torch.cuda.is_available()):
+        return "torch finds no CUDA device"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"the CUDA C++ kernels could not be loaded from {path}: {error}"
+    register_fakes("cuda")
+    return None
+
+
 @_constant_when_traced
 def why_not(backend: str) -> str | None:
     """None if ``backend`` is loaded and can run, otherwise the reason. Loads it at the first call."""
@@ -87,7 +110,7 @@ def why_not(backend: str) -> str | None:
         _why_not[backend] = {
             "cpu": _load_cpu,
             "triton": _load_triton,
-            "cuda": lambda: "there are no CUDA C++ kernels in this version",
+            "cuda": _load_cuda,
         }[backend]()
     return _why_not[backend]
 
@@ -126,12 +149,20 @@ def choose(op: str, device: torch.device) -> str:
         if reason is not None:
             raise BackendError(f"backend {name!r} was forced but cannot run {op}: {reason}")
         return name
+    if device.type == "cuda" and _faster_in_cuda(op, device.index) and why_not("cuda") is None:
+        return "cuda"
     for candidate in KERNELS[op]:
-        if _DEVICE[candidate] == device.type:
+        if candidate != "cuda" and _DEVICE[candidate] == device.type:
             if why_not(candidate) is None:
                 return candidate
             _warn_once(candidate, device.type)
     return "reference"
+
+
+@_constant_when_traced
+def _faster_in_cuda(op: str, index: int | None) -> bool:
+    measured = FASTER_IN_CUDA.get(op, frozenset())
+    return bool(measured) and torch.cuda.get_device_capability(index) in measured
 
 
 def op_backend_missing(op: str, backend: str) -> bool:
@@ -139,9 +170,11 @@ def op_backend_missing(op: str, backend: str) -> bool:
 
 
 def runs_on(backend: str, device: torch.device) -> bool:
-    """Whether a loaded ``backend`` takes tensors of ``device``; the interpreter takes CPU tensors too."""
+    """Whether a loaded ``backend`` takes tensors of ``device``; Triton's interpreter and the emulation take CPU tensors."""
     if backend == "triton" and device.type == "cpu":
         return _interpreting()
+    if backend == "cuda" and "FASTKD_CUDA_EMULATION" in os.environ:
+        return device.type == "cpu"
     return _DEVICE[backend] == device.type
 
 
@@ -206,7 +239,8 @@ def backend_info() -> dict[str, Any]:
 
     Returns:
         ``{"requested": name, "backends": {name: {"available": bool, "reason": str | None, "detail": str}},
-        "operators": {op: {"kernels": [...], "cpu": chosen on CPU, "cuda": chosen on CUDA or None without a GPU}}}``.
+        "operators": {op: {"kernels": [...], "cpu": chosen on CPU, "cuda": chosen on CUDA or None without a GPU,
+        "cuda_kernel": where the CUDA C++ kernel is chosen, only for operators that have one}}}``.
     """
     backends: dict[str, dict[str, Any]] = {
         "reference": {"available": True, "reason": None, "detail": f"plain PyTorch {torch.__version__}"}
@@ -223,6 +257,7 @@ def backend_info() -> dict[str, Any]:
                 "kernels": list(kernels),
                 "cpu": _chosen(op, torch.device("cpu")),
                 "cuda": _chosen(op, torch.device("cuda")) if cuda else None,
+                **({"cuda_kernel": _cuda_kernel(op)} if "cuda" in kernels else {}),
             }
             for op, kernels in KERNELS.items()
         },
@@ -236,7 +271,19 @@ def _chosen(op: str, device: torch.device) -> str:
         return f"error: {error}"
 
 
+def _cuda_kernel(op: str) -> str:
+    measured = FASTER_IN_CUDA.get(op)
+    if not measured:
+        return 'off by default: not yet measured; use_backend("cuda") or FASTKD_BACKEND=cuda forces it'
+    chips = ", ".join(f"sm_{major}{minor}" for major, minor in sorted(measured))
+    return f"chosen on {chips}, where it was measured to be faster than Triton's"
+
+
 def _detail(name: str) -> str:
+    if name == "cuda":
+        if "FASTKD_CUDA_EMULATION" in os.environ:
+            return "CUDA C++, emulated on the CPU"
+        return f"CUDA C++, {torch.cuda.get_device_name()}, sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
     if name == "cpu":
         return f"C++, {torch.ops.fastkd_cpu.isa()}, {torch.get_num_threads()} threads"
     import triton

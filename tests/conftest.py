@@ -10,10 +10,11 @@ settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("thorough", settings.get_profile("default"), derandomize=False, max_examples=1000)
-# Triton's interpreter runs a kernel's every operation in NumPy, program by program.
+# Triton's interpreter runs a kernel's every operation in NumPy, program by program; the emulated GPU runs thread by thread.
 settings.register_profile("interpreter", settings.get_profile("default"), max_examples=8)
 settings.register_profile("quick", settings.get_profile("default"), max_examples=10)  # benchmarks/gpu_check.py
-settings.load_profile("interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "default")
+slow = os.environ.get("TRITON_INTERPRET") == "1" or "FASTKD_CUDA_EMULATION" in os.environ
+settings.load_profile("interpreter" if slow else "default")
 
 
 @pytest.fixture(autouse=True)

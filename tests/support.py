@@ -27,6 +27,8 @@ def kernel_backends() -> list:
     names = ("triton",) if DEVICE == "cuda" else ("cpu",)
     if INTERPRETER:
         names = ("triton",)
+    if "FASTKD_CUDA_EMULATION" in os.environ or os.environ.get("FASTKD_TEST_CUDA") == "1":
+        names = ("cuda",)
     return [
         pytest.param(
             name, marks=[pytest.mark.skip(reason=f"{name}: {reason}")] if (reason := backends.why_not(name)) else []

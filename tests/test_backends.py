@@ -63,8 +63,12 @@ def test_environment_forces():
 
 
 def test_forcing_what_cannot_run():
-    with pytest.raises(fastkd.BackendError, match="'cuda' cannot run: there are no CUDA C\\+\\+ kernels"):
-        fastkd.use_backend("cuda")
+    if not torch.cuda.is_available():
+        with pytest.raises(
+            fastkd.BackendError,
+            match=r"'cuda' cannot run: (torch finds no CUDA device|the CUDA C\+\+ kernels were not built)",
+        ):
+            fastkd.use_backend("cuda")
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         with pytest.raises(fastkd.BackendError, match="'triton' cannot run: torch finds no CUDA or ROCm device"):
             fastkd.use_backend("triton")
@@ -96,6 +100,25 @@ def test_info():
         assert backend["available"] == (backend["reason"] is None), name
     assert info["operators"]["nfd"]["cpu"] == "cpu"
     assert info["operators"]["resized_kd"]["kernels"] == ["cpu", "triton"]
+    assert info["operators"]["nfd"]["cuda_kernel"].startswith("off by default: not yet measured")
+
+
+def test_cuda_kernels_are_chosen_where_they_were_measured(monkeypatch):
+    """The table decides, for CUDA tensors alone; empty, it chooses Triton's."""
+    monkeypatch.setattr(backends, "_why_not", {"cpu": None, "triton": None, "cuda": None})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    gpu = torch.device("cuda", 0)
+    assert backends.choose("nfd", gpu) == "triton"
+    monkeypatch.setitem(backends.FASTER_IN_CUDA, "nfd", frozenset({(10, 0)}))
+    assert backends.choose("nfd", gpu) == "triton"
+    monkeypatch.setitem(backends.FASTER_IN_CUDA, "nfd", frozenset({(9, 0), (10, 0)}))
+    assert backends.choose("nfd", gpu) == "cuda"
+    assert backends.choose("nfd", torch.device("cpu")) == "cpu"
+    assert backends.choose("kd", gpu) == "triton"
+    assert (
+        fastkd.backends._cuda_kernel("nfd")
+        == "chosen on sm_90, sm_100, where it was measured to be faster than Triton's"
+    )
 
 
 def test_says_once_what_is_missing():

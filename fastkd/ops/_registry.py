@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
 import importlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Hashable, Iterator
 from types import ModuleType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,13 +21,22 @@ def families() -> list[ModuleType]:
 
 def operators(backend: str):
     """The namespace that holds ``backend``'s operators, e.g. ``torch.ops.fastkd_cpu``."""
+    if backend == "cuda":
+        return torch.ops.fastkd_cuda
     return torch.ops.fastkd_cpu if backend == "cpu" else torch.ops.fastkd_triton
+
+
+def schemas(family: ModuleType, backend: str) -> tuple:
+    """The (schema, fake) of each operator that ``backend`` has of a family. CUDA has few, and lists them all."""
+    if backend == "cuda":
+        return getattr(family, "CUDA_OPERATORS", ())
+    return family.OPERATORS + (getattr(family, "CPU_OPERATORS", ()) if backend == "cpu" else ())
 
 
 def register_fakes(backend: str) -> None:
     """Tells torch the output shapes of ``backend``'s operators, which must be defined already."""
     for family in families():
-        for schema, fake in family.OPERATORS + (getattr(family, "CPU_OPERATORS", ()) if backend == "cpu" else ()):
+        for schema, fake in schemas(family, backend):
             torch.library.register_fake(f"fastkd_{backend}::{schema.partition('(')[0]}", fake)
 
 
@@ -80,3 +92,36 @@ class GradientAhead:
         gradient = make_anew(saved) if self.gradient is None else self.gradient
         self.gradient = None
         return gradient.mul_(factor).to(dtype)
+
+
+class Guess:
+    """A guess of the ``grad_output`` that a backward will get, kept on the device, for a gradient made in the forward.
+
+    A gradient that is scaled afterwards costs the two transfers that making it early saved. So the forward scales it by the
+    value that came the last two times, and the backward's kernel looks whether that was right: if not, it makes the
+    gradient anew. Either way the bits are those of a gradient made in the backward, and the host waits for nothing.
+
+    ``memory`` is (2,): the last value, and the next guess, NaN where the last two differ; forward and backward kernels read
+    and write it. Graphs that are alive at once have memories of their own: the k-th of a step has the k-th memory of its
+    kind each time, so that equal losses of unequal weight do not spoil each other's guesses.
+    """
+
+    _free: ClassVar[dict[Hashable, list[tuple[int, Tensor]]]] = {}  # heaps: the lowest index is handed out first
+    _indices: ClassVar[dict[Hashable, Iterator[int]]] = {}
+
+    def __init__(self, kind: Hashable, like: Tensor):
+        self._kind = (kind, like.device)
+        try:
+            self._index, self.memory = heapq.heappop(self._free.setdefault(self._kind, []))
+        except IndexError:
+            self._index = next(self._indices.setdefault(self._kind, itertools.count()))
+            self.memory = torch.full((2,), float("nan"), dtype=accumulator(like), device=like.device)
+        self._held = True
+
+    def release(self) -> None:
+        if self._held:
+            self._held = False
+            heapq.heappush(self._free[self._kind], (self._index, self.memory))
+
+    def __del__(self) -> None:
+        self.release()

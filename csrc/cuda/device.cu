@@ -1,0 +1,53 @@
+#include <algorithm>
+#include <map>
+#include <mutex>
+
+#include "block.h"
+#include "kernels.h"
+
+namespace fastkd::gpu {
+namespace {
+
+__global__ void __launch_bounds__(kThreads) nothing() {}
+
+int attribute(cudaDeviceAttr which, int index) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, index), "asking a device for an attribute");
+    return value;
+}
+
+// The most blocks of a cluster that this device runs when each takes all the shared memory it may; part of a GPU may have
+// fewer than a whole one.
+int largest_cluster(int shared) {
+    check(cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "asking for shared memory");
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(kMostCluster);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = static_cast<size_t>(shared);
+    int blocks = 0;
+    check(cudaOccupancyMaxPotentialClusterSize(&blocks, nothing, &config), "asking a device for its clusters");
+    return std::min(blocks, kMostCluster);
+}
+
+}  // namespace
+
+// The current device must be `index`.
+Device device(int index) {
+    static std::mutex mutex;
+    static std::map<int, Device> known;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = known.find(index);
+    if (found != known.end()) return found->second;
+    const int shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    const bool clusters = attribute(cudaDevAttrComputeCapabilityMajor, index) >= 9 && attribute(cudaDevAttrClusterLaunch, index);
+    const Device device{shared, attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index),
+                        attribute(cudaDevAttrMultiProcessorCount, index), clusters ? largest_cluster(shared) : 0};
+    return known[index] = device;
+}
+
+void copy(void* to, const void* from, int64_t bytes, Stream stream) {
+    check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(stream)),
+          "a copy");
+}
+
+}  // namespace fastkd::gpu

@@ -1,0 +1,121 @@
+// torch.ops.fastkd_cuda.* for CPU tensors, on the emulated GPU of emulation.h: built and loaded by tests only.
+//
+// torch.ops.fastkd_cuda_emulation.configure(...) says what the GPU is like and in which order its threads run; the other
+// operators there print plans.
+#include "emulation.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "kernels.h"
+#include "nfd.h"
+
+namespace fastkd::gpu {
+namespace {
+
+using torch::stable::Tensor;
+
+Device emulated{227 * 1024, 228 * 1024, 132, 8, 256};  // small groups in clusters too
+Order order = Order::random;
+
+void configure(int64_t shared_per_block, int64_t shared_per_cores, int64_t multiprocessors, int64_t cluster,
+               int64_t smallest, std::string threads) {
+    emulated = {shared_per_block, shared_per_cores, multiprocessors, static_cast<int>(cluster), smallest};
+    order = threads == "forwards" ? Order::forwards : threads == "backwards" ? Order::backwards : Order::random;
+}
+
+// A table of int64, in memory like `like`.
+Tensor table(const Tensor& like, const std::vector<std::vector<int64_t>>& lines) {
+    const auto width = static_cast<int64_t>(lines.empty() ? 0 : lines[0].size());
+    Tensor out = new_empty(like, std::vector<int64_t>{static_cast<int64_t>(lines.size()), width},
+                           torch::headeronly::ScalarType::Long);
+    auto* to = static_cast<int64_t*>(out.mutable_data_ptr());
+    for (const auto& line : lines) to = std::copy(line.begin(), line.end(), to);
+    return out;
+}
+
+// Of each unit of a streaming kernel: group, part of the group, parts a group has, first element and how many.
+Tensor row_units(const Tensor& like, int64_t runs, int64_t groups, int64_t length, int64_t vector) {
+    const RowCut c = cut(Rows{runs, groups, length}, static_cast<int>(vector));
+    std::vector<std::vector<int64_t>> lines;
+    for (int64_t block = 0; block < c.blocks(); ++block)
+        for (int64_t unit = block * (kThreads / c.team); unit < (block + 1) * (kThreads / c.team); ++unit)
+            if (unit < c.units()) lines.push_back({c.group(unit), c.part(unit), c.parts(), c.first(unit), c.count(unit)});
+    return table(like, lines);
+}
+
+// Of each block of a streaming kernel: outer index, first column, width, part, parts of a group, first and last row.
+Tensor column_blocks(const Tensor& like, int64_t outer, int64_t rows, int64_t inner, int64_t vector) {
+    const ColumnCut c = cut(Columns{outer, rows, inner}, static_cast<int>(vector));
+    std::vector<std::vector<int64_t>> lines;
+    for (int64_t b = 0; b < c.blocks(); ++b)
+        lines.push_back({c.outer(b), c.strip(b) * c.width(), c.width(), c.part(b), c.chunks, c.first_row(b), c.last_row(b)});
+    return table(like, lines);
+}
+
+void check_layout(const SharedLayout& at, int64_t columns, int64_t share_bytes) {
+    const bool apart = at.part >= kStages * 8 && at.warps >= at.part + columns * 48 &&
+                       at.stats >= at.warps + kWarps * columns * 24 && at.student >= at.stats + columns * 24 &&
+                       at.teacher >= at.student + share_bytes && at.total >= at.teacher + share_bytes;
+    if (!apart || at.part % 8 || at.warps % 4 || at.student % 128 || at.teacher % 128)
+        throw std::logic_error("emulation: parts of shared memory overlap or are not aligned");
+}
+
+// Of each piece that one bulk copy brings: group, rank, stage, where it is in memory, which elements of the group, how many.
+Tensor row_pieces(const Tensor& like, int64_t runs, int64_t groups, int64_t length, int64_t bytes) {
+    const RowShares plan = share_out(Rows{runs, groups, length}, static_cast<int>(bytes), emulated);
+    std::vector<std::vector<int64_t>> lines;
+    if (plan.cluster) check_layout(plan.shared, 1, plan.share * bytes);
+    for (int64_t block = 0; block < plan.blocks(); ++block) {
+        const int rank = static_cast<int>(block % plan.cluster);
+        for (int64_t from = plan.first(rank), stage = 0; from < plan.last(rank); from += plan.stage, ++stage)
+            plan.each_piece(block / plan.cluster, from, least(from + plan.stage, plan.last(rank)),
+                            [&](int64_t offset, int64_t at, int64_t count) {
+                                lines.push_back({block / plan.cluster, rank, stage, offset, at, count, plan.shared.total});
+                            });
+    }
+    return table(like, lines);
+}
+
+// Of each block: outer index, first column, width, rank, first and last row, bytes of shared memory.
+Tensor column_shares(const Tensor& like, int64_t outer, int64_t rows, int64_t inner, int64_t bytes) {
+    const ColumnShares plan = share_out(Columns{outer, rows, inner}, static_cast<int>(bytes), emulated);
+    std::vector<std::vector<int64_t>> lines;
+    if (plan.cluster) check_layout(plan.shared, plan.width(), plan.share * plan.width() * bytes);
+    for (int64_t block = 0; block < plan.blocks(); ++block) {
+        const int rank = static_cast<int>(block % plan.cluster);
+        const int64_t strip = block / plan.cluster;
+        if (kStages * plan.stage < plan.last(rank) - plan.first(rank))
+            throw std::logic_error("emulation: rows without a stage");
+        lines.push_back({strip / plan.strips, strip % plan.strips * plan.width(), plan.width(), rank, plan.first(rank),
+                         plan.last(rank), plan.shared.total});
+    }
+    return table(like, lines);
+}
+
+}  // namespace
+
+Device device(int) { return emulated; }
+void copy(void* to, const void* from, int64_t bytes, Stream) { memcpy(to, from, static_cast<size_t>(bytes)); }
+void nfd_forward(const NfdForward& a, Stream) { nfd_forward(a, Launcher{order}); }
+void nfd_backward(const NfdBackward& a, Stream) { nfd_backward(a, Launcher{order}); }
+
+}  // namespace fastkd::gpu
+
+STABLE_TORCH_LIBRARY(fastkd_cuda_emulation, m) {
+    m.def(
+        "configure(int shared_per_block, int shared_per_cores, int multiprocessors, int cluster, int smallest, "
+        "str threads) -> ()");
+    m.def("row_units(Tensor like, int runs, int groups, int length, int vector) -> Tensor");
+    m.def("column_blocks(Tensor like, int outer, int rows, int inner, int vector) -> Tensor");
+    m.def("row_pieces(Tensor like, int runs, int groups, int length, int bytes) -> Tensor");
+    m.def("column_shares(Tensor like, int outer, int rows, int inner, int bytes) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastkd_cuda_emulation, CompositeExplicitAutograd, m) {
+    m.impl("configure", TORCH_BOX(&fastkd::gpu::configure));
+    m.impl("row_units", TORCH_BOX(&fastkd::gpu::row_units));
+    m.impl("column_blocks", TORCH_BOX(&fastkd::gpu::column_blocks));
+    m.impl("row_pieces", TORCH_BOX(&fastkd::gpu::row_pieces));
+    m.impl("column_shares", TORCH_BOX(&fastkd::gpu::column_shares));
+}

@@ -1,0 +1,38 @@
+// What registration.cpp and the kernels agree on. Everything is asynchronous, on one stream; pointers are the device's.
+#pragma once
+
+#include "plan.h"
+
+namespace fastkd::gpu {
+
+// Opaque here: registration.cpp is compiled without CUDA's headers.
+using Stream = void*;
+
+struct NfdForward {
+    Pair in;
+    Group group;
+    double eps;
+    NfdPlan plan;
+    void* loss;         // acc (groups,)
+    void* stats;        // acc (groups, 6)
+    void* parts;        // double (groups, plan.parts(), 6), or null
+    void* gradient;     // null, or dtype and layout of student: only with one read
+    const void* guess;  // null, or acc, one number: the gradient is made for this grad_output of every group, unless NaN
+};
+
+struct NfdBackward {
+    Pair in;
+    Group group;
+    const void* grad;   // acc (groups,)
+    const void* stats;  // acc (groups, 6)
+    void* out;          // dtype and layout of student
+    const void* guess;  // null, or acc, one number: groups whose grad equals it have their gradient in `out` already
+    void* memory;       // null, or acc (2,): the last grad, and the next guess
+};
+
+Device device(int index);
+void copy(void* to, const void* from, int64_t bytes, Stream stream);
+void nfd_forward(const NfdForward& a, Stream stream);
+void nfd_backward(const NfdBackward& a, Stream stream);
+
+}  // namespace fastkd::gpu

@@ -1,0 +1,275 @@
+// How work is cut into blocks and clusters of threads: plain arithmetic on the shape, the same on the host, in the kernels
+// and in the emulation. Nothing here depends on a value or on how busy the device is, so results are bitwise the same.
+#pragma once
+
+#include "types.h"
+
+namespace fastkd::gpu {
+
+// What the host must know of the device. Bytes.
+struct Device {
+    int64_t shared_per_block;   // the most that one block may ask for
+    int64_t shared_per_cores;   // of one multiprocessor
+    int64_t multiprocessors;
+    int cluster;               // the most blocks in a cluster; 0: no clusters or no bulk copies (before sm_90)
+    int64_t smallest = 4096;   // elements of a group that is worth a cluster; tests ask for less
+};
+
+// ---- views -----------------------------------------------------------------------------------------------------------
+// Every grouping of a dense map, in either layout, is one of two three-dimensional arrays:
+//
+//              NCHW                        channels_last
+//     hw       rows (1, N*C, H*W)          columns (N, H*W, C)
+//     nhw      rows (N, C, H*W)            columns (1, N*H*W, C)
+//     c        columns (N, C, H*W)         rows (1, N*H*W, C)
+//     chw      rows (1, N, C*H*W)          rows (1, N, C*H*W)
+
+// (runs, groups, length): group g is [:, g, :].
+struct Rows {
+    int64_t runs, groups, length;
+};
+// (outer, rows, inner): group outer * inner + i is [outer, :, i].
+struct Columns {
+    int64_t outer, rows, inner;
+};
+
+FASTKD_ANYWHERE bool in_rows(Group group, bool channels_last) {
+    return group == Group::chw || channels_last == (group == Group::c);
+}
+FASTKD_ANYWHERE Rows rows_of(Group group, bool channels_last, int64_t n, int64_t c, int64_t hw) {
+    if (group == Group::chw) return {1, n, c * hw};
+    if (channels_last) return {1, n * hw, c};
+    return group == Group::nhw ? Rows{n, c, hw} : Rows{1, n * c, hw};
+}
+FASTKD_ANYWHERE Columns columns_of(Group group, bool channels_last, int64_t n, int64_t c, int64_t hw) {
+    if (!channels_last) return {n, c, hw};
+    return group == Group::nhw ? Columns{1, n * hw, c} : Columns{n, hw, c};
+}
+
+// ---- streaming: forward and backward read S and T once each ----------------------------------------------------------
+
+constexpr int kTile = 16;            // elements of each map that a thread reads at a time, in 16-byte pieces
+constexpr int kTileOfOnes = 8;       // the same where they come one by one
+constexpr int64_t kBlocks = 2048;    // groups are split until there are as many blocks, some three times what fits a GPU
+constexpr int64_t kChunk = 1 << 22;  // the most elements of a chunk: counts are exact in fp32, and indices fit 32 bits
+
+FASTKD_ANYWHERE int tile_of(int vector) { return vector == 1 ? kTileOfOnes : kTile; }
+
+// A unit is one chunk of one run of one group, contiguous in memory; a team of threads takes one.
+struct RowCut {
+    Rows rows;
+    int team;  // threads: a warp where groups are short, else the block
+    int64_t chunk, chunks;
+
+    FASTKD_ANYWHERE int64_t units() const { return rows.runs * rows.groups * chunks; }
+    FASTKD_ANYWHERE int64_t blocks() const { return ceil_div(units(), kThreads / team); }
+    // Of a unit, in the order of memory: its group, its part of that group, its first element and how many it has.
+    FASTKD_ANYWHERE int64_t group(int64_t unit) const { return unit / chunks % rows.groups; }
+    FASTKD_ANYWHERE int64_t part(int64_t unit) const { return unit / chunks / rows.groups * chunks + unit % chunks; }
+    FASTKD_ANYWHERE int64_t first(int64_t unit) const { return unit / chunks * rows.length + unit % chunks * chunk; }
+    FASTKD_ANYWHERE int count(int64_t unit) const {
+        return static_cast<int>(least(chunk, rows.length - unit % chunks * chunk));
+    }
+    FASTKD_ANYWHERE int64_t parts() const { return rows.runs * chunks; }  // of a group
+};
+
+FASTKD_ANYWHERE RowCut cut(const Rows& rows, int vector) {
+    const int64_t lines = rows.runs * rows.groups;
+    const bool short_ones = rows.length <= 2 * kWarp * tile_of(vector);
+    const int64_t tile = (short_ones ? kWarp : kThreads) * tile_of(vector);
+    int64_t chunks = short_ones ? 1 : least(ceil_div(rows.length, tile), ceil_div(kBlocks, lines));
+    chunks = most(chunks, ceil_div(rows.length, kChunk));
+    const int64_t chunk = round_up(ceil_div(rows.length, chunks), tile);
+    return {rows, short_ones ? kWarp : kThreads, chunk, ceil_div(rows.length, chunk)};
+}
+
+// A block takes a strip of neighbouring columns, `lanes` vectors wide, and a chunk of rows; a thread keeps to one vector.
+struct ColumnCut {
+    Columns columns;
+    int vector, lanes;
+    int64_t strips, chunk, chunks;
+
+    FASTKD_ANYWHERE int64_t blocks() const { return columns.outer * strips * chunks; }
+    FASTKD_ANYWHERE int slots() const { return kThreads / lanes; }  // rows that a block reads side by side
+    FASTKD_ANYWHERE int64_t outer(int64_t block) const { return block / chunks / strips; }
+    FASTKD_ANYWHERE int64_t strip(int64_t block) const { return block / chunks % strips; }  // its first column
+    FASTKD_ANYWHERE int64_t part(int64_t block) const { return block % chunks; }
+    FASTKD_ANYWHERE int64_t first_row(int64_t block) const { return block % chunks * chunk; }
+    FASTKD_ANYWHERE int64_t last_row(int64_t block) const { return least(columns.rows, first_row(block) + chunk); }
+    FASTKD_ANYWHERE int64_t width() const { return static_cast<int64_t>(lanes) * vector; }
+    FASTKD_ANYWHERE int64_t at(int64_t block, int64_t row, int64_t column) const {
+        return (outer(block) * columns.rows + row) * columns.inner + column;
+    }
+};
+
+// Vectors of a strip: 128 bytes of fp32 or fp16 where they are 16 bytes, else one for each lane of a warp.
+FASTKD_ANYWHERE int strip_lanes(int64_t inner, int vector) {
+    int lanes = 1;
+    while (lanes < (vector == 1 ? kWarp : 8) && static_cast<int64_t>(lanes) * vector < inner) lanes *= 2;
+    return lanes;
+}
+
+FASTKD_ANYWHERE ColumnCut cut(const Columns& columns, int vector) {
+    const int lanes = strip_lanes(columns.inner, vector);
+    const int64_t strips = ceil_div(columns.inner, static_cast<int64_t>(lanes) * vector);
+    const int64_t tile = static_cast<int64_t>(kThreads / lanes) * (tile_of(vector) / vector);
+    int64_t chunks = least(ceil_div(columns.rows, tile), ceil_div(kBlocks, columns.outer * strips));
+    chunks = most(chunks, ceil_div(columns.rows, kChunk));
+    const int64_t chunk = round_up(ceil_div(columns.rows, chunks), tile);
+    return {columns, vector, lanes, strips, chunk, ceil_div(columns.rows, chunk)};
+}
+
+// ---- one read: a group stays in the shared memory of a cluster -------------------------------------------------------
+
+constexpr int kMostCluster = 8;  // what every device with clusters can run
+constexpr int kStages = 4;       // parts in which a block's share arrives, so that its moments begin before it is all there
+
+// Blocks that fit one multiprocessor at a time hide each other's waiting; below a third of its shared memory, three do.
+// The driver keeps 1 KB a block.
+FASTKD_ANYWHERE int64_t comfortable(const Device& device) { return device.shared_per_cores / 3 - 1024; }
+
+// Shared memory of a block, in bytes from its start: mbarriers, what blocks tell each other, what the warps tell each
+// other, coefficients, and the shares of S and T.
+struct SharedLayout {
+    int64_t part, warps, stats, student, teacher, total;
+};
+
+FASTKD_ANYWHERE SharedLayout shared_layout(int64_t columns, int64_t share_bytes) {
+    SharedLayout at{};
+    at.part = kStages * 8;                                              // Moments<double> (columns,)
+    at.warps = at.part + columns * 6 * 8;                               // Moments<float> (kWarps, columns)
+    at.stats = at.warps + kWarps * columns * 6 * 4;                     // float (6, columns)
+    at.student = round_up(at.stats + columns * 6 * 4, 128);
+    at.teacher = at.student + round_up(share_bytes, 128);
+    at.total = at.teacher + round_up(share_bytes, 128);
+    return at;
+}
+
+// Rows: block `rank` of a cluster takes elements [rank * share, (rank + 1) * share) of a group, its runs end to end.
+struct RowShares {
+    Rows rows;
+    int cluster;  // blocks; 0: does not fit
+    int64_t share, stage;
+    SharedLayout shared;
+
+    FASTKD_ANYWHERE int64_t total() const { return rows.runs * rows.length; }
+    FASTKD_ANYWHERE int64_t blocks() const { return rows.groups * cluster; }
+    FASTKD_ANYWHERE int64_t first(int rank) const { return least(total(), rank * share); }
+    FASTKD_ANYWHERE int64_t last(int rank) const { return least(total(), (rank + 1) * share); }
+    FASTKD_ANYWHERE int64_t at(int64_t group, int64_t element) const {
+        return (element / rows.length * rows.groups + group) * rows.length + element % rows.length;
+    }
+
+    // f(offset in memory, element of the group, count) for each contiguous piece of elements [from, to) of a group.
+    template <class F>
+    FASTKD_ANYWHERE void each_piece(int64_t group, int64_t from, int64_t to, const F& f) const {
+        for (int64_t at = from; at < to;) {
+            const int64_t run = at / rows.length, within = at - run * rows.length;
+            const int64_t count = least(rows.length - within, to - at);
+            f((run * rows.groups + group) * rows.length + within, at, count);
+            at += count;
+        }
+    }
+};
+
+// bytes: of an element. The fewest blocks a group that leave room for others on a multiprocessor, else the fewest that
+// hold it; more, where there would be fewer blocks than multiprocessors.
+FASTKD_ANYWHERE RowShares share_out(const Rows& rows, int bytes, const Device& device) {
+    RowShares out{rows, 0, 0, 0, {}};
+    const int64_t total = rows.runs * rows.length, vector = 16 / bytes;
+    // Short groups and short runs: a block a group, or a bulk copy a run, costs more than it saves.
+    if (rows.length % vector != 0 || total < device.smallest || rows.length < device.smallest / 16) return out;
+    for (int pass = 0; pass < 2 && out.cluster == 0; ++pass)
+        for (int blocks = 1; blocks <= device.cluster && out.cluster == 0; blocks *= 2) {
+            const int64_t share = round_up(ceil_div(total, blocks), kThreads * vector);
+            const SharedLayout shared = shared_layout(1, share * bytes);
+            if (shared.total > (pass == 0 ? least(comfortable(device), device.shared_per_block) : device.shared_per_block))
+                continue;
+            const bool idle = rows.groups * blocks < device.multiprocessors && 2 * blocks <= device.cluster &&
+                              share >= 4 * kThreads * vector;
+            if (pass == 0 && idle) continue;
+            out = {rows, blocks, share, round_up(ceil_div(share, kStages), kThreads * vector), shared};
+        }
+    return out;
+}
+
+// Columns: a cluster takes a strip `lanes` vectors wide, block `rank` rows [rank * share, (rank + 1) * share) of it.
+struct ColumnShares {
+    Columns columns;
+    int cluster;  // blocks; 0: does not fit
+    int vector, lanes;
+    int64_t strips, share, stage;  // rows
+    SharedLayout shared;
+
+    FASTKD_ANYWHERE int slots() const { return kThreads / lanes; }
+    FASTKD_ANYWHERE int64_t width() const { return static_cast<int64_t>(lanes) * vector; }
+    FASTKD_ANYWHERE int64_t blocks() const { return columns.outer * strips * cluster; }
+    FASTKD_ANYWHERE int64_t first(int rank) const { return least(columns.rows, rank * share); }
+    FASTKD_ANYWHERE int64_t last(int rank) const { return least(columns.rows, (rank + 1) * share); }
+    FASTKD_ANYWHERE int64_t at(int64_t cluster_index, int64_t row, int64_t column) const {
+        return (cluster_index / strips * columns.rows + row) * columns.inner + column;
+    }
+};
+
+// Wide strips first: 128 bytes of a row if they fit comfortably, or else 64; then the same without room for others, then
+// 32, one sector of a cache line.
+FASTKD_ANYWHERE ColumnShares share_out(const Columns& columns, int bytes, const Device& device) {
+    ColumnShares out{columns, 0, 16 / bytes, 0, 0, 0, 0, {}};
+    if (columns.inner % out.vector != 0 || columns.rows < device.smallest / 16) return out;
+    const int widest = strip_lanes(columns.inner, out.vector);
+    for (int pass = 0; pass < 3 && out.cluster == 0; ++pass)
+        for (int lanes = pass == 2 ? 2 : widest; lanes >= (pass == 2 ? 2 : 4) && out.cluster == 0; lanes /= 2)
+            for (int blocks = 1; blocks <= device.cluster && out.cluster == 0; blocks *= 2) {
+                if (lanes > widest) break;
+                const int64_t share = round_up(ceil_div(columns.rows, blocks), kThreads / lanes);
+                const SharedLayout shared = shared_layout(lanes * out.vector, share * lanes * 16);
+                const int64_t room = pass == 0 ? least(comfortable(device), device.shared_per_block)
+                                               : device.shared_per_block;
+                if (shared.total > room) continue;
+                out = {columns, blocks, out.vector, lanes, ceil_div(columns.inner, static_cast<int64_t>(lanes) * out.vector),
+                       share, round_up(ceil_div(share, kStages), kThreads / lanes), shared};
+            }
+    return out;
+}
+
+// ---- NFD -------------------------------------------------------------------------------------------------------------
+
+// Elements that are read at a time: 16 bytes of them, or 1 where the dtypes differ or something is not aligned; fp64,
+// which is for checking gradients, comes one by one too. `line` is what is contiguous.
+inline int vector_of(const Pair& in, int64_t line, const void* out = nullptr) {
+    const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+    if (in.student_type != in.teacher_type || in.student_type == DType::f64) return 1;
+    const int vector = in.student_type == DType::f32 ? 4 : 8;
+    return aligned(in.student) && aligned(in.teacher) && aligned(out) && line % vector == 0 ? vector : 1;
+}
+
+// How a forward runs: in one read if a group fits a cluster, else streaming.
+struct NfdPlan {
+    bool rows;
+    int vector;
+    RowShares row_shares;
+    ColumnShares column_shares;
+    RowCut row_cut;
+    ColumnCut column_cut;
+
+    bool one_read() const { return rows ? row_shares.cluster > 0 : column_shares.cluster > 0; }
+    int64_t parts() const { return one_read() ? 1 : rows ? row_cut.parts() : column_cut.chunks; }  // of a group
+};
+
+inline NfdPlan plan_nfd(const Pair& in, Group group, const Device& device) {
+    NfdPlan plan{};
+    plan.rows = in_rows(group, in.channels_last);
+    const Rows rows = rows_of(group, in.channels_last, in.n, in.c, in.hw);
+    const Columns columns = columns_of(group, in.channels_last, in.n, in.c, in.hw);
+    plan.vector = vector_of(in, plan.rows ? rows.length : columns.inner);
+    if (plan.rows) {
+        plan.row_cut = cut(rows, plan.vector);
+        if (plan.vector > 1) plan.row_shares = share_out(rows, 16 / plan.vector, device);
+    } else {
+        plan.column_cut = cut(columns, plan.vector);
+        if (plan.vector > 1) plan.column_shares = share_out(columns, 16 / plan.vector, device);
+    }
+    return plan;
+}
+
+}  // namespace fastkd::gpu

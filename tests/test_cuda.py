@@ -1,0 +1,153 @@
+"""The CUDA C++ kernels on a GPU: the operator suite, the bits of the emulation, and what only a GPU can show."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastkd
+from fastkd import backends
+
+from . import emulation
+
+GPU = torch.cuda.is_available() and torch.version.cuda is not None and not emulation.RUNNING
+pytestmark = pytest.mark.skipif(not GPU, reason="there is no CUDA GPU")
+
+ROOT = Path(__file__).parents[1]
+SUITE = ("test_nfd",)  # the operators that have a CUDA kernel
+SHAPE = (4, 32, 48, 64)  # a plane of it fits one block; the batch of a channel fits a cluster
+each_layout = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+
+
+def test_is_loaded():
+    """Everything else would fail with less to say."""
+    assert backends.why_not("cuda") is None
+
+
+@pytest.mark.parametrize("name", SUITE)
+def test_operator_suite(name):
+    """In a process of its own, whose tests take the CUDA backend."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", f"tests/{name}.py"]
+    run = subprocess.run(command, cwd=ROOT, env={**os.environ, "FASTKD_TEST_CUDA": "1"}, text=True, capture_output=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout
+
+
+def maps(dtype=torch.float32, layout=torch.contiguous_format, shape=SHAPE):
+    g = torch.Generator().manual_seed(0)
+    student = torch.randn(shape, generator=g)
+    teacher = 0.7 * student + 0.7 * torch.randn(shape, generator=g) + 3
+    return tuple(x.to(dtype).to(memory_format=layout) for x in (student, teacher))
+
+
+def nfd_results(student, teacher, dims) -> dict[str, torch.Tensor]:
+    ops = torch.ops.fastkd_cuda
+    loss, stats = ops.nfd_forward(student, teacher, dims, 1e-5)
+    out = {"loss": loss, "stats": stats}
+    out["gradient"] = ops.nfd_backward(torch.full_like(loss, 1.7), student, teacher, stats, dims)
+    if ops.nfd_fits(student, teacher, dims):
+        memory = torch.tensor([1.7, 1.7], dtype=loss.dtype, device=loss.device)
+        out["early"] = ops.nfd_forward_ahead(student, teacher, dims, 1e-5, memory)[2]
+    return out
+
+
+CASES = [
+    (dims, dtype, layout)
+    for dims in ("hw", "nhw", "c", "chw")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    for layout in (torch.contiguous_format, torch.channels_last)
+]
+
+
+def emulate(path: str) -> None:
+    """Run by ``python -c`` on the emulation: the results of all cases, as this GPU would cut them."""
+    gpu = torch.load(path + ".gpu")
+    assert backends.why_not("cuda") is None
+    torch.ops.fastkd_cuda_emulation.configure(*gpu, 4096, "random")
+    torch.save([nfd_results(*maps(dtype, layout), dims) for dims, dtype, layout in CASES], path)
+
+
+@pytest.mark.skipif(emulation.compiler() is None, reason="there is no C++ compiler for the emulation")
+def test_bits_are_those_of_the_emulation(tmp_path):
+    """Same plan, same order, same roundings: what differs is a race, a missing barrier or a wrong instruction."""
+    gpu = torch.cuda.get_device_properties(0)
+    clusters = 8 if gpu.major >= 9 else 0
+    path = str(tmp_path / "emulated")
+    torch.save(
+        [
+            gpu.shared_memory_per_block_optin, gpu.shared_memory_per_multiprocessor, gpu.multi_processor_count, clusters,
+        ],
+        path + ".gpu",
+    )  # fmt: skip
+    code = f"from tests.test_cuda import emulate; emulate({path!r})"
+    env = {**os.environ, "FASTKD_CUDA_EMULATION": str(emulation.build()), "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True)
+    for (dims, dtype, layout), want in zip(CASES, torch.load(path), strict=True):
+        got = nfd_results(*(x.cuda() for x in maps(dtype, layout)), dims)
+        assert got.keys() == want.keys()
+        for name, value in got.items():
+            assert torch.equal(value.cpu(), want[name]), f"{name} of {dims}, {dtype}, {layout}"
+
+
+@each_layout
+@pytest.mark.parametrize("dims", ["hw", "nhw"])
+def test_the_host_waits_for_nothing_and_guesses_are_right(dims, layout):
+    """Steps under a loss scale that changes, with every synchronisation an error; the gradient is exact each time."""
+    student, teacher = (x.cuda() for x in maps(torch.float16, layout))
+    with fastkd.use_backend("cuda"):
+        fastkd.nfd_loss(student.clone().requires_grad_(), teacher, dims=dims).backward()  # allocates
+        _, stats = torch.ops.fastkd_cuda.nfd_forward(student, teacher, dims, 1e-5)
+        groups = stats.numel() // 6
+        for weight in (1.0, 1.0, 1.0, 65536.0, 65536.0, 65536.0, 3.0):
+            x = student.clone().requires_grad_()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                (fastkd.nfd_loss(x, teacher, dims=dims) * weight).backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            grad = torch.full(stats.shape[:-1], weight, device="cuda") / groups
+            want = torch.ops.fastkd_cuda.nfd_backward(grad, student, teacher, stats, dims)
+            assert torch.equal(x.grad, want)
+
+
+def test_another_stream_and_a_graph_give_the_same():
+    student, teacher = (x.cuda() for x in maps(torch.bfloat16))
+    x = student.clone().requires_grad_()
+
+    def step() -> torch.Tensor:
+        x.grad = None
+        with fastkd.use_backend("cuda"):
+            loss = fastkd.nfd_loss(x, teacher)
+        loss.backward()
+        return loss.detach()
+
+    want, gradient = step(), x.grad.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            assert torch.equal(step(), want)
+            assert torch.equal(x.grad, gradient)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        graph.replay()
+        assert torch.equal(captured, want)
+        assert torch.equal(x.grad, gradient)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_another_device_than_the_current_one():
+    student, teacher = (x.to("cuda:1") for x in maps())
+    with fastkd.use_backend("cuda"):
+        value = fastkd.nfd_loss(student, teacher)
+    assert value.device == torch.device("cuda:1")
+    assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(value.cpu(), fastkd.nfd_loss(*maps()))
