@@ -123,7 +123,7 @@ def test_wheel_with_kernels(tmp_path):
         "fastkd/kernels/nfd.py",
         "fastkd/benchmarks/harness.py",
         "fastkd/train/demo.yaml",
-        "fastkd/train/recipes/camvid-lite0-student.yaml",
+        "fastkd/train/recipes/baseline.yaml",
         "fastkd/train/data/street_scenes.py",
         "fastkd/train/data/classes/ade20k.txt",
     ):

@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")
 Image = pytest.importorskip("PIL.Image")
 
+from torch.utils.data import DataLoader  # noqa: E402
 from torchvision import tv_tensors  # noqa: E402
 
 from fastkd.train.data import DataError, build_dataset  # noqa: E402
@@ -278,6 +279,15 @@ def test_damaged_file(damage, which, tree):
     says = "is too large" if damage in ("bomb", "warned about") else r"cannot be read .*replace"
     with pytest.raises(DataError, match=rf"camvid: {path} {says}"):
         dataset[1]
+
+
+def test_a_loader_process_reports_one_sentence(tree):
+    dataset = build("camvid", tree("camvid"))
+    dataset.items[0][0].write_bytes(b"")
+    with pytest.raises(DataError) as error:
+        next(iter(DataLoader(dataset, num_workers=1)))
+    assert str(error.value).startswith(f"camvid: {dataset.items[0][0]} cannot be read")
+    assert "\n" not in str(error.value)
 
 
 def test_truncated_jpeg(tree):

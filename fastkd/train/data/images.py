@@ -15,6 +15,10 @@ FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # Pillow's other decoders are not for 
 class DataError(ValueError):
     """A data file that cannot be used. The message names the file, what was found and what to do."""
 
+    def __init__(self, message: str) -> None:
+        # What a loader process raises arrives as the text of its traceback, which ends in the message.
+        super().__init__(message.rsplit("DataError: ", 1)[-1].strip())
+
 
 def open_image(path: Path) -> Image.Image:
     """The decoded picture, in the mode it is stored in.
