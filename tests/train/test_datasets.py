@@ -265,6 +265,7 @@ DAMAGE = {
     "text": lambda whole: b"<html>not found</html>",
     "bomb": lambda whole: png_header(100_000, 100_000),
     "warned about": lambda whole: png_header(10_000, 10_000),  # between one and two times Pillow's limit
+    "another format": lambda whole: b"P6\n64 48\n255\n" + bytes(64 * 48 * 3),  # sound, but not one that is read
     "postscript": lambda whole: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
 }
 
