@@ -48,6 +48,8 @@ LOSSES: dict[str, Loss] = {
 TEMPERATURE = {"cwd": 4.0, "kd cold": 0.1, "resized kd cold": 0.1}
 each_loss = pytest.mark.parametrize("name", LOSSES)
 
+few = settings(max_examples=min(25, settings().max_examples))
+
 CONTENTS = ("normal", "subnormal", "flat", "zero", "one-hot", "offset", "one huge")
 shapes = st.tuples(
     st.integers(1, 2), st.sampled_from([1, 2, 5, 17, 33, 130]), st.integers(1, 7), st.sampled_from([1, 3, 16, 19, 40])
@@ -102,7 +104,7 @@ def assert_as_right_as_eager(name: str, backend: str, student: Tensor, teacher: 
 
 @each_kernel
 @each_loss
-@settings(max_examples=40)
+@few
 @given(
     shape=shapes,
     kinds=st.tuples(st.sampled_from(CONTENTS), st.sampled_from(CONTENTS)),
@@ -180,7 +182,7 @@ def test_classes_masked_with_the_lowest_number(backend, temperature, size):
 
 @each_kernel
 @each_loss
-@settings(max_examples=30)
+@few
 @given(
     shape=shapes,
     bad=st.sampled_from([torch.nan, torch.inf, -torch.inf]),
@@ -357,7 +359,7 @@ def test_student_and_teacher_share_memory(backend, name):
 
 
 @each_kernel
-@settings(max_examples=30)
+@few
 @given(
     shape=shapes,
     power=st.sampled_from([-10, 0, 2, 8]),
@@ -386,7 +388,7 @@ def test_a_student_equal_to_its_teacher(backend, shape, power, kind, dtype, size
 
 
 @each_kernel
-@settings(max_examples=40)
+@few
 @given(
     shape=shapes,
     kinds=st.tuples(st.sampled_from(CONTENTS), st.sampled_from(CONTENTS)),
@@ -544,7 +546,7 @@ class Sequences(RuleBasedStateMachine):
         torch.set_num_threads(self.threads)
 
 
-Sequences.TestCase.settings = settings(max_examples=15, stateful_step_count=20)
+Sequences.TestCase.settings = settings(max_examples=8, stateful_step_count=20)
 TestSequences = Sequences.TestCase
 
 

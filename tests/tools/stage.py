@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,12 +22,10 @@ ISA_FLAGS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
 }
-# One instruction set, in the place of the baseline; FASTKD_CPU_ISA=baseline keeps the others from being asked for.
-OTHERS = """#include "kernels.h"
-namespace fastkd {
-namespace avx2 { Kernels table() { return {}; } }
-namespace avx512 { Kernels table() { return {}; } }
-}
+# The instruction sets that are left out.
+OTHER = """namespace fastkd::{isa} {{
+Kernels table() {{ throw std::runtime_error("{isa} is not in this build, which this processor does not have"); }}
+}}
 """
 
 
@@ -66,7 +63,8 @@ def build(
     """
     csrc, objects = stage / "csrc", stage / "objects"
     objects.mkdir(exist_ok=True)
-    (objects / "others.cpp").write_text(OTHERS)
+    others = "".join(OTHER.format(isa=other) for other in ISA_FLAGS if other != isa)
+    (objects / "others.cpp").write_text('#include <stdexcept>\n#include "kernels.h"\n' + others)
     compiler = os.environ.get("CXX", "g++")
     headers = [f"-I{path}" for path in include_paths()]
     sources = {
@@ -75,7 +73,7 @@ def build(
         "others": (objects / "others.cpp", (f"-I{csrc / 'cpu'}",)),
     }
     for name in KERNELS:
-        sources[name] = (csrc / "cpu" / f"{name}.cpp", ("-DFASTKD_ISA=baseline", *ISA_FLAGS[isa]))
+        sources[name] = (csrc / "cpu" / f"{name}.cpp", (f"-DFASTKD_ISA={isa}", *ISA_FLAGS[isa]))
 
     def compile_unit(name: str) -> None:
         source, extra = sources[name]
@@ -95,12 +93,6 @@ def run(command: list[str], **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, check=True, capture_output=True, text=True, **options)
 
 
-def environment(**extra: str) -> dict[str, str]:
-    """What a process in a stage needs; the library holds one instruction set under the baseline's name."""
-    return {**os.environ, "FASTKD_CPU_ISA": "baseline", "PYTHONDONTWRITEBYTECODE": "1", **extra}
-
-
-def python(stage: Path, *args: str, **extra: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *args], cwd=stage, env=environment(**extra), capture_output=True, text=True, check=False
-    )
+def environment(isa: str, **extra: str) -> dict[str, str]:
+    """What a process in a stage needs."""
+    return {**os.environ, "FASTKD_CPU_ISA": isa, "PYTHONDONTWRITEBYTECODE": "1", **extra}

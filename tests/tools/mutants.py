@@ -1,0 +1,290 @@
+"""Do the tests notice? One sign, constant, bound or word of the kernels and the reference is changed at a time.
+
+    python -m tests.tools.mutants --minutes 60 --log mutants.jsonl     # a sample, in the order of its seed; goes on from the log
+    python -m tests.tools.mutants --only csrc/cpu/kd.cpp:120           # the mutants of one line
+    python -m tests.tools.mutants --summary mutants.jsonl
+
+For each mutant only what it touches is compiled, for one instruction set, and the tests of that part run, with fewer
+examples, until one fails. A mutant that no test notices survives: it wants a test, or it is equivalent, and
+:data:`EQUIVALENT` says why. A mutant that makes a test crash, hang or ask for more than 10 GB counts as noticed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from . import stage
+
+SEED = 20
+FLAGS = ("-O1",)
+TIMEOUT = 240  # seconds: a loop that never ends
+
+# Source -> the units that are compiled anew, and the words that choose its tests.
+HEADERS = {
+    "moments.h": ("nfd",),
+    "softmax.h": ("kd", "cwd", "rdd"),
+    "resize.h": ("resized_cross_entropy", "resized_kd", "rdd"),
+    "tile.h": stage.KERNELS,
+    "vec.h": stage.KERNELS,
+}
+TESTS = {
+    "nfd": ["tests/test_nfd.py"],
+    "kd": ["tests/test_kd.py"],
+    "cwd": ["tests/test_cwd.py"],
+    "resized_cross_entropy": ["tests/test_resized_kernels.py", "tests/test_resized.py"],
+    "resized_kd": ["tests/test_resized_kernels.py", "tests/test_resized.py"],
+    "rdd": ["tests/test_rdd_kernels.py", "tests/test_rdd.py"],
+    "exp": ["tests/test_csrc.py"],
+}
+# Of tests/test_adversarial.py.
+WORDS = {
+    "nfd": "nfd or equal_to or half",
+    "kd": "kd or weights or out_of_range or ignored or equal_to",
+    "cwd": "cwd or equal_to",
+    "rdd": "rdd or out_of_range",
+    "resized_cross_entropy": "resized or weights or out_of_range or lowest",
+    "resized_kd": "resized or weights or out_of_range or lowest or equal_to",
+    "exp": "half",
+}
+PYTHON = {
+    "fastkd/reference.py": [f"tests/test_{name}.py" for name in ("nfd", "kd", "cwd", "resized", "rdd", "functional")],
+    "fastkd/functional.py": [
+        f"tests/test_{name}.py" for name in ("functional", "kd", "nfd", "resized", "rdd", "losses")
+    ],
+    "kernels/nfd.py": ["tests/test_triton.py"],
+    "kernels/kd.py": ["tests/test_triton.py"],
+    "kernels/cwd.py": ["tests/test_triton.py"],
+}
+
+SWAPS = [
+    (r" \+ ", " - "),
+    (r" - ", " + "),
+    (r" \* ", " / "),
+    (r" / ", " * "),
+    (r" \+= ", " -= "),
+    (r" <= ", " < "),
+    (r" < ", " <= "),
+    (r" >= ", " > "),
+    (r" > ", " >= "),
+    (r" == ", " != "),
+    (r" != ", " == "),
+    (r" && ", " || "),
+    (r" \|\| ", " && "),
+    (r"\bmin\(", "max("),
+    (r"\bmax\(", "min("),
+    (r"\btrue\b", "false"),
+    (r"\bfalse\b", "true"),
+    (r"\bTrue\b", "False"),
+    (r"\bFalse\b", "True"),
+]
+NUMBER = re.compile(r"(?<![\w.\"'])(\d+)(?![\w.\"'])")
+# Not code, or code that changes speed alone.
+SKIP = re.compile(
+    r"^\s*(//|#|\*|\"\"\"|import |from |using |template|typedef)|prefetch|fetch\(|static_assert|Error\(|_CHECK"
+)
+# Survivors that no test can notice: (file, a part of the line, why).
+EQUIVALENT: list[tuple[str, str, str]] = []
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    line: int
+    column: int
+    old: str
+    new: str
+
+    def apply(self, text: str) -> str:
+        lines = text.split("\n")
+        line = lines[self.line - 1]
+        assert line[self.column :].startswith(self.old), self
+        lines[self.line - 1] = line[: self.column] + self.new + line[self.column + len(self.old) :]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column} {self.old.strip()!r} -> {self.new.strip()!r}"
+
+
+def mutants_of(file: str) -> Iterator[Mutant]:
+    inside = False  # a docstring
+    for number, line in enumerate((stage.ROOT / file).read_text().split("\n"), 1):
+        quotes = line.count('"""')
+        if file.endswith(".py") and (inside or quotes):
+            inside ^= quotes % 2 == 1
+            continue
+        if SKIP.search(line):
+            continue
+        code = line.split("//" if not file.endswith(".py") else "  #")[0]
+        for pattern, new in SWAPS:
+            for match in re.finditer(pattern, code):
+                yield Mutant(file, number, match.start(), match.group(), new)
+        for match in NUMBER.finditer(code):
+            yield Mutant(file, number, match.start(), match.group(), str(int(match.group()) + 1))
+
+
+def sample(share: dict[str, int]) -> list[Mutant]:
+    """So many mutants of each file, in one random order."""
+    chosen = []
+    for file, count in share.items():
+        found = list(mutants_of(file))
+        chosen += random.Random(f"{SEED} {file}").sample(found, min(count, len(found)))
+    random.Random(SEED).shuffle(chosen)
+    return chosen
+
+
+def default_share() -> dict[str, int]:
+    sources = sorted(p.relative_to(stage.ROOT).as_posix() for p in (stage.ROOT / "csrc" / "cpu").glob("*.*"))
+    share = {file: 12 for file in sources if not file.endswith(("dispatch.cpp", "kernels.h"))}
+    return (
+        share
+        | {"csrc/cpu/resize.h": 24, "csrc/cpu/rdd.cpp": 24, "csrc/cpu/exp.cpp": 3}
+        | {file: 2 if file.startswith("kernels") else 20 for file in PYTHON}
+    )
+
+
+def units_of(file: str) -> tuple[str, ...]:
+    name = Path(file).name
+    return HEADERS.get(name, (Path(file).stem,))
+
+
+def runs_of(file: str) -> list[list[str]]:
+    """What pytest is given, one list after the other until one fails."""
+    if file in PYTHON:
+        words = ["-k", Path(file).stem] if file.startswith("kernels") else []
+        return [[*PYTHON[file], *words]]
+    units = units_of(file)
+    adversarial = " or ".join(f"({WORDS[unit]})" for unit in units)
+    return [
+        list(dict.fromkeys(test for unit in units for test in TESTS[unit])),
+        ["tests/test_adversarial.py", "-k", f"({adversarial}) and not leak"],
+    ]
+
+
+def judge(folder: Path, file: str) -> str:
+    """ "noticed" or "survived"; runs in a forked child, which has torch and the tests' libraries loaded already."""
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        sink = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(sink, 1)
+        os.dup2(sink, 2)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (10 << 30, 10 << 30))
+        signal.alarm(TIMEOUT)
+        if file.startswith("kernels"):
+            os.environ["TRITON_INTERPRET"] = "1"
+        os._exit(run_tests(folder, file))
+    return "survived" if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 else "noticed"
+
+
+def run_tests(folder: Path, file: str) -> int:
+    import pytest
+
+    sys.path.insert(0, str(folder))
+    for name in [name for name in sys.modules if name.split(".")[0] in ("fastkd", "tests")]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+    for words in runs_of(file):
+        options = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--hypothesis-profile=interpreter"]
+        if status := pytest.main([*options, "--rootdir", str(folder), *words]):
+            return int(status)
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--log", type=Path, help="results, a line each; what is in it already is not done again")
+    parser.add_argument("--only", help="a file, or file:line")
+    parser.add_argument("--summary", type=Path, help="print what a log holds, and do nothing else")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "fastkd-mutants")
+    args = parser.parse_args()
+    if args.summary:
+        return summarise([json.loads(line) for line in args.summary.read_text().splitlines()])
+    if args.only:
+        file, _, line = args.only.partition(":")
+        todo = [m for m in mutants_of(file) if not line or m.line == int(line)]
+    else:
+        todo = sample(default_share())
+    results = [json.loads(line) for line in args.log.read_text().splitlines()] if args.log and args.log.exists() else []
+    done = {(r["file"], r["line"], r["column"], r["old"]) for r in results}
+    import hypothesis  # noqa: F401  (loaded once, for all children)
+    import pytest  # noqa: F401
+
+    stage.copy(args.folder)
+    os.environ["FASTKD_CPU_ISA"] = stage.widest()
+    stage.build(args.folder, stage.widest(), FLAGS)
+    for file in sorted({m.file for m in todo}):
+        if judge(args.folder, file) != "noticed":
+            continue
+        sys.exit(f"the tests of {file} fail without a mutant")
+    end = time.monotonic() + 60 * args.minutes
+    for mutant in todo:
+        if time.monotonic() > end:
+            break
+        if (mutant.file, mutant.line, mutant.column, mutant.old) in done:
+            continue
+        path = args.folder / mutant.file
+        original = path.read_text()
+        path.write_text(mutant.apply(original))
+        compiled = mutant.file.startswith("csrc")
+        try:
+            if compiled:
+                stage.build(args.folder, stage.widest(), FLAGS, units_of(mutant.file))
+            verdict = judge(args.folder, mutant.file)
+        except subprocess.CalledProcessError:
+            verdict = "does not compile"
+        path.write_text(original)
+        if compiled:  # the objects of the next mutant's neighbours must be whole
+            stage.build(args.folder, stage.widest(), FLAGS, units_of(mutant.file))
+        results.append({**asdict(mutant), "verdict": verdict, "code": original.split("\n")[mutant.line - 1].strip()})
+        print(f"{verdict:16} {mutant}", flush=True)
+        if args.log:
+            with args.log.open("a") as log:
+                log.write(json.dumps(results[-1]) + "\n")
+    return summarise(results)
+
+
+def summarise(results: list[dict]) -> int:
+    def why(r: dict) -> str | None:
+        return next(
+            (reason for file, part, reason in EQUIVALENT if r["file"].endswith(file) and part in r["code"]), None
+        )
+
+    print(f"{'':40} noticed  survived  equivalent  not compiled")
+    total: Counter[str] = Counter()
+    for file in sorted({r["file"] for r in results}):
+        counts: Counter[str] = Counter()
+        for r in (r for r in results if r["file"] == file):
+            counts["equivalent" if r["verdict"] == "survived" and why(r) else r["verdict"]] += 1
+        total += counts
+        print(
+            f"{file:40} {counts['noticed']:7} {counts['survived']:9} {counts['equivalent']:11} {counts['does not compile']:13}"
+        )
+    real = total["noticed"] + total["survived"]
+    print(
+        f"noticed {total['noticed']} of {real} mutants that change a result: {100 * total['noticed'] / max(real, 1):.1f} %"
+    )
+    for r in results:
+        if r["verdict"] == "survived" and not why(r):
+            print(f"survived: {r['file']}:{r['line']} {r['old'].strip()!r} -> {r['new'].strip()!r}   {r['code']}")
+    return total["survived"] > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

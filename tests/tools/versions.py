@@ -1,0 +1,95 @@
+"""One library under several versions of torch (and of Python, where they are installed).
+
+    python -m tests.tools.versions 2.10.0 2.12.1 2.14.1
+    python -m tests.tools.versions 2.14.1 --python python3.10 python3.13
+
+The library is built once, with the torch of this environment. For each version a fresh environment gets that torch from
+the package index, the wheel, and what runs the tests; then the tests of the core run. A version that cannot be installed
+is said to be so. An environment with CUDA libraries takes some 7 GB; it is removed before the next is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from .stage import ROOT
+
+OPERATORS = ["cwd", "kd", "nfd", "rdd", "rdd_kernels", "resized", "resized_kernels"]
+CORE = ["adversarial", "backends", "compile", "csrc", "functional", "integration", "losses", *OPERATORS]
+
+
+def call(command: list[str], **options) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def tests_of(python: str, tests: Path) -> str:
+    """The last line of pytest, after the lines of what failed."""
+    shutil.rmtree(tests, ignore_errors=True)
+    shutil.copytree(ROOT / "tests", tests, ignore=shutil.ignore_patterns("train", "__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tests.parent)
+    files = [f"tests/test_{name}.py" for name in CORE]
+    command = [python, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *files]
+    lines = call(command, cwd=tests.parent).stdout.strip().splitlines()
+    return "\n".join([line for line in lines if line.startswith(("FAILED", "ERROR"))] + lines[-1:])
+
+
+def check(folder: Path, wheel: Path, python: str, torch: str, keep: bool) -> str:
+    environment = folder / f"{Path(python).name}-{torch}"
+    if not environment.exists():
+        if (made := call([python, "-m", "venv", str(environment)])).returncode:
+            return f"no such Python: {made.stderr.strip().splitlines()[-1:]}"
+        packages = [f"torch=={torch}", "pytest", "hypothesis", "expecttest", "numpy", "setuptools"]
+        installed = call([str(environment / "bin" / "pip"), "install", "-q", *packages])
+        if installed.returncode:
+            shutil.rmtree(environment)
+            return "not installed: " + " ".join(re.findall("ERROR: (.*)", installed.stderr)[:1])
+    inside = str(environment / "bin" / "python")
+    call([inside, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", str(wheel)])
+    found = call(
+        [inside, "-c", "import fastkd, torch; print(torch.__version__, fastkd.backend_info()['backends']['cpu'])"]
+    )
+    result = (
+        found.stdout.strip() + found.stderr.strip()[-500:] + "\n" + tests_of(inside, folder / "elsewhere" / "tests")
+    )
+    if not keep:
+        shutil.rmtree(environment)
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("torch", nargs="+", help="versions of torch")
+    parser.add_argument("--python", nargs="+", default=[sys.executable])
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "fastkd-versions")
+    parser.add_argument("--keep", action="store_true", help="leave the environments for another run")
+    args = parser.parse_args()
+    args.folder.mkdir(exist_ok=True)
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(args.folder),
+        str(ROOT),
+    ]
+    subprocess.run(build, check=True, env={**os.environ, "FASTKD_BUILD": "1"})
+    wheel = max(args.folder.glob("fastkd-*.whl"), key=lambda path: path.stat().st_mtime)
+    for python in args.python:
+        for torch in args.torch:
+            print(f"== {python}, torch {torch}\n{check(args.folder, wheel, python, torch, args.keep)}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
