@@ -271,7 +271,7 @@ def test_panels_events_and_page(teacher, tmp_path):
     assert len(events.Images("panel")) == 3
     page = (tmp_path / "report.html").read_text()
     assert "What the losses cost" in page
-    assert page.count("data:image/png;base64,") == 1
+    assert page.count(";base64,") == 1  # the last panel
 
 
 def test_long_runs_draw_few_panels(tmp_path, quick, monkeypatch):

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 
 class Network:
-    has_aux, feature_names = True, ()
+    has_aux, feature_names, classes = True, (), CLASSES
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_long_call_is_scaled_from_one_image(objective, shapes, monkeypatch):
     monkeypatch.setattr(loss_cost, "SECONDS", 0.0)
     scaled = loss_cost.loss_cost(objective, shapes, step=9, device=CPU)["eager"]
     assert scaled["images"] == 1
-    assert scaled["bytes"] == pytest.approx(whole, rel=0.3)
+    assert whole / 2 < scaled["bytes"] < 2 * whole, (scaled["bytes"], whole)
 
 
 def test_too_little_memory_is_said(objective, shapes, monkeypatch):
