@@ -105,7 +105,7 @@ def _eval(words: list[str]) -> int:
     import dataclasses
 
     from fastkd.train import scoreboard
-    from fastkd.train.log import write_json
+    from fastkd.train.files import write_json
 
     names = ("size", "window", "stride", "scales", "flip", "limit", "batch_size")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -117,7 +117,7 @@ def _eval(words: list[str]) -> int:
     print(scoreboard.class_table(entries))
     print(f"\n{scoreboard.table(scoreboard.rows(entries))}")
     if args.json:
-        write_json(scoreboard.to_json(entries, how), args.json)
+        write_json(args.json, scoreboard.to_json(entries, how))
     return 0
 
 
