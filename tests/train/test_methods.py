@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("yaml")
 
+import fastkd
 from fastkd.train.methods import METHODS, LossConfig, Objective, base, parse_method, student_features, teacher_forward
 from fastkd.train.methods.at import ATLoss
 from fastkd.train.methods.cirkd import CIRKDLoss
@@ -223,6 +224,17 @@ def test_the_graph_can_be_used_twice(name, monkeypatch):
     first = torch.autograd.grad(value, student, retain_graph=True)[0]
     value.backward()
     assert torch.equal(first, student.grad)
+
+
+def test_the_backward_pass_keeps_the_backend(monkeypatch):
+    monkeypatch.setattr(base, "CHUNK", 40)
+    student, teacher = (x.requires_grad_(i == 0) for i, x in enumerate(pair((3, 4))))
+    gradients = []
+    for backend in ("reference", "auto"):
+        with fastkd.use_backend(backend):
+            value = CIRKDLoss()(student, teacher)
+        gradients.append(torch.autograd.grad(value, student)[0])
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("name", LITERAL)

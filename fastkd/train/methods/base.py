@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import fastkd
+from fastkd.backends import requested
 from fastkd.train.models import Feature, Output, SegmentationModel
 
 CHUNK = 1 << 24  # elements of a similarity matrix that exist at once; 64 MiB in fp32
@@ -148,10 +150,14 @@ def sum_of_rows(like: Tensor, rows: int, columns: int, term: Callable[[int, int]
     """
     step = max(1, CHUNK // max(columns, 1))
     total = like[:0].sum()  # 0, and part of the graph
+    if step >= rows:
+        return total + term(0, rows) if rows else total
+    backend = requested()
+
+    def again(start: int, stop: int) -> Tensor:
+        with fastkd.use_backend(backend):  # the backward pass may run elsewhere, with another one asked for
+            return term(start, stop)
+
     for start in range(0, rows, step):
-        span = start, min(start + step, rows)
-        whole = step >= rows
-        total = total + (
-            term(*span) if whole else checkpoint(term, *span, use_reentrant=False, preserve_rng_state=False)
-        )
+        total = total + checkpoint(again, start, min(start + step, rows), use_reentrant=False, preserve_rng_state=False)
     return total
