@@ -62,9 +62,13 @@ def _train(words: list[str]) -> int:
     from fastkd.train.config import parse
 
     config, flags = parse(words)
+    import torch.distributed
+
     from fastkd.train.engine import train
 
     result = train(config, **flags)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
         print(_summary(result))
     return 0

@@ -1,10 +1,12 @@
 """Samples depend on the seed and their number in the run alone."""
 
 import pytest
+import torch
 
 pytest.importorskip("torchmetrics")
 
-from fastkd.train.loader import StepSampler
+from fastkd.train.loader import StepSampler, train_loader
+from tests.train import tiny
 
 
 def test_samples_depend_on_seed_and_step_alone():
@@ -18,6 +20,18 @@ def test_samples_depend_on_seed_and_step_alone():
     flat = [index for batch in whole for index, _ in batch]
     assert sorted(flat[:10]) == list(range(10))
     assert flat[:10] != flat[10:20]
+
+
+def test_batches_do_not_depend_on_the_number_of_workers():
+    def batches(workers):
+        torch.manual_seed(workers)  # another place in the random stream
+        loader = train_loader(tiny.Patches(5), batch_size=4, steps=range(1, 4), seed=3, workers=workers, parts=2)
+        return [torch.cat([images.flatten(), labels.flatten()]) for images, labels in loader]
+
+    alone = batches(0)
+    assert len(alone) == 6
+    for workers in (1, 3):
+        assert all(torch.equal(a, b) for a, b in zip(alone, batches(workers), strict=True))
 
 
 def test_what_cannot_be_shared():
