@@ -72,9 +72,11 @@ def _seen(network: SegmentationModel, image: Tensor, palette: Any, size: Size) -
 
 
 def _output(network: SegmentationModel, image: Tensor, size: Size) -> Output:
+    """Of the image at `size`, stretched to sides that 32 divides, which most encoders need: the maps lie over the label."""
     batch = image[None].to(_device(network)).float() / 255
-    if size is not None and tuple(batch.shape[-2:]) != tuple(size):
-        batch = F.interpolate(batch, tuple(size), mode="bilinear", antialias=True)
+    height, width = (-(-side // 32) * 32 for side in size or batch.shape[-2:])
+    if tuple(batch.shape[-2:]) != (height, width):
+        batch = F.interpolate(batch, (height, width), mode="bilinear", antialias=True)
     return network(batch)
 
 

@@ -12,6 +12,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("segmentation_models_pytorch")
 
 from fastkd.train import checkpoint
+from fastkd.train.config import EvalConfig
 from fastkd.train.evaluation import evaluate
 from tests.train import child, tiny
 from tests.train.tiny import lines
@@ -40,7 +41,7 @@ def test_two_processes_train_as_one(teacher, tmp_path, quick):
 
     assert states[1]["step"] == 3
     network, _ = checkpoint.load_network(two / "last.pt")
-    alone = evaluate(network, tiny.DATASETS[1], device=torch.device("cpu"), batch_size=1, limit=3)
+    alone = evaluate(network, tiny.DATASETS[1], EvalConfig(batch_size=1, limit=3), device=torch.device("cpu"))
     together = lines(two, "val")[-1]
     assert together["miou"] == pytest.approx(alone.miou, rel=1e-5)
     assert together["pixel_accuracy"] == pytest.approx(alone.pixel_accuracy, rel=1e-5)
