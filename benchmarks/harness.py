@@ -73,6 +73,11 @@ class Case:
     max_error: float | None = None  # instead of MAX_ERROR's
 
     @property
+    def scale(self) -> float:
+        """Of the loss: fp16 gradients need one, as torch.amp.GradScaler gives, or most of them round to 0."""
+        return 2.0**16 if self.dtype == torch.float16 else 1.0
+
+    @property
     def key(self) -> tuple[str, ...]:
         """KEY without the device, as in a record."""
         return (self.op, by_x(self.shape), by_x(self.size or ()), dtype_name(self.dtype))
@@ -118,7 +123,7 @@ def run(case: Case, device: str = DEVICE, seconds: float | None = None) -> list[
             records[name]["note"] = reason(failure)
             continue
         records[name] |= {"peak_bytes": str(peak), "retained_bytes": str(retained)}
-        timed[name] = functools.partial(gradient, loss, student, teacher)
+        timed[name] = functools.partial(gradient, loss, student, teacher, case.scale)
         if device == "cuda":
             host = host_microseconds(functools.partial(loss, student, teacher)) - bare_launch_microseconds()
             records[name]["host_us"] = f"{host:.1f}"
@@ -152,7 +157,7 @@ def inputs(case: Case, device: str, samples: int) -> tuple[Tensor, Tensor]:
 def check(case: Case, device: str, rivals: Mapping[str, Loss | str], samples: int) -> dict[str, Record]:
     """{rival: its error, or a note that says why it is not timed}; "passed" is in those that may be timed."""
     student, teacher = inputs(case, device, samples)
-    truth = gradient(rivals["eager"], student.detach().double().requires_grad_(), teacher.double())
+    truth = gradient(rivals["eager"], student.detach().double().requires_grad_(), teacher.double(), case.scale)
     limit = MAX_ERROR[case.dtype] if case.max_error is None else case.max_error
     records: dict[str, Record] = {}
     for name, loss in rivals.items():
@@ -160,7 +165,7 @@ def check(case: Case, device: str, rivals: Mapping[str, Loss | str], samples: in
             records[name] = {"note": loss}
             continue
         try:
-            error = relative_error(gradient(loss, student, teacher), truth)
+            error = relative_error(gradient(loss, student, teacher, case.scale), truth)
         except Exception as failure:  # it may lack a compiler or a kernel
             records[name] = {"note": reason(failure)}
             continue
@@ -194,10 +199,11 @@ def _on_backend(name: str, loss: Loss, student: Tensor, teacher: Tensor) -> Tens
         return loss(student, teacher)
 
 
-def gradient(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
-    """One forward and backward."""
+def gradient(loss: Loss, student: Tensor, teacher: Tensor, scale: float = 1.0) -> Tensor:
+    """One forward and backward of ``scale`` times the loss."""
     student.grad = None
-    loss(student, teacher).backward()
+    value = loss(student, teacher)
+    value.backward(None if scale == 1 else torch.full_like(value, scale))
     assert student.grad is not None
     return student.grad
 
