@@ -93,15 +93,29 @@ def load_last(out: Path) -> tuple[dict[str, Any], bool]:
 def load_network(path: str | Path, state: dict[str, Any] | None = None) -> tuple[SegmentationModel, dict[str, Any]]:
     """The network of a checkpoint, on the CPU, in eval mode, and the checkpoint's dict."""
     state = load(path) if state is None else state
-    config = from_dict(ModelConfig, state["config"]["model"])
-    network = build_model(config, len(state["classes"]), from_checkpoint=True)
+    classes, palette = state.get("classes"), state.get("palette")
+    if not (isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)):
+        raise CheckpointError(f"checkpoint {path}: expected a list of class names, got {classes!r:.100}")
+    if not (isinstance(palette, list) and len(palette) >= len(classes) and all(map(_is_colour, palette))):
+        raise CheckpointError(f"checkpoint {path}: expected a colour (R, G, B) a class, got {palette!r:.100}")
+    try:
+        config = from_dict(ModelConfig, state["config"]["model"])
+        network = build_model(config, len(classes), from_checkpoint=True)
+    except Exception as error:  # whatever a foreign configuration makes the libraries raise
+        raise CheckpointError(
+            f"checkpoint {path}: its configuration builds no network: {type(error).__name__}: {error}"
+        ) from error
     try:
         network.load_state_dict(state["model"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"checkpoint {path} does not fit the network of its own configuration: {error}"
         ) from error
     return network.eval(), state
+
+
+def _is_colour(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 3 and all(v in range(256) for v in value)
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:

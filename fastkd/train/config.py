@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import re
 import sys
 import types
@@ -328,6 +329,9 @@ def parse(argv: list[str], *, prog: str = "fastkd train") -> tuple[Config, dict[
     parser.add_argument("--overwrite", action="store_true", help="discard what an earlier run left in <out>")
     parser.add_class_arguments(Config)
     try:
+        for flag, value in itertools.pairwise(part for word in argv for part in word.split("=", 1)):
+            if flag == "--config" and Path(value).is_file():
+                _refuse_unfolding(Path(value))
         given = parser.parse_args(argv, defaults=False)
         if chosen := given.get("recipe"):
             data = given.data.name if "data.name" in given else None
@@ -340,10 +344,29 @@ def parse(argv: list[str], *, prog: str = "fastkd train") -> tuple[Config, dict[
         values = parser.instantiate(args)
         config = Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
         check(config)
-    except (ArgumentError, ValueError) as error:
+    except (ArgumentError, ValueError, RecursionError) as error:
         print(f"{prog}: {_with_hint(str(error))}\nAll values and their meaning: {prog} --help", file=sys.stderr)
         raise SystemExit(2) from None
     return config, {"resume": values.resume, "overwrite": values.overwrite}
+
+
+def _refuse_unfolding(path: Path, most: int = 100_000) -> None:
+    """ValueError for a YAML file whose aliases unfold into more than `most` values: a few lines can ask for all memory."""
+    sizes: dict[int, int] = {}
+
+    def size(node: Any) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = most  # what an alias inside its own anchor sees
+            parts = itertools.chain.from_iterable(n if isinstance(n, tuple) else (n,) for n in node.value)
+            sizes[id(node)] = 1 if isinstance(node, yaml.ScalarNode) else 1 + sum(map(size, parts))
+        return sizes[id(node)]
+
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8", errors="replace"), Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return  # the parser says what is wrong with it
+    if root is not None and size(root) > most:
+        raise ValueError(f"{path}: its aliases (*name) unfold into more than {most} values; write them out")
 
 
 def _keys(kind: type, prefix: str = "") -> dict[str, bool]:

@@ -225,6 +225,10 @@ def _smp(config: ModelConfig, classes: int) -> nn.Module:
         raise ValueError(
             f"model.arch: segmentation-models-pytorch has no {config.arch!r}; did you mean {', '.join(close)}?"
         )
+    if ":" in config.encoder:  # timm's hf-hub:NAME and local-dir:PATH
+        raise ValueError(
+            f"model.encoder: got {config.encoder!r}, a place to fetch a network from; expected the name of one"
+        )
     options = dict(config.options)
     if config.arch == "PSPNet" and "encoder_output_stride" in options:
         # smp's own PSPNet stops at the third stage; the published one dilates the last two.

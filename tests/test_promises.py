@@ -1,0 +1,52 @@
+"""docs/promises.md: each promise names tests that exist, and the bounds of its table hold."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from .tools.errors import DTYPES, GRADIENT_BOUND, LOSS_BOUND, LOSSES, errors
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+NAMED = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+)(?:::(\w+))?)?`")
+
+
+def tests_in(path: Path) -> set[str]:
+    """Names of the functions, of the classes, and of the classes' functions as Class::function."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Assign):
+            names = [target.id for target in node.targets] if isinstance(node, ast.Assign) else [node.name]
+            found |= set(names)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}::{child.name}" for child in node.body if isinstance(child, ast.FunctionDef)}
+    return found
+
+
+def test_every_named_test_exists():
+    named = NAMED.findall(PAGE)
+    assert len(named) > 60
+    for file, *parts in named:
+        assert (ROOT / file).is_file(), file
+        if name := "::".join(part for part in parts if part):
+            assert name in tests_in(ROOT / file), f"{file}::{name}"
+
+
+def test_every_promise_names_a_test():
+    """In the tables of promises the last column says where it is checked."""
+    rows = [line for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith("| loss |")]
+    promises = [row for row in rows if not row.startswith(("| promise |", "| raises |"))]
+    checked = [row for row in promises if NAMED.search(row.split(" | ")[-1])]
+    measured = [row for row in promises if re.search(r"\d\.\de-\d\d", row)]
+    assert len(checked) > 30
+    assert len(checked) + len(measured) == len(promises), set(promises) - set(checked) - set(measured)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_error_bounds(name):
+    for dtype in DTYPES:
+        loss, gradient = errors(name, dtype, seeds=1)["auto"]
+        assert loss <= LOSS_BOUND.get(dtype, 1e-6), dtype
+        assert gradient <= GRADIENT_BOUND[dtype], dtype
