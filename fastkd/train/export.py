@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from fastkd.train import checkpoint
 from fastkd.train.config import Config, from_dict
+from fastkd.train.files import write_whole
 
 SIDE = 32  # sides of the ONNX input are multiples of this, which every encoder takes
 TOLERANCE = 1e-3  # of an ONNX logit, relative to the largest: onnxruntime's kernels add in another order
@@ -58,18 +58,17 @@ def export(path: Path, out: Path, *, size: tuple[int, int] | None = None) -> str
         "palette": json.dumps(state["palette"]),
         "model": json.dumps(state["config"]["model"]),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.stem}.partial{out.suffix}")
-    try:
+    said: list[str] = []
+
+    def write(path: Path) -> None:
         if out.suffix == ".safetensors":
-            said = _safetensors(network, partial, notes)
+            said.append(_safetensors(network, path, notes))
         else:
             sides = size or config.eval.size or config.data.crop
-            said = _onnx(Segmenter(network, config.eval.align_corners).eval(), partial, sides, notes)
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
-    return f"{out}: {said}"
+            said.append(_onnx(Segmenter(network, config.eval.align_corners).eval(), path, sides, notes))
+
+    write_whole(out, write)
+    return f"{out}: {said[0]}"
 
 
 def _safetensors(network: nn.Module, path: Path, notes: dict[str, str]) -> str:

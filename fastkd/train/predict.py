@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from fastkd.train import checkpoint
 from fastkd.train.config import Config, EvalConfig, from_dict
 from fastkd.train.data.images import SUFFIXES, DataError, open_mode, upright
 from fastkd.train.evaluation import predict_scores
+from fastkd.train.files import write_whole
 from fastkd.train.panels import overlay
 
 MODES = ("RGB", "L", "LA", "RGBA", "P", "PA", "CMYK", "1")  # what Pillow turns into RGB without a guess
@@ -56,7 +57,6 @@ def predict(
         raise ValueError(f"two of the images would be written to {twice}; predict their folders one by one")
     if over := {t.resolve() for t in targets} & {i.resolve() for i in images}:
         raise ValueError(f"{min(over)} would be overwritten; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
     written, failed = [], []
     for image, target in zip(tqdm(images, desc="predict", disable=len(images) < 2), targets, strict=True):
         try:
@@ -65,9 +65,8 @@ def predict(
         except DataError as error:
             failed.append(str(error))
             continue
-        partial = target.with_name(target.name + ".tmp")
-        Image.fromarray(overlay(pixels, label, palette, alpha=alpha)).save(partial, format="PNG")
-        os.replace(partial, target)
+        picture = Image.fromarray(overlay(pixels, label, palette, alpha=alpha))
+        write_whole(target, partial(picture.save, format="PNG"))
         written.append(target)
     return written, failed
 
