@@ -41,11 +41,13 @@ def save(
     """
     try:
         write_whole(path, lambda beside: writer({"format": FORMAT, **state}, beside), previous=previous)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a disk that is full
+    except (OSError, RuntimeError) as error:
         free = shutil.disk_usage(path.parent).free / 2**30
+        # torch.save turns an error of the system into one of its own about positions in the file.
+        reason = error.strerror if isinstance(error, OSError) else "the disk or a limit on file sizes cuts it short"
         raise CheckpointError(
-            f"cannot write {path}, {free:.2f} GiB are free there: {_first_line(error)}. What was saved before is whole: "
-            "make room and go on with --resume"
+            f"cannot write {path}, {free:.2f} GiB are free there: {reason}. What was saved before is whole: make room and go on "
+            "with --resume"
         ) from error
 
 

@@ -53,7 +53,7 @@ def compare(
     shown = _shown(runs)
     pictures = []
     if shown:
-        data, size = shown[0].config.data, shown[0].config.eval.size
+        data, how = shown[0].config.data, shown[0].config.eval
         options = data.options | data.val_options
         scenes = cast(
             SegmentationSet,
@@ -61,12 +61,12 @@ def compare(
         )
         samples = sample(scenes, count)
         networks = {run.name: run.network for run in shown}
-        seen = predictions(networks, samples, scenes, size)
+        seen = predictions(networks, samples, scenes, how)
         pictures.append(("predictions", "What the networks see in validation images.", seen))
         teacher = next((run for run in shown if run.network.has_aux), None)
         student = next((run for run in reversed(shown) if "rdd" in run.config.method.split("+")), None)
         if teacher and student:
-            maps = difficulty(teacher.network, student.network, samples, scenes, size, name=student.name)
+            maps = difficulty(teacher.network, student.network, samples, scenes, how, name=student.name)
             pictures.append(("difficulty", MAPS.format(student.name), maps))
     for name, _, picture in pictures:
         write_whole(out / f"{name}.png", partial(picture.save, format="PNG"))

@@ -363,12 +363,12 @@ class Run:
         due = number % -(-evaluations // PICTURES) == 0 or self.step == config.train.steps
         if not (self.main and due and config.train.panels):
             return
-        samples, size = sample(self.val_set, config.train.panels), config.eval.size
+        samples = sample(self.val_set, config.train.panels)
         network = self.network.eval()
         if self.teacher is None:
-            picture = predictions({"prediction": network}, samples, self.val_set, size)
+            picture = predictions({"prediction": network}, samples, self.val_set, config.eval)
         else:
-            picture = difficulty(self.teacher, network, samples, self.val_set, size)
+            picture = difficulty(self.teacher, network, samples, self.val_set, config.eval)
         train_mode(self.student, config.train.batch_norm)
         self.log.picture(self.step, picture)
 

@@ -12,15 +12,15 @@ from PIL import Image
 from torch import Tensor
 
 from fastkd import difficulty_mask, teacher_confidence
-from fastkd.train.evaluation import SegmentationSet, predict_logits
-from fastkd.train.models import Output, SegmentationModel
+from fastkd.train.config import EvalConfig
+from fastkd.train.evaluation import SegmentationSet, predict_scores
+from fastkd.train.models import SegmentationModel
 from fastkd.train.panels import colourise, heatmap, panel
 
 MAPS = (
     "Relative difficulty. TFE: how far the teacher's two heads agree (bright: fully). TSE: pixels that one of student and "
     "teacher finds hard and the other easy, here for {}."
 )
-Size = tuple[int, int] | None
 Samples = Sequence[tuple[Tensor, Tensor]]
 
 
@@ -31,12 +31,12 @@ def sample(dataset: SegmentationSet, count: int) -> Samples:
 
 
 def predictions(
-    networks: Mapping[str, SegmentationModel], samples: Samples, dataset: SegmentationSet, size: Size
+    networks: Mapping[str, SegmentationModel], samples: Samples, dataset: SegmentationSet, how: EvalConfig
 ) -> Image.Image:
-    """Rows of image, label and what each network sees, under its name; the networks are in eval mode."""
+    """Rows of image, label and what each network sees, under its name, evaluated as `how` says; all are in eval mode."""
     palette = np.asarray(dataset.palette)
     rows = [
-        [image, colourise(label, palette), *(_seen(network, image, palette, size) for network in networks.values())]
+        [image, colourise(label, palette), *(_seen(network, image, palette, how) for network in networks.values())]
         for image, label in samples
     ]
     return panel(["image", "label", *networks], rows, legend=dataset.classes, palette=palette)
@@ -48,7 +48,7 @@ def difficulty(
     student: SegmentationModel,
     samples: Samples,
     dataset: SegmentationSet,
-    size: Size,
+    how: EvalConfig,
     *,
     name: str = "student",
 ) -> Image.Image:
@@ -57,27 +57,34 @@ def difficulty(
     titles = ["image", "label", "teacher", name, *(["TFE confidence"] if teacher.has_aux else []), "TSE mask"]
     rows = []
     for image, label in samples:
-        t, s = (_output(network, image, size) for network in (teacher, student))
-        maps = [] if t.aux is None else [teacher_confidence(t.logits, t.aux, direction="main_aux")[0]]
-        maps.append(difficulty_mask(s.logits, t.logits, label[None].to(s.logits.device))[0])
-        seen = [_seen(network, image, palette, size) for network in (teacher, student)]
+        t, aux = _logits(teacher, image, how)
+        s, _ = _logits(student, image, how)
+        maps = [] if aux is None else [teacher_confidence(t, aux, direction="main_aux")[0]]
+        maps.append(difficulty_mask(s, t, label[None].to(s.device))[0])
+        seen = [_seen(network, image, palette, how) for network in (teacher, student)]
         rows.append([image, colourise(label, palette), *seen, *(heatmap(values.float()) for values in maps)])
     return panel(titles, rows, legend=dataset.classes, palette=palette)
 
 
-def _seen(network: SegmentationModel, image: Tensor, palette: Any, size: Size) -> np.ndarray:
-    images = image[None].to(_device(network))
+def _seen(network: SegmentationModel, image: Tensor, palette: Any, how: EvalConfig) -> np.ndarray:
     shape = (image.shape[-2], image.shape[-1])
-    return colourise(predict_logits(network, images, shape, input_size=size).argmax(1)[0], palette)
+    return colourise(predict_scores(network, image[None].to(_device(network)), shape, how).argmax(1)[0], palette)
 
 
-def _output(network: SegmentationModel, image: Tensor, size: Size) -> Output:
-    """Of the image at `size`, stretched to sides that 32 divides, which most encoders need: the maps lie over the label."""
+def _logits(network: SegmentationModel, image: Tensor, how: EvalConfig) -> tuple[Tensor, Tensor | None]:
+    """Main and auxiliary logits (1, K, H, W) of the whole image, at its size or the one it is resized to."""
     batch = image[None].to(_device(network)).float() / 255
-    height, width = (-(-side // 32) * 32 for side in size or batch.shape[-2:])
-    if tuple(batch.shape[-2:]) != (height, width):
-        batch = F.interpolate(batch, (height, width), mode="bilinear", antialias=True)
-    return network(batch)
+    if how.size is not None:
+        batch = F.interpolate(batch, tuple(how.size), mode="bilinear", antialias=True)
+    height, width = batch.shape[-2:]
+    batch = F.pad(batch, (0, -width % how.size_divisor, 0, -height % how.size_divisor), mode="replicate")
+    out = network(batch)
+
+    def cropped(x: Tensor) -> Tensor:
+        x = F.interpolate(x.float(), batch.shape[-2:], mode="bilinear", align_corners=how.align_corners)
+        return x[..., :height, :width].contiguous()
+
+    return cropped(out.logits), None if out.aux is None else cropped(out.aux)
 
 
 def _device(network: SegmentationModel) -> torch.device:

@@ -112,6 +112,7 @@ def test_a_disk_that_is_full(tmp_path):
     done = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "CheckpointError: cannot write" in done.stderr
+    assert "the disk or a limit on file sizes cuts it short" in done.stderr
     assert "What was saved before is whole: make room and go on with --resume" in done.stderr
     assert checkpoint.load(tmp_path / LAST)["step"] == 1
 
