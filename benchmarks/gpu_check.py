@@ -30,7 +30,7 @@ SITE = ROOT / "build" / "gpu_check"  # the wheels' packages
 PYTHON = sys.executable
 TESTS = (
     *("gpu", "triton", "nfd", "kd", "cwd", "resized", "resized_kernels", "rdd", "rdd_kernels"),
-    *("functional", "losses", "backends", "compile"),
+    *("cuda", "functional", "losses", "backends", "compile"),
 )
 
 

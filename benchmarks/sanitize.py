@@ -25,6 +25,18 @@ def main() -> None:
                 count += bool(x.grad.isfinite().all())
             other = teacher.float() if dtype != torch.float64 else teacher  # a pair of unlike dtypes
             fastkd.nfd_loss(student, other, dims=dims)
+        for (n, c, h, w), layout in itertools.product([*SHAPES, (1, 150, 9, 16), (1, 4096, 2, 8)], layouts):
+            dtype = next(dtypes)
+            student, teacher = (
+                torch.randn(n, c, h, w, device="cuda").to(dtype).to(memory_format=layout) for _ in range(2)
+            )
+            labels = torch.randint(0, c, (n, h, w), device="cuda", dtype=torch.int32)
+            labels[:, 0] = 255
+            for weight in (1.0, 1.0, 1.0, 2.0):
+                x = student.clone().requires_grad_()
+                (weight * fastkd.kd_loss(x, teacher, target=labels)).backward()
+                count += bool(x.grad.isfinite().all())
+            fastkd.kd_loss(student, teacher, reduction="none")
     torch.cuda.synchronize()
     print(f"{count} steps")
 

@@ -24,7 +24,7 @@ NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 # Operator -> the backends that have a kernel for it, the preferred one of a device first.
 KERNELS: dict[str, tuple[str, ...]] = {
     "nfd": ("cpu", "triton", "cuda"),
-    "kd": ("cpu", "triton"),
+    "kd": ("cpu", "triton", "cuda"),
     "cwd": ("cpu", "triton"),
     "resized_cross_entropy": ("cpu", "triton"),
     "resized_kd": ("cpu", "triton"),
@@ -33,7 +33,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
 }
 # Operator -> the compute capabilities on which its CUDA C++ kernel was measured to be faster than Triton's, so that it is
 # chosen there without being asked for. Filled from measurements alone (docs/cuda.md): there are none yet.
-FASTER_IN_CUDA: dict[str, frozenset[tuple[int, int]]] = {"nfd": frozenset()}
+FASTER_IN_CUDA: dict[str, frozenset[tuple[int, int]]] = {"nfd": frozenset(), "kd": frozenset()}
 _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 _LIBRARY = "_cpu.so"
 _CUDA_LIBRARY = "_cuda.so"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,15 @@ from fastkd import backends
 from . import emulation
 
 GPU = torch.cuda.is_available() and torch.version.cuda is not None and not emulation.RUNNING
-pytestmark = pytest.mark.skipif(not GPU, reason="there is no CUDA GPU")
+BUILT = Path(fastkd.__file__).with_name("_cuda.so").is_file() or shutil.which("nvcc") is not None
+pytestmark = [
+    pytest.mark.skipif(not GPU, reason="there is no CUDA GPU"),
+    pytest.mark.skipif(not BUILT, reason="the CUDA kernels are not built, and there is no nvcc to build them"),
+]
 
 ROOT = Path(__file__).parents[1]
-SUITE = ("test_nfd",)  # the operators that have a CUDA kernel
-SHAPE = (4, 32, 48, 64)  # a plane of it fits one block; the batch of a channel fits a cluster
+SUITE = ("test_nfd", "test_kd")  # the operators that have a CUDA kernel
+SHAPE = (3, 32, 48, 64)  # a plane of it fits one block; the batch of a channel fits a cluster
 each_layout = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 
 
@@ -113,6 +118,26 @@ def test_the_host_waits_for_nothing_and_guesses_are_right(dims, layout):
             grad = torch.full(stats.shape[:-1], weight, device="cuda") / groups
             want = torch.ops.fastkd_cuda.nfd_backward(grad, student, teacher, stats, dims)
             assert torch.equal(x.grad, want)
+
+
+@each_layout
+@pytest.mark.parametrize("classes", [19, 150, 4096])
+def test_kd_under_a_scale_and_labels_that_change(classes, layout):
+    """No synchronisation; the count of valid pixels is new in every step; right against plain PyTorch."""
+    student, teacher = (x.cuda() for x in maps(torch.bfloat16, layout, (2, classes, 24, 32)))
+    labels = torch.randint(0, classes, (2, 24, 32), device="cuda")
+    for step, weight in enumerate((1.0, 1.0, 1.0, 65536.0, 65536.0, 65536.0, 3.0)):
+        labels[0, step] = 255
+        x, y = (student.clone().requires_grad_() for _ in range(2))
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            with fastkd.use_backend("cuda"):
+                (fastkd.kd_loss(x, teacher, target=labels) * weight).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        with fastkd.use_backend("reference"):
+            (fastkd.kd_loss(y, teacher, target=labels) * weight).backward()
+        assert (x.grad - y.grad).float().norm() <= 0.01 * y.grad.float().norm()
 
 
 def test_another_stream_and_a_graph_give_the_same():

@@ -40,7 +40,7 @@ QUARTER = {**H100, "cluster": 2}
 @pytest.mark.skipif(emulation.RUNNING, reason="this is the process that it starts")
 @pytest.mark.skipif(emulation.compiler() is None, reason="there is no C++ compiler")
 def test_on_the_emulation():
-    run = emulation.run_tests(__file__, "tests/test_nfd.py")
+    run = emulation.run_tests(__file__, "tests/test_nfd.py", "tests/test_kd.py")
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout
 
@@ -335,3 +335,91 @@ def test_graphs_without_a_backward_and_second_backwards():
     assert torch.equal(first, second)
     with fastkd.use_backend("cuda"), pytest.raises(RuntimeError, match="double backward"):
         torch.autograd.grad(fastkd.nfd_loss(x, teacher), x, create_graph=True)
+
+
+# ---- KD --------------------------------------------------------------------------------------------------------------
+
+
+def kd_inputs(shape, layout: str, dtype: torch.dtype):
+    student, teacher = maps(shape, layout, dtype)
+    labels = torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=torch.Generator().manual_seed(1))
+    labels[:, ::3] = 255
+    return student, teacher, labels
+
+
+@needs_emulation
+def test_tiles_of_pixels_fit():
+    """Fewer pixels a block as classes grow, down to one; each pixel in one tile; 4096 classes on every chip."""
+    sm_86 = {**H100, "shared_per_block": 99 << 10, "shared_per_cores": 100 << 10, "cluster": 0}
+    for gpu in (H100, sm_86, SMALL):
+        configure(gpu)
+        for classes, dtype in itertools.product(
+            (1, 19, 150, 1000, 4096), (torch.float32, torch.bfloat16, torch.float64)
+        ):
+            for layout in LAYOUTS:
+                x = torch.empty((2, classes, 5, 16), dtype=dtype).to(memory_format=LAYOUTS[layout])
+                pixels, tiles, inner, shared = plans().kd_tiles(x).flatten().tolist()
+                if pixels == 0:
+                    assert gpu is SMALL
+                    assert classes == 4096
+                    continue
+                assert pixels & (pixels - 1) == 0
+                assert (tiles - 1) * pixels < inner <= tiles * pixels
+                assert shared <= gpu["shared_per_block"]
+                assert inner == (2 * 80 if not x.is_contiguous() else 80)
+
+
+@needs_emulation
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 19, 9, 16), (1, 150, 5, 8), (1, 600, 3, 5)])
+def test_kd_in_any_order_is_the_formula(shape, layout, dtype):
+    """Forward, backward and both in one, with a guess and without, give the same bits in any order of threads."""
+    ops = torch.ops.fastkd_cuda
+    student, teacher, labels = kd_inputs(shape, layout, dtype)
+    args = (student, teacher, labels, None, 2.0, 255)
+    results = []
+    for gpu, order in ((H100, "forwards"), (H100, "backwards"), (H100, "random")):
+        configure(gpu, order)
+        loss, count = ops.kd_forward(*args, False)
+        one = torch.ones((), dtype=loss.dtype)
+        gradient = ops.kd_backward(one * 1.7 / count.to(loss.dtype), *args)
+        memory = torch.tensor([1.7, 1.7], dtype=loss.dtype)
+        early = ops.kd_forward_ahead(*args, 1.0, True, memory)
+        assert torch.equal(early[0], loss)
+        assert torch.equal(early[1], count)
+        late = torch.full_like(student, 7)
+        nan = torch.full_like(one, torch.nan)
+        ops.kd_backward_ahead(one * 1.7, *args, 1.0, True, count, nan, late, memory)
+        assert torch.equal(early[2], late)
+        ops.kd_backward_ahead(
+            one * 1.7, *args, 1.0, True, count, early[3], marked := torch.full_like(student, 7), memory
+        )
+        assert marked.eq(7).all(), "a right guess leaves the gradient alone"
+        results.append((loss, gradient, early[2]))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    x = student.double().requires_grad_()
+    true = fastkd.kd_loss(x, teacher.double(), temperature=2.0, target=labels)
+    true.backward(torch.tensor(1.7, dtype=torch.float64))
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(results[0][0].double() / (labels != 255).sum(), true.detach(), rtol=1e-5, atol=1e-6)
+    assert (results[0][2].double() - x.grad).norm() <= (eps + 2e-6) * x.grad.norm()
+
+
+@needs_emulation
+def test_kd_gradients_are_right_while_labels_and_weights_change():
+    """The count of valid pixels changes in every step and is no part of the guess."""
+    student, teacher, labels = kd_inputs((2, 19, 8, 16), "nchw", torch.bfloat16)
+    made = []
+    for step, weight in enumerate((1.0, 1.0, 1.0, 8.0, 8.0, 8.0)):
+        labels[0, step] = 255
+        x, y = (student.clone().requires_grad_() for _ in range(2))
+        with fastkd.use_backend("cuda"):
+            loss = fastkd.kd_loss(x, teacher, target=labels)
+            made.append(not loss.grad_fn.gradient.isnan().any())
+            (weight * loss).backward()
+        with fastkd.use_backend("reference"):
+            (weight * fastkd.kd_loss(y, teacher, target=labels)).backward()
+        assert (x.grad - y.grad).float().norm() <= 0.01 * y.grad.float().norm()
+    assert made == [False, False, True, True, False, True]

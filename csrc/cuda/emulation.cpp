@@ -4,17 +4,13 @@
 // operators there print plans.
 #include "emulation.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
+#include "../checks.h"
+#include "kd.h"
 #include "kernels.h"
 #include "nfd.h"
 
 namespace fastkd::gpu {
 namespace {
-
-using torch::stable::Tensor;
 
 Device emulated{227 * 1024, 228 * 1024, 132, 8, 256};  // small groups in clusters too
 Order order = Order::random;
@@ -94,12 +90,19 @@ Tensor column_shares(const Tensor& like, int64_t outer, int64_t rows, int64_t in
     return table(like, lines);
 }
 
+// Pixels a tile, tiles of a line of pixels, pixels of that line, bytes of shared memory; no pixels where nothing fits.
+Tensor kd_tiles(const Tensor& x) {
+    const KdPlan plan = plan_kd(pair_of(x, x), emulated);
+    return table(x, {{plan.pixels, plan.tiles, plan.inner, plan.total}});
+}
+
 }  // namespace
 
 Device device(int) { return emulated; }
 void copy(void* to, const void* from, int64_t bytes, Stream) { memcpy(to, from, static_cast<size_t>(bytes)); }
 void nfd_forward(const NfdForward& a, Stream) { nfd_forward(a, Launcher{order}); }
 void nfd_backward(const NfdBackward& a, Stream) { nfd_backward(a, Launcher{order}); }
+void kd(const Kd& a, Stream) { kd(a, Launcher{order}); }
 
 }  // namespace fastkd::gpu
 
@@ -111,6 +114,7 @@ STABLE_TORCH_LIBRARY(fastkd_cuda_emulation, m) {
     m.def("column_blocks(Tensor like, int outer, int rows, int inner, int vector) -> Tensor");
     m.def("row_pieces(Tensor like, int runs, int groups, int length, int bytes) -> Tensor");
     m.def("column_shares(Tensor like, int outer, int rows, int inner, int bytes) -> Tensor");
+    m.def("kd_tiles(Tensor x) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastkd_cuda_emulation, CompositeExplicitAutograd, m) {
     m.impl("configure", TORCH_BOX(&fastkd::gpu::configure));
@@ -118,4 +122,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd_cuda_emulation, CompositeExplicitAutograd, m) {
     m.impl("column_blocks", TORCH_BOX(&fastkd::gpu::column_blocks));
     m.impl("row_pieces", TORCH_BOX(&fastkd::gpu::row_pieces));
     m.impl("column_shares", TORCH_BOX(&fastkd::gpu::column_shares));
+    m.impl("kd_tiles", TORCH_BOX(&fastkd::gpu::kd_tiles));
 }

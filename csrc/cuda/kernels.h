@@ -30,9 +30,33 @@ struct NfdBackward {
     void* memory;       // null, or acc (2,): the last grad, and the next guess
 };
 
+// Forward, backward, or both at once: what is null is not computed.
+struct Kd {
+    Pair in;
+    Pixels pixels;
+    KdPlan plan;
+    double temperature;
+
+    void* losses;          // acc (n, hw): the loss of each pixel
+    void* loss;            // acc, one number: their sum
+    int64_t* count;        // how many pixels count
+    double* parts;         // (plan.blocks(),), for loss
+    int64_t* count_parts;  // (count_blocks(n * hw),), where there are labels
+
+    const void* grad;   // acc (n, hw), or one number
+    bool per_pixel;     // which of them
+    double scale;       // of the gradient
+    bool by_count;      // instead of scale: 1 / max(count, 1)
+    void* gradient;     // dtype and layout of student
+    bool early;         // grad is a guess: no gradient if it is NaN
+    const void* guess;  // acc, one number: the gradient is there already if this is grad
+    void* memory;       // acc (2,): the last grad, and the next guess
+};
+
 Device device(int index);
 void copy(void* to, const void* from, int64_t bytes, Stream stream);
 void nfd_forward(const NfdForward& a, Stream stream);
 void nfd_backward(const NfdBackward& a, Stream stream);
+void kd(const Kd& a, Stream stream);
 
 }  // namespace fastkd::gpu

@@ -69,14 +69,10 @@ FASTKD_DEVICE Moments<double> absolute(const Moments<A>& m, A shift_s, A shift_t
             static_cast<double>(m.st)};
 }
 
-// Merges lanes whose indices differ in the bits from `from` up: every one of them gets the result, the lower lane's
-// moments always come first.
+// Merges the lanes whose indices differ in the bits from `from` up, into the lowest of them.
 template <class Block, class A>
 FASTKD_DEVICE Moments<A> merge_lanes(Block& block, Moments<A> m, int from = 1) {
-    for (int bit = from; bit < kWarp; bit *= 2) {
-        const Moments<A> other = block.shuffle_xor(m, bit);
-        m = block.thread() & bit ? merged(other, m) : merged(m, other);
-    }
+    for (int bit = from; bit < kWarp; bit *= 2) m = merged(m, block.shuffle_xor(m, bit));
     return m;
 }
 

@@ -8,6 +8,7 @@
 // the gradient from there, 3 transfers. Both exist for groups in rows and in columns (plan.h).
 #pragma once
 
+#include "dispatch.h"
 #include "kernels.h"
 #include "moments.h"
 
@@ -198,14 +199,6 @@ template <class A>
 FASTKD_DEVICE void put_coefficients(A* all, int width, int column, const Coefficients<A>& k) {
     const A fields[kStats] = {k.shift_s, k.rest_s, k.shift_t, k.rest_t, k.q, k.b};
     for (int f = 0; f < kStats; ++f) all[f * width + column] = fields[f];
-}
-
-// The next guess of grad_output: a value that came twice in a row. NaN, which equals nothing, is none.
-template <class Block, class A>
-FASTKD_DEVICE void remember(Block& block, const A* grad, A* memory) {
-    if (!memory || block.index() != 0 || block.thread() != 0) return;
-    memory[1] = grad[0] == memory[0] ? grad[0] : static_cast<A>(__builtin_nanf(""));
-    memory[0] = grad[0];
 }
 
 // ---- streaming -------------------------------------------------------------------------------------------------------
@@ -545,21 +538,6 @@ private:
 };
 
 // ---- launches --------------------------------------------------------------------------------------------------------
-
-// f(Type<T>, V) for the dtype of a pair, read `vector` elements at a time.
-template <class T, int V>
-struct Kind {
-    using type = T;
-    static constexpr int vector = V;
-};
-template <class F>
-void with_kind(const Pair& in, int vector, const F& f) {
-    if (in.student_type == DType::f64) return f(Kind<double, 1>{});
-    if (vector == 1) return f(Kind<Any, 1>{});
-    if (in.student_type == DType::f32) return f(Kind<float, 4>{});
-    if (in.student_type == DType::f16) return f(Kind<f16, 8>{});
-    f(Kind<bf16, 8>{});
-}
 
 template <class Launch>
 void nfd_forward(const NfdForward& a, const Launch& launch) {

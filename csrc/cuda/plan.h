@@ -272,4 +272,50 @@ inline NfdPlan plan_nfd(const Pair& in, Group group, const Device& device) {
     return plan;
 }
 
+// ---- KD --------------------------------------------------------------------------------------------------------------
+
+// A block holds all classes of `pixels` pixels: (classes, pixels) of NCHW, (pixels, classes) of channels_last, which is one
+// long line of pixels.
+struct KdPlan {
+    int64_t classes, outer, inner, tiles;
+    int pixels, vector;
+    bool channels_last;
+    int64_t student, teacher, shares, total;  // bytes of shared memory
+
+    FASTKD_ANYWHERE int64_t blocks() const { return outer * tiles; }
+    FASTKD_ANYWHERE int at(int64_t c, int pixel) const {
+        return static_cast<int>(channels_last ? pixel * classes + c : c * pixels + pixel);
+    }
+};
+
+// Blocks that count labels; each block of the next kernel adds up what they found, a number a thread.
+FASTKD_ANYWHERE int count_blocks(int64_t pixels) { return static_cast<int>(least(kThreads, ceil_div(pixels, 16 * kThreads))); }
+
+// The most pixels that leave room for other blocks, but no fewer than 32 while they fit at all; fewer, too, where there would
+// be fewer blocks than two a multiprocessor. pixels is 0 where one pixel's classes do not fit.
+inline KdPlan plan_kd(const Pair& in, const Device& device, const void* out = nullptr) {
+    KdPlan plan{in.c, in.channels_last ? 1 : in.n, in.channels_last ? in.n * in.hw : in.hw, 0, 0, 0, in.channels_last,
+                0,    0,                           0,                                       0};
+    const auto lay_out = [&](int pixels, int vector) {
+        const int64_t bytes = in.student_type == DType::f64 ? 8 : vector == 1 ? 4 : 16 / vector;
+        plan.pixels = pixels;
+        plan.vector = vector;
+        plan.tiles = ceil_div(plan.inner, pixels);
+        plan.teacher = round_up(in.c * pixels * bytes, 128);
+        plan.shares = 2 * plan.teacher;
+        plan.total = plan.shares + 3 * kThreads * (in.student_type == DType::f64 ? 8 : 4);
+        return plan.total;
+    };
+    int vector = vector_of(in, in.channels_last ? 8 : in.hw, out);
+    int pixels = kThreads;
+    while (pixels > 32 && lay_out(pixels, vector) > least(comfortable(device), device.shared_per_block)) pixels /= 2;
+    while (pixels > 32 && plan.outer * ceil_div(plan.inner, pixels) < 2 * device.multiprocessors) pixels /= 2;
+    while (pixels > 0 && lay_out(pixels, vector) > device.shared_per_block) {
+        pixels /= 2;
+        if (pixels < 8) vector = 1;  // no 16 bytes of pixels are left, nor, channels_last, a tile that begins at a multiple
+    }
+    if (pixels == 0) plan.pixels = 0;
+    return plan;
+}
+
 }  // namespace fastkd::gpu

@@ -8,6 +8,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <limits>
 #include <tuple>
@@ -30,7 +31,7 @@ struct On {
 // Makes a tensor's device the current one, and knows the stream that torch uses on it.
 struct On {
     explicit On(const Tensor& x) : guard(x.get_device_index()), device(gpu::device(x.get_device_index())) {
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
     }
     torch::stable::accelerator::DeviceGuard guard;
     gpu::Stream stream = nullptr;
@@ -52,6 +53,23 @@ void* scratch_of(const Tensor& x, int64_t doubles, Tensor& keep) {
     if (doubles == 0) return nullptr;
     keep = new_empty(x, Sizes{doubles}, ScalarType::Double);
     return keep.mutable_data_ptr();
+}
+
+// The next guess of grad_output. A copy: another backward may change the memory while this forward's kernels run.
+Tensor guess_of(const On& on, const Tensor& student, const Pair& in, const Tensor& memory) {
+    check_device(student, memory, "memory");
+    const auto* guesses = static_cast<const char*>(acc_data(memory, in, 2, "memory"));
+    Tensor guess = new_empty(student, Sizes{}, acc_type(in));
+    const int64_t bytes = acc_type(in) == ScalarType::Double ? 8 : 4;
+    gpu::copy(guess.mutable_data_ptr(), guesses + bytes, bytes, on.stream);
+    return guess;
+}
+
+void check_early(const Tensor& student, const Tensor& gradient, const Pair& in, const Tensor& memory) {
+    pair_on_device(student, gradient);
+    STD_TORCH_CHECK(gradient.scalar_type() == student.scalar_type(), "gradient must have the student's dtype");
+    check_device(student, memory, "memory");
+    acc_data(memory, in, 2, "memory");
 }
 
 // ---- NFD -------------------------------------------------------------------------------------------------------------
@@ -85,12 +103,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nfd_forward_ahead(const Tensor& stude
                                                              std::string dims, double eps, const Tensor& memory) {
     const On on(student);
     const Pair in = pair_on_device(student, teacher);
-    check_device(student, memory, "memory");
-    const auto* guesses = static_cast<const char*>(acc_data(memory, in, 2, "memory"));
-    Tensor gradient = empty_like(student), guess = new_empty(student, Sizes{}, acc_type(in));
-    // A copy: another backward may change the memory while this one's kernels run.
-    const int64_t bytes = acc_type(in) == ScalarType::Double ? 8 : 4;
-    gpu::copy(guess.mutable_data_ptr(), guesses + bytes, bytes, on.stream);
+    Tensor gradient = empty_like(student);
+    const Tensor guess = guess_of(on, student, in, memory);
     const auto [loss, stats] = run_nfd_forward(on, student, teacher, dims, eps, gradient.mutable_data_ptr(),
                                                guess.const_data_ptr());
     return {loss, stats, gradient, guess};
@@ -120,11 +134,107 @@ void nfd_backward_ahead(const Tensor& grad, const Tensor& student, const Tensor&
                         std::string dims, const Tensor& guess, Tensor gradient, Tensor memory) {
     const On on(student);
     const Pair in = pair_on_device(student, teacher);
-    pair_on_device(student, gradient);  // for its checks
-    STD_TORCH_CHECK(gradient.scalar_type() == student.scalar_type(), "gradient must have the student's dtype");
-    acc_data(memory, in, 2, "memory");
+    check_early(student, gradient, in, memory);
     run_nfd_backward(on, grad, student, teacher, stats, dims, gradient.mutable_data_ptr(),
                      acc_data(guess, in, 1, "guess"), memory.mutable_data_ptr());
+}
+
+// ---- KD --------------------------------------------------------------------------------------------------------------
+
+gpu::Kd kd_of(const On& on, const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
+              const std::optional<Tensor>& weight, double temperature, int64_t ignore_index, const void* gradient) {
+    const Pair in = pair_on_device(student, teacher);
+    if (target) check_device(student, *target, "target");
+    if (weight) check_device(student, *weight, "weight");
+    gpu::Kd a{};
+    a.in = in;
+    a.pixels = pixels_of(in, target, weight, ignore_index);
+    a.plan = gpu::plan_kd(in, on.device, gradient);
+    a.temperature = temperature;
+    a.scale = 1;
+    STD_TORCH_CHECK(a.plan.pixels > 0, "the ", in.c, " classes of a pixel do not fit this device's shared memory");
+    return a;
+}
+
+// What a forward fills, and where its kernels keep their sums in between.
+struct KdSums {
+    KdSums(gpu::Kd& a, const Tensor& student, bool per_pixel)
+        : loss(new_empty(student, per_pixel ? Sizes{student.size(0), student.size(2), student.size(3)} : Sizes{},
+                         acc_type(a.in))),
+          count(new_empty(student, Sizes{}, ScalarType::Long)) {
+        a.count = static_cast<int64_t*>(count.mutable_data_ptr());
+        if (per_pixel) {
+            a.losses = loss.mutable_data_ptr();
+        } else {
+            a.loss = loss.mutable_data_ptr();
+            a.parts = static_cast<double*>(scratch_of(student, a.plan.blocks(), parts));
+        }
+        if (a.pixels.label != Label::none) {
+            count_parts = new_empty(student, Sizes{gpu::count_blocks(a.in.n * a.in.hw)}, ScalarType::Long);
+            a.count_parts = static_cast<int64_t*>(count_parts.mutable_data_ptr());
+        }
+    }
+    Tensor loss, count, parts, count_parts;
+};
+
+std::tuple<Tensor, Tensor> kd_forward(const Tensor& student, const Tensor& teacher, std::optional<Tensor> target,
+                                      std::optional<Tensor> weight, double temperature, int64_t ignore_index,
+                                      bool per_pixel) {
+    const On on(student);
+    gpu::Kd a = kd_of(on, student, teacher, target, weight, temperature, ignore_index, nullptr);
+    const KdSums sums(a, student, per_pixel);
+    gpu::kd(a, on.stream);
+    return {sums.loss, sums.count};
+}
+
+Tensor kd_backward(const Tensor& grad, const Tensor& student, const Tensor& teacher, std::optional<Tensor> target,
+                   std::optional<Tensor> weight, double temperature, int64_t ignore_index) {
+    const On on(student);
+    Tensor out = empty_like(student);
+    gpu::Kd a = kd_of(on, student, teacher, target, weight, temperature, ignore_index, out.const_data_ptr());
+    check_device(student, grad, "grad");
+    a.per_pixel = grad.dim() > 0;
+    a.grad = acc_data(grad, a.in, a.per_pixel ? a.in.n * a.in.hw : 1, "grad");
+    a.gradient = out.mutable_data_ptr();
+    gpu::kd(a, on.stream);
+    return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> kd_forward_ahead(const Tensor& student, const Tensor& teacher,
+                                                            std::optional<Tensor> target, std::optional<Tensor> weight,
+                                                            double temperature, int64_t ignore_index, double scale,
+                                                            bool by_count, const Tensor& memory) {
+    const On on(student);
+    Tensor gradient = empty_like(student);
+    gpu::Kd a = kd_of(on, student, teacher, target, weight, temperature, ignore_index, gradient.const_data_ptr());
+    STD_TORCH_CHECK(target.has_value() || !by_count, "by_count needs a target");
+    const KdSums sums(a, student, false);
+    const Tensor guess = guess_of(on, student, a.in, memory);
+    a.grad = guess.const_data_ptr();
+    a.early = true;
+    a.scale = scale;
+    a.by_count = by_count;
+    a.gradient = gradient.mutable_data_ptr();
+    gpu::kd(a, on.stream);
+    return {sums.loss, sums.count, gradient, guess};
+}
+
+void kd_backward_ahead(const Tensor& grad, const Tensor& student, const Tensor& teacher, std::optional<Tensor> target,
+                       std::optional<Tensor> weight, double temperature, int64_t ignore_index, double scale, bool by_count,
+                       const Tensor& count, const Tensor& guess, Tensor gradient, Tensor memory) {
+    const On on(student);
+    gpu::Kd a = kd_of(on, student, teacher, target, weight, temperature, ignore_index, gradient.const_data_ptr());
+    check_early(student, gradient, a.in, memory);
+    check_device(student, grad, "grad");
+    STD_TORCH_CHECK(count.scalar_type() == ScalarType::Long && count.numel() == 1, "count must be one int64");
+    a.grad = acc_data(grad, a.in, 1, "grad");
+    a.scale = scale;
+    a.by_count = by_count;
+    a.count = static_cast<int64_t*>(count.mutable_data_ptr());
+    a.guess = acc_data(guess, a.in, 1, "guess");
+    a.memory = memory.mutable_data_ptr();
+    a.gradient = gradient.mutable_data_ptr();
+    gpu::kd(a, on.stream);
 }
 
 }  // namespace
@@ -139,6 +249,20 @@ STABLE_TORCH_LIBRARY(fastkd_cuda, m) {
     m.def(
         "nfd_backward_ahead(Tensor grad, Tensor student, Tensor teacher, Tensor stats, str dims, Tensor guess, "
         "Tensor(a!) gradient, Tensor(b!) memory) -> ()");
+    m.def(
+        "kd_forward(Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
+        "int ignore_index, bool per_pixel) -> (Tensor loss, Tensor count)");
+    m.def(
+        "kd_backward(Tensor grad, Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
+        "int ignore_index) -> Tensor");
+    m.def(
+        "kd_forward_ahead(Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
+        "int ignore_index, float scale, bool by_count, Tensor memory) "
+        "-> (Tensor loss, Tensor count, Tensor gradient, Tensor guess)");
+    m.def(
+        "kd_backward_ahead(Tensor grad, Tensor student, Tensor teacher, Tensor? target, Tensor? weight, "
+        "float temperature, int ignore_index, float scale, bool by_count, Tensor count, Tensor guess, "
+        "Tensor(a!) gradient, Tensor(b!) memory) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd_cuda, FASTKD_KEY, m) {
@@ -147,4 +271,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd_cuda, FASTKD_KEY, m) {
     m.impl("nfd_fits", TORCH_BOX(&nfd_fits));
     m.impl("nfd_forward_ahead", TORCH_BOX(&nfd_forward_ahead));
     m.impl("nfd_backward_ahead", TORCH_BOX(&nfd_backward_ahead));
+    m.impl("kd_forward", TORCH_BOX(&kd_forward));
+    m.impl("kd_backward", TORCH_BOX(&kd_backward));
+    m.impl("kd_forward_ahead", TORCH_BOX(&kd_forward_ahead));
+    m.impl("kd_backward_ahead", TORCH_BOX(&kd_backward_ahead));
 }

@@ -131,6 +131,7 @@ struct Sink {
 
     FASTKD_ANYWHERE explicit Sink(void* p, DType = {}) : data(static_cast<T*>(p)) {}
     FASTKD_DEVICE void write(int64_t at, const Accumulator<T> (&from)[V]) const { store<T, V>(data + at, from); }
+    FASTKD_DEVICE void one(int64_t at, Accumulator<T> from) const { data[at] = static_cast<T>(from); }
 };
 
 template <>
@@ -154,13 +155,14 @@ struct Sink<Any, 1> {
     DType type;
 
     FASTKD_ANYWHERE Sink(void* p, DType t) : data(p), type(t) {}
-    FASTKD_DEVICE void write(int64_t at, const float (&from)[1]) const {
+    FASTKD_DEVICE void one(int64_t at, float from) const {
         switch (type) {
-            case DType::f16: static_cast<f16*>(data)[at] = static_cast<f16>(from[0]); break;
-            case DType::bf16: static_cast<bf16*>(data)[at] = static_cast<bf16>(from[0]); break;
-            default: static_cast<float*>(data)[at] = from[0];
+            case DType::f16: static_cast<f16*>(data)[at] = static_cast<f16>(from); break;
+            case DType::bf16: static_cast<bf16*>(data)[at] = static_cast<bf16>(from); break;
+            default: static_cast<float*>(data)[at] = from;
         }
     }
+    FASTKD_DEVICE void write(int64_t at, const float (&from)[1]) const { one(at, from[0]); }
 };
 
 FASTKD_ANYWHERE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -4,13 +4,13 @@
 
 Forward and backward each read S and T once; nothing of the input's size is kept in between. The C++ backend can do
 both in one read (:data:`WITH_GRADIENT`): the gradient is then made in the forward, where one is needed, and handed out by
-the first backward.
+the first backward. So can CUDA's, with a guess of what the backward will bring (docs/cuda.md).
 """
 
 import torch
 from torch import Tensor
 
-from ._registry import Saved, accumulator, operators
+from ._registry import Guess, Saved, accumulator, operators
 
 FORWARD = (
     "kd_forward(Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, int ignore_index, "
@@ -26,6 +26,19 @@ WITH_GRADIENT = (
     "int ignore_index, float scale) -> (Tensor loss, Tensor count, Tensor gradient)"
 )
 """C++ only: the summed loss, the count, and ``scale`` times the gradient of the summed loss."""
+FORWARD_AHEAD = (
+    "kd_forward_ahead(Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
+    "int ignore_index, float scale, bool by_count, Tensor memory) "
+    "-> (Tensor loss, Tensor count, Tensor gradient, Tensor guess)"
+)
+"""CUDA only: the summed loss, the count, the guess of ``memory`` (see :class:`Guess`), and the gradient of the summed loss
+times the guess and ``scale`` (``by_count``: and 1 / count), or uninitialised where there is no guess (NaN)."""
+BACKWARD_AHEAD = (
+    "kd_backward_ahead(Tensor grad, Tensor student, Tensor teacher, Tensor? target, Tensor? weight, "
+    "float temperature, int ignore_index, float scale, bool by_count, Tensor count, Tensor guess, "
+    "Tensor(a!) gradient, Tensor(b!) memory) -> ()"
+)
+"""CUDA only: writes the gradient unless the guess was right, and remembers the grad for the next one."""
 
 
 def forward_fake(
@@ -68,8 +81,42 @@ def with_gradient_fake(
     return loss, count, torch.empty_like(student)
 
 
+def forward_ahead_fake(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    scale: float,
+    by_count: bool,
+    memory: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, count = forward_fake(student, teacher, target, weight, temperature, ignore_index, False)
+    return loss, count, torch.empty_like(student), torch.empty_like(loss)
+
+
+def backward_ahead_fake(
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    scale: float,
+    by_count: bool,
+    count: Tensor,
+    guess: Tensor,
+    gradient: Tensor,
+    memory: Tensor,
+) -> None:
+    return None
+
+
 OPERATORS = ((FORWARD, forward_fake), (BACKWARD, backward_fake))
 CPU_OPERATORS = ((WITH_GRADIENT, with_gradient_fake),)
+CUDA_OPERATORS = (*OPERATORS, (FORWARD_AHEAD, forward_ahead_fake), (BACKWARD_AHEAD, backward_ahead_fake))
 
 
 class _KD(torch.autograd.Function):
@@ -126,6 +173,43 @@ class _KD(torch.autograd.Function):
         return out, None, None, None, None, None, None, None, None
 
 
+class _OneRead(torch.autograd.Function):
+    """CUDA: as above, with a guess of grad_output."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor | None,
+        weight: Tensor | None,
+        temperature: float,
+        ignore_index: int,
+        reduction: str,
+        backend: str,
+    ) -> Tensor:
+        args = (student, teacher, target, weight, temperature, ignore_index)
+        n, _, h, w = student.shape
+        by_count = reduction == "mean" and target is not None
+        scale = {"mean": 1 / (n * h * w), "mean_all": 1 / (n * h * w), "batchmean": 1 / n}.get(reduction, 1.0)
+        ctx.guess = Guess(("kd", student.shape, student.stride(), student.dtype, reduction), student)
+        loss, count, ctx.gradient, guess = operators(backend).kd_forward_ahead(*args, scale, by_count, ctx.guess.memory)
+        ctx.saved = Saved(ctx, student, teacher, target, weight, count, guess)
+        ctx.options, ctx.backend = (temperature, ignore_index, scale, by_count), backend
+        return loss * (count.clamp(min=1).to(loss.dtype).reciprocal() if by_count else scale)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        student, teacher, target, weight, count, guess = ctx.saved.tensors(ctx)
+        out, ctx.gradient = ctx.gradient, None
+        if out is None:  # handed out by the first backward over this graph
+            out, guess = torch.empty_like(student), torch.full_like(guess, float("nan"))
+        args = (student, teacher, target, weight, *ctx.options, count, guess, out, ctx.guess.memory)
+        operators(ctx.backend).kd_backward_ahead(grad, *args)
+        ctx.guess.release()
+        return out, *(None,) * 7
+
+
 def kd(
     student: Tensor,
     teacher: Tensor,
@@ -137,12 +221,16 @@ def kd(
     backend: str,
 ) -> Tensor:
     """The reduced loss, 0-d or (N, H, W) for ``"none"``; differentiable with respect to ``student``."""
+    args = (student, teacher, target, weight, temperature, ignore_index, reduction, backend)
     one_read = (
-        backend == "cpu"
+        backend in ("cpu", "cuda")
         and reduction != "none"
         and student.requires_grad
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and (weight is None or student.dtype != torch.float16)  # unscaled, a weighted gradient may be beyond fp16
     )
-    return _KD.apply(student, teacher, target, weight, temperature, ignore_index, reduction, backend, one_read)
+    if one_read and backend == "cuda":
+        return _OneRead.apply(*args)
+    # Unscaled, a weighted gradient may be beyond fp16.
+    one_read = one_read and (weight is None or student.dtype != torch.float16)
+    return _KD.apply(*args, one_read)
