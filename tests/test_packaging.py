@@ -140,7 +140,14 @@ def test_from_source_archive_to_tests_with_torch_alone(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, cwd=ROOT)
     (archive,) = tmp_path.glob("*.tar.gz")
     listing = subprocess.check_output(["tar", "tzf", str(archive)], text=True)
-    for needed in ("csrc/registration.cpp", "csrc/cpu/vec.h", "csrc/cuda/nfd.cu", "kernels/nfd.py", "LICENSE", "setup.py"):
+    for needed in (
+        "csrc/registration.cpp",
+        "csrc/cpu/vec.h",
+        "csrc/cuda/nfd.cu",
+        "kernels/nfd.py",
+        "LICENSE",
+        "setup.py",
+    ):
         assert f"/{needed}\n" in listing
     python = clean(tmp_path / "builder", ("torch", "setuptools", "ninja", "numpy"))
     subprocess.run(
