@@ -141,7 +141,7 @@ def test_vectors_are_16_bytes(arch):
                 assert count(code[f"{kernel}-{kind}"], "STG.E.128") >= 2
         tiles = code[f"KdTiles-{kind}"]
         assert count(tiles, "LDGSTS.E.BYPASS.128") >= 4, "S and T of both layouts go to shared memory in 16 bytes"
-        assert count(tiles, "STG.E.128") == 2, "and the gradient out of it"
+        assert count(tiles, "STG.E.128") >= 2, "and the gradient out of it, however often the loop is unrolled"
     if int(arch[3:]) < 90:
         assert all(count(code[f"{name}-bf16"], "LDG") == 0 for name in ("NfdOneReadRows", "NfdOneReadColumns"))
 

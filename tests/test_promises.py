@@ -13,13 +13,13 @@ PAGE = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
 NAMED = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+)(?:::(\w+))?)?`")
 
 
-def tests_in(path: Path) -> set[str]:
+def names_in(path: Path) -> set[str]:
     """Names of the functions, of the classes, and of the classes' functions as Class::function."""
     found = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Assign):
-            names = [target.id for target in node.targets] if isinstance(node, ast.Assign) else [node.name]
-            found |= set(names)
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            found |= {target.id for target in targets if isinstance(target, ast.Name)} or {getattr(node, "name", "")}
         if isinstance(node, ast.ClassDef):
             found |= {f"{node.name}::{child.name}" for child in node.body if isinstance(child, ast.FunctionDef)}
     return found
@@ -31,7 +31,7 @@ def test_every_named_test_exists():
     for file, *parts in named:
         assert (ROOT / file).is_file(), file
         if name := "::".join(part for part in parts if part):
-            assert name in tests_in(ROOT / file), f"{file}::{name}"
+            assert name in names_in(ROOT / file), f"{file}::{name}"
 
 
 def test_every_promise_names_a_test():
