@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("torchmetrics")
+pytest.importorskip("accelerate")
 
 from fastkd.train.loader import StepSampler, train_loader
 from tests.train import tiny
