@@ -384,8 +384,6 @@ def _with_hint(message: str) -> str:
     if path := re.search(r"File does not exist: '(.+)'", message):
         stem = Path(path[1]).stem
         return f"no file {path[1]}" + (f"; the recipe is given by --recipe {stem}" if stem in recipe.names() else "")
-    if "Key must be a string, got: True" in message:
-        return 'YAML reads the key on as true; put it in quotes: {"on": features}'
     known_forms = (
         r"unrecognized arguments: -*([\w.]+)",
         r"Group '(.+)' does not accept option '(.+)'",

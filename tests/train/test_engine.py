@@ -41,7 +41,7 @@ def built(config):
 def test_every_method_trains(method, teacher, tmp_path):
     config = tiny.config(tmp_path, method=method, teacher=teacher)
     config.loss.rdd.tfe_steps = 1
-    config.loss.cwd.on = "features" if method == "cwd" else "logits"
+    config.loss.cwd.compare = "features" if method == "cwd" else "logits"
     config.loss.kd.resized = method == "kd"
     result = run(config)
     train = lines(tmp_path, "train")
@@ -121,6 +121,20 @@ def test_parts_of_a_batch_give_what_the_whole_gives(teacher, tmp_path, quick):
     states = [checkpoint.load(tmp_path / name / "last.pt")["model"] for name in ("1", "4")]
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_every_method_takes_a_batch_in_parts(teacher, tmp_path, quick):
+    """CIRKD alone gives something else: it compares the pixels of the images that it sees together."""
+    for parts in (1, 2):
+        method = "at+fitnet+skd+ifvd+dsd+cirkd"
+        config = tiny.config(
+            tmp_path / str(parts), method=method, teacher=teacher, **exact(train={"accumulate": parts})
+        )
+        config.loss.dsd.weight = 0.0  # its other term wants two taps
+        run(config)
+    whole, parts = (lines(tmp_path / name, "train")[0] for name in ("1", "2"))
+    for name, value in named(whole, "loss/").items():
+        assert parts["loss/" + name] == pytest.approx(value, rel=0.2 if name == "cirkd" else 2e-5)
 
 
 def test_parts_must_divide_the_batch(tmp_path):

@@ -355,7 +355,7 @@ def steps(method, networks, config=None, count=2):
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "rdd"])
 def test_each_method_trains_alone(method, networks):
     config = LossConfig()
-    config.cwd.on = "both"
+    config.cwd.compare = "both"
     terms, student = steps(method, networks, config)
     assert set(terms.parts) == {"task", method}
     assert terms.parts[method] > 0

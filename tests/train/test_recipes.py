@@ -59,7 +59,7 @@ def test_methods_and_weights():
     assert resolve("rdd-official", "--data.name", "voc").loss.rdd.class_weight is None
     assert (resolve("nfd").loss.nfd.weight, resolve("nfd").loss.kd.weight) == (5.0, 0.5)
     cwd = resolve("cwd").loss.cwd
-    assert (cwd.on, cwd.weight, cwd.feature_weight, cwd.temperature) == ("both", 3.0, 50.0, 4.0)
+    assert (cwd.compare, cwd.weight, cwd.feature_weight, cwd.temperature) == ("both", 3.0, 50.0, 4.0)
     assert (resolve("segformer").model.encoder, resolve("segformer").model.options) == ("mit_b0", {})
 
 

@@ -20,19 +20,19 @@ class CWDConfig(FeatureConfig):
         weight: of the logits' term.
         feature_weight: of the mean over the compared features.
         temperature: of the softmax over pixels.
-        on: "logits", "features" or "both".
+        compare: "logits", "features" or "both".
     """
 
     weight: float = 3.0
     feature_weight: float = 50.0
     temperature: float = 4.0
-    on: Literal["logits", "features", "both"] = "logits"
+    compare: Literal["logits", "features", "both"] = "logits"
 
     def build(self, pair: Pair) -> Distiller:
         parts: list[Distiller] = []
-        if self.on != "features":
+        if self.compare != "features":
             parts.append(OnLogits(fastkd.CWDLoss(temperature=self.temperature, loss_weight=self.weight)))
-        if self.on != "logits":
+        if self.compare != "logits":
             loss = fastkd.CWDLoss(temperature=self.temperature, loss_weight=self.feature_weight)
             parts.append(OnFeatures(loss, self, pair, adapt="cwd"))
         return parts[0] if len(parts) == 1 else _Both(*parts)
