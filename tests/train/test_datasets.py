@@ -15,7 +15,8 @@ Image = pytest.importorskip("PIL.Image")
 from torch.utils.data import DataLoader  # noqa: E402
 from torchvision import tv_tensors  # noqa: E402
 
-from fastkd.train.data import DataError, build_dataset  # noqa: E402
+from fastkd.train.data import DataError, build_dataset, layouts  # noqa: E402
+from fastkd.train.data.folders import read_classes  # noqa: E402
 from fastkd.train.data.layouts import CITYSCAPES_IDS  # noqa: E402
 from tests.train.trees import SIZE, TREES, save, stripes  # noqa: E402
 
@@ -165,6 +166,48 @@ def test_folders_with_other_names(tree, tmp_path):
     (other / "in").mkdir()
     (other / "a.png").rename(other / "in" / "a.png")
     assert build("folders", other, **options | {"images": "in"})[0][1].unique().tolist() == [0, 1, 2, 255]
+
+
+def test_camvid_in_colours(tree):
+    root = tree("camvid")
+    with pytest.raises(ValueError, match="'numbers' or 'colours'"):
+        build("camvid", root, labels="rgb")
+    with pytest.raises(FileNotFoundError, match=r"no folder .*train_labels.*32 original classes"):
+        build("camvid", root, labels="colours")
+    label = np.zeros((*SIZE, 3), np.uint8)  # void
+    colours = {
+        "road": [(128, 64, 128), (128, 0, 192)],
+        "car": [(64, 128, 192), (192, 64, 128)],
+        "sky": [(128, 128, 128)],
+    }
+    for row, colour in enumerate([colour for several in colours.values() for colour in several], 1):
+        label[row] = colour
+    for path in (root / "train").iterdir():
+        save(label, root / "train_labels" / f"{path.stem}_L.png")
+    dataset = build("camvid", root, labels="colours")
+    found = dataset[0][1][: 1 + 5, 0].tolist()
+    assert found == [255, *[dataset.classes.index(name) for name, several in colours.items() for _ in several]]
+    label[7, 3] = (1, 2, 3)
+    save(label, dataset.items[1][1])
+    with pytest.raises(DataError, match=r"_L\.png has the colour \(1, 2, 3\) at row 7, column 3.*compressed"):
+        dataset[1]
+    save(label[..., 0], dataset.items[1][1])
+    with pytest.raises(DataError, match="expected colours"):
+        dataset[1]
+    (root / "train_labels").rename(root / "elsewhere")
+    (root / "trainannot").rename(root / "train_labels")
+    with pytest.raises(FileNotFoundError, match=r"--data\.options\.labels colours"):
+        build("camvid", root)
+
+
+def test_camvid_colours_belong_to_classes():
+    """All 32, the eleven classes' own colours among them where the tutorial kept them."""
+    colours = layouts._camvid_colours()
+    names, palette = read_classes(layouts.CLASSES / "camvid.txt")
+    assert len(colours) == 32
+    assert set(colours.values()) == {*range(11), 255}
+    own = {name: colours.get(tuple(colour)) for name, colour in zip(names, palette.tolist(), strict=True)}
+    assert own == {name: None if name == "pavement" else number for number, name in enumerate(names)}
 
 
 @pytest.mark.parametrize(

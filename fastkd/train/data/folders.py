@@ -44,6 +44,7 @@ class Layout:
         values: label value -> class; None: classes are numbered from `first`.
         first: label value of the first class.
         ignored: label values that count nowhere.
+        colours: label colour -> class, or 255, where the labels are RGB images; None: they hold class numbers.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Layout:
     values: Mapping[int, int] | None = None
     first: int = 0
     ignored: tuple[int, ...] = (IGNORE,)
+    colours: Mapping[tuple[int, int, int], int] | None = None
 
 
 class LabelledImages(Dataset):
@@ -92,6 +94,7 @@ class LabelledImages(Dataset):
             )
         self.known = np.isin(np.arange(256), [*self.values, *layout.ignored])
         self.table = np.array([self.values.get(value, IGNORE) for value in range(256)], np.uint8)
+        self.codes = {_code(colour): number for colour, number in sorted((layout.colours or {}).items())}
 
     def _root(self, root: Path) -> Path:
         """`root`, or the folder in it where the data set begins."""
@@ -176,20 +179,42 @@ class LabelledImages(Dataset):
 
     def _load(self, image_path: Path, label_path: Path) -> tuple[np.ndarray, np.ndarray]:
         image = open_mode(image_path, ("RGB", "L"), "convert it to 8-bit RGB")
-        label = open_mode(
-            label_path, ("L", "P"), "convert it to 8-bit class numbers, one channel (an RGB label is a colour map)"
-        )
+        if self.codes:
+            label = open_mode(
+                label_path, ("RGB",), f"expected colours; is it a label of another kind? {self.layout.tree}"
+            )
+        else:
+            says = "convert it to 8-bit class numbers, one channel (an RGB label is a colour map)"
+            label = open_mode(label_path, ("L", "P"), says)
         if image.size != label.size:
             raise DataError(
                 f"{image_path} is {image.width}x{image.height} but its label {label_path} is "
                 f"{label.width}x{label.height}; they must be the same size"
             )
+        numbers = (
+            self._from_colours(np.array(label), label_path) if self.codes else self._from_values(label, label_path)
+        )
+        return np.array(image.convert("RGB")), numbers
+
+    def _from_colours(self, label: np.ndarray, path: Path) -> np.ndarray:
+        codes, found = np.array(list(self.codes)), _code(label.astype(np.int64).transpose(2, 0, 1))
+        places = np.searchsorted(codes, found).clip(max=len(codes) - 1)
+        wrong = np.argwhere(codes[places] != found)
+        if len(wrong):
+            y, x = wrong[0]
+            raise DataError(
+                f"{path} has the colour {tuple(label[y, x].tolist())} at row {y}, column {x}, which no class has; "
+                "was it resized or compressed with loss?"
+            )
+        return np.array(list(self.codes.values()), np.uint8)[places]
+
+    def _from_values(self, label: Any, path: Path) -> np.ndarray:
         numbers = np.array(label)
         wrong = [value for value, count in enumerate(label.histogram()) if count and not self.known[value]]
         if wrong:
             y, x = np.argwhere(numbers == wrong[0])[0]
-            raise DataError(f"{label_path} holds the value {wrong[0]} at row {y}, column {x}; {self._expected()}")
-        return np.array(image.convert("RGB")), self.table[numbers]
+            raise DataError(f"{path} holds the value {wrong[0]} at row {y}, column {x}; {self._expected()}")
+        return self.table[numbers]
 
     def _expected(self) -> str:
         return (
@@ -197,6 +222,12 @@ class LabelledImages(Dataset):
             f"{_spans(sorted(self.layout.ignored)) or 'nothing'} for ignored pixels. Is the number of classes right, or is it "
             "a label of another data set or kind?"
         )
+
+
+def _code(rgb: Any) -> Any:
+    """One number of red, green and blue."""
+    red, green, blue = rgb
+    return (red * 256 + green) * 256 + blue
 
 
 def _spans(values: Any) -> str:

@@ -36,19 +36,42 @@ def cityscapes(split: str, *, labels: Literal["labelIds", "labelTrainIds"] = "la
     )
 
 
-def camvid(split: str) -> Layout:
-    """CamVid, 11 classes, in the layout of the SegNet tutorial, whose labels have 11 for void.
+def camvid(split: str, *, labels: Literal["numbers", "colours"] = "numbers") -> Layout:
+    """CamVid, 11 classes, as the SegNet tutorial has it (480x360, labels 0 to 10 and 11 for void), or whole (960x720).
 
     Brostow, Fauqueur, Cipolla, "Semantic object classes in video", PRL 2009; Badrinarayanan et al., SegNet, 2017.
+
+    labels: "numbers", the tutorial's files, or "colours", those of the whole images in the colours of the 32 original
+    classes, which are grouped into the 11.
     """
+    if labels not in ("numbers", "colours"):
+        raise ValueError(f"camvid: labels must be 'numbers' or 'colours', got {labels!r}")
+    numbers = labels == "numbers"
     return Layout(
         name="camvid",
-        tree=f"ROOT/{split}/*.png|jpg beside ROOT/{split}annot/*.png (the SegNet tutorial's CamVid)",
+        tree=(
+            f"ROOT/{split}/*.png|jpg beside ROOT/{split}annot/*.png (the SegNet tutorial's CamVid; for {split}_labels/*_L.png "
+            "in colours set --data.options.labels colours)"
+            if numbers
+            else f"ROOT/{split}/*.png beside ROOT/{split}_labels/*_L.png in the colours of the 32 original classes"
+        ),
         classes=CLASSES / "camvid.txt",
         images=split,
-        labels=(f"{split}annot",),
+        labels=(f"{split}annot" if numbers else f"{split}_labels",),
+        label_suffix=".png" if numbers else "_L.png",
         ignored=(11, IGNORE),
+        colours=None if numbers else _camvid_colours(),
     )
+
+
+def _camvid_colours() -> dict[tuple[int, int, int], int]:
+    """The colour of each of the 32 original classes -> the class of the 11 it belongs to, or 255."""
+    colours = {}
+    for line in (CLASSES / "camvid_colours.txt").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            _, red, green, blue, number = line.split()
+            colours[int(red), int(green), int(blue)] = int(number)
+    return colours
 
 
 def voc(split: str, *, aug: bool = True, list: str | None = None) -> Layout:
