@@ -301,7 +301,7 @@ COSMETIC = (
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
     """Dotted names of the values in which two `to_dict` outputs differ, those of `COSMETIC` left out."""
     found = []
-    for key in sorted(set(a) | set(b)):
+    for key in sorted(set(a) | set(b), key=str):
         if f"{prefix}{key}" in COSMETIC:
             continue
         left, right = a.get(key), b.get(key)
@@ -310,6 +310,11 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[
         elif left != right:
             found.append(f"{prefix}{key}")
     return found
+
+
+def seeds_apart(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two `to_dict` outputs are two seeds of one configuration."""
+    return differences(a, b) == ["seed"]
 
 
 def parse(argv: list[str], *, prog: str = "fastkd train") -> tuple[Config, dict[str, Any]]:

@@ -16,11 +16,12 @@ from typing import Any
 
 import yaml
 
+from fastkd.train.config import seeds_apart
+
 NO_CLEAR_CHANGE = 0.5  # points of mIoU: below this, a difference says nothing
 TEACHER_COLOUR, PLAIN_COLOUR = "#2b3138", "#8b939d"
 COLOURS = ("#0b6bb3", "#d1580b", "#12876a", "#b14a8b", "#b98a00", "#4aa3d6", "#7a5cc0", "#8c5a3c")
 PLAIN = ("none", "plain", "")  # words for "no distillation"
-OWN = ("out", "name", "seed")  # values in which the runs of one group differ
 
 Points = list[tuple[float, float]]  # (step, value)
 
@@ -172,16 +173,14 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 
     A group without distillation is the plain student if a distilled one has its model, else a teacher.
     """
-    found: dict[str, list[Run]] = {}
+    found: list[list[Run]] = []
     for run in runs:
-        settings = {key: value for key, value in run.settings.items() if key not in OWN}
-        same = "seed" in run.settings
-        what = [settings, run.result.get("model"), run.result.get("steps")]
-        key = json.dumps(what, sort_keys=True, default=str) if same else str(run.path)
-        if same and run.seed in [other.seed for other in found.get(key, [])]:
-            key = str(run.path)  # the same run twice, or one that cannot be told from it
-        found.setdefault(key, []).append(run)
-    groups = [Group(_common_name(members), members) for members in found.values()]
+        same = next((members for members in found if all(_seeds_apart(member, run) for member in members)), None)
+        if same is None:
+            found.append([run])
+        else:
+            same.append(run)
+    groups = [Group(_common_name(members), members) for members in found]
     students = {group.model for group in groups if group.method not in (*PLAIN, "?")}
     number = 0
     for group in groups:
@@ -195,6 +194,11 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
             group.colour = COLOURS[number % len(COLOURS)]
             number += 1
     return groups
+
+
+def _seeds_apart(a: Run, b: Run) -> bool:
+    ends = [(run.result.get("model"), run.result.get("steps")) for run in (a, b)]
+    return ends[0] == ends[1] and seeds_apart(a.settings, b.settings)
 
 
 def _common_name(runs: Sequence[Run]) -> str:

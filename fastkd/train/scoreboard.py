@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from fastkd.train import checkpoint
-from fastkd.train.config import Config, EvalConfig, differences, from_dict, to_dict
+from fastkd.train.config import Config, EvalConfig, from_dict, seeds_apart, to_dict
 from fastkd.train.data import build_dataset, eval_transform
 from fastkd.train.evaluation import Scores, SegmentationSet, evaluate
 
@@ -104,7 +104,7 @@ def _hours(path: Path) -> float | None:
 
 
 def rows(entries: Sequence[Entry]) -> list[Row]:
-    """One row for all entries whose configurations differ in the seed and the teacher's file alone, in the order of the first."""
+    """One row for all entries whose configurations differ in their seed alone, in the order of the first."""
     groups: list[list[Entry]] = []
     for entry in entries:
         same = (g for g in groups if _same(g[0], entry))
@@ -117,8 +117,7 @@ def rows(entries: Sequence[Entry]) -> list[Row]:
 
 
 def _same(a: Entry, b: Entry) -> bool:
-    changed = set(differences(to_dict(a.config), to_dict(b.config)))
-    return a.step == b.step and changed <= {"seed", "teacher", "data.root", "data.workers"} and "seed" in changed
+    return a.step == b.step and seeds_apart(to_dict(a.config), to_dict(b.config))
 
 
 def _row(group: list[Entry]) -> Row:
