@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("accelerate")
 pytest.importorskip("segmentation_models_pytorch")
 
+from fastkd.cli import main
 from fastkd.train import checkpoint
 from fastkd.train.config import parse, to_dict
 from fastkd.train.models import build_model
@@ -131,6 +132,26 @@ def test_foreign_checkpoints(place, good, tmp_path):
             assert network(torch.zeros(1, 3, 64, 64)).logits.shape[1] == 3
     assert all(str(path) in message for message in said)
     assert len(said) > 5
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [(("loss", "cwd", "speed"), 1), (("optim",), 3), (("eval", "size"), 4), (("data",), [1]), (("loss", "kd"), {1: 2})],
+)
+def test_a_configuration_of_another_version(place, value, good, tmp_path, capsys):
+    """Commands that need more than the network of a checkpoint name it, too."""
+    state, path = copy.deepcopy(good), tmp_path / "other.pt"
+    holder = state["config"]
+    for name in place[:-1]:
+        holder = holder[name]
+    holder[place[-1]] = value
+    torch.save(state, path)
+    with pytest.raises(
+        checkpoint.CheckpointError, match=rf"{path} is of a configuration that this version does not know"
+    ):
+        checkpoint.config_of(state, path)
+    assert main(["export", str(path), "--out", str(tmp_path / "x.safetensors")]) == 1
+    assert str(path) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("encoder", ["tu-hf-hub:someone/something", "tu-local-dir:/tmp", "hf-hub:someone/something"])

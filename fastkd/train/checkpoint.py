@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastkd.train.config import ModelConfig, from_dict
+from fastkd.train.config import Config, ModelConfig, from_dict
 from fastkd.train.files import write_whole
 from fastkd.train.models import SegmentationModel, build_model
 
@@ -114,6 +114,16 @@ def load_network(path: str | Path, state: dict[str, Any] | None = None) -> tuple
             f"checkpoint {path} does not fit the network of its own configuration: {error}"
         ) from error
     return network.eval(), state
+
+
+def config_of(state: dict[str, Any], path: str | Path) -> Config:
+    """The configuration a checkpoint was trained with; CheckpointError: this version has no such values."""
+    try:
+        return from_dict(Config, state["config"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} is of a configuration that this version does not know: {error}"
+        ) from error
 
 
 def _is_colour(value: Any) -> bool:

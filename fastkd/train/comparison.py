@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from fastkd.train import checkpoint
-from fastkd.train.config import Config, from_dict
+from fastkd.train.config import Config
 from fastkd.train.data import build_dataset, eval_transform
 from fastkd.train.evaluation import SegmentationSet
 from fastkd.train.files import write_whole
@@ -89,5 +89,5 @@ def _shown(runs: Sequence[Path]) -> list[Shown]:
         name = "plain student" if group.role == "plain" else group.name
         taken = {run.name for run in found}
         name = next(n for n in (name, group.name, str(path)) if n not in taken)
-        found.append(Shown(name, path, from_dict(Config, state["config"]), state, network))
+        found.append(Shown(name, path, checkpoint.config_of(state, path), state, network))
     return found

@@ -281,10 +281,16 @@ def _typed(hint: Any, value: Any) -> Any:
     if value is None:
         return None
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+        hint, *others = (option for option in typing.get_args(hint) if option is not type(None))
+        if others:
+            return tuple(value) if isinstance(value, list) else value
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_dict(hint, value)
-    return tuple(value) if typing.get_origin(hint) is tuple and isinstance(value, list) else value
+    if typing.get_origin(hint) is not tuple:
+        return value
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"expected several values, got {value!r}")
+    return tuple(value)
 
 
 def write_yaml(config: Config, path: Path) -> None:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.train import checkpoint
-from fastkd.train.config import Config, from_dict
 from fastkd.train.files import write_whole
 
 SIDE = 32  # sides of the ONNX input are multiples of this, which every encoder takes
@@ -52,7 +51,7 @@ def export(path: Path, out: Path, *, size: tuple[int, int] | None = None) -> str
     if out.suffix not in (".onnx", ".safetensors"):
         raise ValueError(f"--out {out} must end in .onnx or .safetensors")
     network, state = checkpoint.load_network(path)
-    config = from_dict(Config, state["config"])
+    config = checkpoint.config_of(state, path)
     notes = {
         "classes": json.dumps(list(state["classes"])),
         "palette": json.dumps(state["palette"]),

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fastkd.train import checkpoint
-from fastkd.train.config import Config, EvalConfig, from_dict
+from fastkd.train.config import EvalConfig
 from fastkd.train.data.images import SUFFIXES, DataError, open_mode, upright
 from fastkd.train.evaluation import predict_scores
 from fastkd.train.files import write_whole
@@ -48,7 +48,7 @@ def predict(
     network, state = checkpoint.load_network(path)
     device = device or torch.device("cpu")
     network = network.to(device)
-    how = from_dict(Config, state["config"]).eval
+    how = checkpoint.config_of(state, path).eval
     how = dataclasses.replace(how, size=(size[0], size[1])) if size else how
     palette = np.asarray(state["palette"], dtype=np.uint8)
     targets = [out / f"{image.stem}.png" for image in images]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from fastkd.train import checkpoint
-from fastkd.train.config import Config, EvalConfig, from_dict, seeds_apart, to_dict
+from fastkd.train.config import Config, EvalConfig, seeds_apart, to_dict
 from fastkd.train.data import build_dataset, eval_transform
 from fastkd.train.evaluation import Scores, SegmentationSet, evaluate
 
@@ -71,7 +71,7 @@ def score(
     entries = []
     for path in paths:
         network, state = checkpoint.load_network(_file(path))
-        config = from_dict(Config, state["config"])
+        config = checkpoint.config_of(state, path)
         if list(state["classes"]) != list(dataset.classes):
             raise ValueError(
                 f"{path} knows the {len(state['classes'])} classes {', '.join(state['classes'])}; the data of {paths[0]} has "
@@ -91,7 +91,7 @@ def validation_of(path: Path) -> EvalConfig:
 
 
 def _config(path: Path) -> Config:
-    return from_dict(Config, checkpoint.load(_file(path))["config"])
+    return checkpoint.config_of(checkpoint.load(_file(path)), path)
 
 
 def _file(path: Path) -> Path:
