@@ -81,7 +81,13 @@ class Group:
 
     @property
     def model(self) -> str:
-        return next((str(run.result["model"]) for run in self.runs if "model" in run.result), "?")
+        """The network and its options, so that a wide and a narrow one are told apart."""
+        run = next((run for run in self.runs if "model" in run.result), None)
+        if run is None:
+            return "?"
+        chosen = run.settings.get("model")
+        options = chosen.get("options") if isinstance(chosen, dict) else None
+        return f"{run.result['model']} {options}" if options else str(run.result["model"])
 
     @property
     def finished(self) -> bool:

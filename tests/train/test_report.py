@@ -180,6 +180,16 @@ def test_verdict_without_a_plain_student(runs):
     assert "Gained" not in text
 
 
+def test_a_teacher_may_be_a_wider_network_of_the_same_name(runs):
+    for path, width in zip(runs, (256, *4 * [64]), strict=True):
+        result = json.loads((path / "result.json").read_text()) | {"model": "unet"}
+        (path / "result.json").write_text(json.dumps(result))
+        with (path / "config.yaml").open("a") as config:
+            config.write(f"model: {{options: {{decoder_channels: {width}}}}}\n")
+    assert [group.role for group in grouped(load_runs(runs))] == ["teacher", "plain", *3 * ["distilled"]]
+    assert "gap is 20.0 points" in judged(runs)
+
+
 def test_verdict_names_unlike_runs(runs, tmp_path):
     longer = make_run(tmp_path, "kd", "kd", 0.56, steps=80, seed=3)
     text = judged([*runs, longer])
