@@ -1,5 +1,7 @@
 """Wrong arguments raise what the docs promise; dtypes, teachers and layouts are handled as promised."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -20,6 +22,30 @@ PAIRWISE = {
     "rdd_loss": lambda s, t: fastkd.rdd_loss(s, t, Y, stage="tse"),
 }
 each_loss = pytest.mark.parametrize("name", PAIRWISE)
+
+SIGNATURES = {
+    "nfd_loss": "student, teacher, *, dims='hw', eps=1e-05, reduction='mean'",
+    "kd_loss": "student, teacher, *, temperature=1.0, target=None, weight=None, ignore_index=255, reduction='mean'",
+    "cwd_loss": "student, teacher, *, temperature=4.0, reduction='mean'",
+    "resized_cross_entropy": "logits, target, *, class_weight=None, pixel_weight=None, ignore_index=255, "
+    "align_corners=False, reduction='mean'",
+    "resized_kd_loss": "student, teacher, *, size, temperature=1.0, target=None, pixel_weight=None, ignore_index=255, "
+    "align_corners=False, reduction='mean'",
+    "teacher_confidence": "main, aux, *, direction='aux_main'",
+    "difficulty_mask": "student, teacher, target, *, threshold=0.7, min_kept=0, confidence='max', select='xor', "
+    "ignore_index=255, align_corners=False",
+    "rdd_loss": "student, teacher, target, *, stage, teacher_aux=None, student_aux=None, preset='paper', kd_weight=1.0, "
+    "temperature=1.0, threshold=None, min_kept=None, select='xor', class_weight=None, aux_weight=None, "
+    "ignore_index=255, align_corners=None, blend=None",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_names_and_defaults(name):
+    """What a call leaves out is part of what it means."""
+    parameters = inspect.signature(getattr(fastkd, name)).parameters.values()
+    bare = inspect.Signature([p.replace(annotation=inspect.Parameter.empty) for p in parameters])
+    assert str(bare) == f"({SIGNATURES[name]})"
 
 
 @each_loss

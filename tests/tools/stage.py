@@ -89,6 +89,22 @@ def build(
     run([compiler, *flags, "-shared", *linked, "-o", str(stage / "fastkd" / "_cpu.so"), f"-L{libs}", "-ltorch_cpu"])
 
 
+def keep(stage: Path) -> Path:
+    """Sets aside what is built, for :func:`restore`."""
+    whole = stage / "whole"
+    shutil.copytree(stage / "objects", whole)
+    shutil.copy(stage / "fastkd" / "_cpu.so", whole)
+    return whole
+
+
+def restore(stage: Path, whole: Path) -> None:
+    """Puts it back. The library gets a new file: the old one's contents are mapped by whoever has loaded it."""
+    for kept in whole.iterdir():
+        to = stage / ("fastkd" if kept.suffix == ".so" else "objects") / kept.name
+        to.unlink(missing_ok=True)
+        shutil.copy2(kept, to)
+
+
 def run(command: list[str], **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, check=True, capture_output=True, text=True, **options)
 
