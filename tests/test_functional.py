@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastkd
+from fastkd.functional import PIXEL_REDUCTIONS
 
 from .support import DEVICE, LAYOUTS, each_backend, each_kernel, lay_out, loss_and_gradient
 
@@ -217,3 +218,17 @@ def test_double_backward_is_refused(backend, name):
         (gradient,) = torch.autograd.grad(PAIRWISE[name](student, teacher), student, create_graph=True)
     gradient.square().sum().backward()
     assert student.grad.isfinite().all()
+
+
+@each_backend
+def test_every_reduction_of_one_number_is_that_number(backend):
+    student, teacher = torch.randn(2, 1, 5, 1, 1, device=DEVICE)
+    target = torch.tensor([[[3]]], device=DEVICE)
+    for reduction in PIXEL_REDUCTIONS:
+        with fastkd.use_backend(backend):
+            for loss in (
+                lambda **o: fastkd.kd_loss(student, teacher, target=target, **o),
+                lambda **o: fastkd.resized_cross_entropy(student, target, **o),
+                lambda **o: fastkd.resized_kd_loss(student, teacher, size=(1, 1), **o),
+            ):
+                torch.testing.assert_close(loss(reduction=reduction).sum(), loss(reduction="none").sum())

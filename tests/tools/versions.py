@@ -35,7 +35,9 @@ def tests_of(python: str, tests: Path) -> str:
     shutil.copytree(ROOT / "tests", tests, ignore=shutil.ignore_patterns("train", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tests.parent)
     files = [f"tests/test_{name}.py" for name in CORE]
-    command = [python, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *files]
+    # Few examples: what the kernels compute is the library's own business, which is the same one everywhere.
+    options = ["-q", "-m", "not slow", "-p", "no:cacheprovider", "--hypothesis-profile=interpreter"]
+    command = [python, "-m", "pytest", *options, *files]
     lines = call(command, cwd=tests.parent).stdout.strip().splitlines()
     return "\n".join([line for line in lines if line.startswith(("FAILED", "ERROR"))] + lines[-1:])
 
@@ -68,24 +70,16 @@ def main() -> int:
     parser.add_argument("torch", nargs="+", help="versions of torch")
     parser.add_argument("--python", nargs="+", default=[sys.executable])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "fastkd-versions")
+    parser.add_argument("--wheel", type=Path, help="the wheel, if it is built already")
     parser.add_argument("--keep", action="store_true", help="leave the environments for another run")
     args = parser.parse_args()
     args.folder.mkdir(exist_ok=True)
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(args.folder),
-        str(ROOT),
-    ]
-    # The CUDA kernels, where there is a compiler for them, would take longer than all the tests and run in none of them.
-    subprocess.run(build, check=True, env={"FASTKD_CUDA": "0", **os.environ, "FASTKD_BUILD": "1"})
-    wheel = max(args.folder.glob("fastkd-*.whl"), key=lambda path: path.stat().st_mtime)
+    if args.wheel is None:
+        options = ["-q", "--no-deps", "--no-build-isolation", "-w", str(args.folder), str(ROOT)]
+        # The CUDA kernels, where there is a compiler for them, would take longer than all the tests and run in none of them.
+        environment = {"FASTKD_CUDA": "0", **os.environ, "FASTKD_BUILD": "1"}
+        subprocess.run([sys.executable, "-m", "pip", "wheel", *options], check=True, env=environment)
+    wheel = args.wheel or max(args.folder.glob("fastkd-*.whl"), key=lambda path: path.stat().st_mtime)
     for python in args.python:
         for torch in args.torch:
             print(f"== {python}, torch {torch}\n{check(args.folder, wheel, python, torch, args.keep)}", flush=True)
