@@ -44,10 +44,11 @@ class Draw:
             if shape[0] * shape[1] * shape[2] * shape[3] <= 300_000:
                 return shape
 
-    def size(self) -> tuple[int, int]:
+    def size(self, classes: int = 1) -> tuple[int, int]:
+        """Of the labels; a sanitizer would spend minutes on each that has thousands of classes."""
         while True:
             size = self.r.choice(SIZES), self.r.choice((*SIZES, 513, 1030))
-            if size[0] * size[1] <= 40_000:
+            if size[0] * size[1] <= min(40_000, 4_000_000 // classes):
                 return size
 
     def map(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
@@ -162,7 +163,7 @@ def kd(d: Draw, op):
 def resized_cross_entropy(d: Draw, op):
     logits = d.map(d.shape())
     n, c, _, _ = logits.shape
-    size = tuple(logits.shape[2:]) if d.r.random() < 0.2 else d.size()
+    size = tuple(logits.shape[2:]) if d.r.random() < 0.2 else d.size(c)
     target = d.labels(d.off((n, *size)), c)
     acc = d.acc(logits)
     args = (
@@ -193,7 +194,7 @@ def two_maps(d: Draw) -> tuple[Tensor, Tensor]:
 def resized_kd(d: Draw, op):
     student, teacher = two_maps(d)
     n, c, h, w = student.shape
-    size = (h, w) if d.r.random() < 0.2 else d.size()
+    size = (h, w) if d.r.random() < 0.2 else d.size(c)
     acc = d.acc(student)
     args = (
         student,
@@ -225,7 +226,7 @@ def rdd(d: Draw, op):
 def difficulty_mask(d: Draw, op):
     student, teacher = two_maps(d)
     n, c, _, _ = student.shape
-    target = d.labels(d.off((n, *d.size())), c)
+    target = d.labels(d.off((n, *d.size(c))), c)
     args = (
         student,
         teacher,

@@ -99,7 +99,9 @@ def main() -> int:
         assert path.read_text().count(there) == 1, f"{name} no longer has {there!r}"
         path.write_text(path.read_text().replace(there, becomes))
     if args.tool == "asan":
-        command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", DESELECTED, *args.tests]
+        # Few examples each: it is memory that is looked at, and --fuzz draws many more.
+        options = ["-q", "-p", "no:cacheprovider", "-m", "not slow", "--hypothesis-profile=interpreter"]
+        command = ["-m", "pytest", *options, "-k", DESELECTED, *args.tests]
         if args.fuzz:
             log = ["--log", str(folder / "seed")]
             command = ["-m", "tests.tools.fuzz", "--minutes", str(args.fuzz), "--first", str(args.first), *log]
