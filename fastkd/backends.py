@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 import warnings
 from collections.abc import Callable
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,11 +39,17 @@ _LIBRARY = "_cpu.so"
 _CUDA_LIBRARY = "_cuda.so"
 
 _T = TypeVar("_T")
-# Of this thread (or asyncio task) alone. Dynamo guards on a ContextVar, but cannot trace setting one: a `with use_backend`
-# inside compiled code sets the global for as long as it is traced.
-_forced: ContextVar[str | None] = ContextVar("fastkd_backend", default=None)
-_forced_in_trace: str | None = None
 _why_not: dict[str, str | None] = {}
+
+
+class _ThisThread(threading.local):
+    """Dynamo traces and guards what is in it. An attribute of the class would be taken for every thread's."""
+
+    def __init__(self) -> None:
+        self.forced: str | None = None
+
+
+_this_thread = _ThisThread()
 
 
 def _constant_when_traced(fn: Callable[..., _T]) -> Callable[..., _T]:
@@ -117,7 +123,7 @@ def why_not(backend: str) -> str | None:
 
 def requested() -> str:
     """The backend forced by :class:`use_backend` or ``FASTKD_BACKEND``, else ``"auto"``."""
-    name = _forced_in_trace or _forced.get() or os.environ.get("FASTKD_BACKEND", "auto")
+    name = _this_thread.forced or os.environ.get("FASTKD_BACKEND", "auto")
     if name not in NAMES:
         raise ValueError(f"FASTKD_BACKEND is {name!r}; expected one of {', '.join(NAMES)}")
     return name
@@ -217,21 +223,11 @@ class use_backend:
         self.name = name
 
     def __enter__(self) -> use_backend:
-        global _forced_in_trace
-        self._traced = torch.compiler.is_compiling()
-        if self._traced:
-            self._outer, _forced_in_trace = _forced_in_trace, self.name
-        else:
-            self._outer = _forced.get()
-            _forced.set(self.name)
+        self._outer, _this_thread.forced = _this_thread.forced, self.name
         return self
 
     def __exit__(self, *exc: object) -> None:
-        global _forced_in_trace
-        if self._traced:
-            _forced_in_trace = self._outer
-        else:
-            _forced.set(self._outer)
+        _this_thread.forced = self._outer
 
 
 def backend_info() -> dict[str, Any]:

@@ -12,7 +12,7 @@ import fastkd
 from fastkd.functional import SELECTIONS
 from fastkd.losses import CITYSCAPES_CLASS_WEIGHTS
 
-from .support import DEVICE, kernel_backends
+from .support import DEVICE, each_backend, kernel_backends
 from .test_kd import labels
 
 CLASSES = 5
@@ -234,3 +234,13 @@ def test_uint8_labels_and_negative_ignore_index(heads):
 def test_cityscapes_weights():
     assert len(CITYSCAPES_CLASS_WEIGHTS) == 19
     assert fastkd.RDDLoss(10, class_weight=CITYSCAPES_CLASS_WEIGHTS).class_weight.shape == (19,)
+
+
+@each_backend
+def test_mask_where_there_are_more_classes_than_rows(backend):
+    student, target = torch.zeros(1, 5, 2, 2, device=DEVICE), torch.full((1, 4, 4), 4, device=DEVICE)
+    teacher = student.clone()
+    teacher[:, 4] = 20.0
+    for confidence in ("max", "label"):
+        with fastkd.use_backend(backend):
+            assert fastkd.difficulty_mask(student, teacher, target, confidence=confidence).all()
