@@ -64,16 +64,18 @@ inline Pair pair_of(const Tensor& student, const Tensor& teacher) {
             student.size(1),          student.size(2) * student.size(3), parallel_for};
 }
 
-inline ScalarType acc_type(const Pair& in) {
-    return in.student_type == DType::f64 ? ScalarType::Double : ScalarType::Float;
-}
+inline ScalarType acc_type(DType type) { return type == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+inline ScalarType acc_type(const Pair& in) { return acc_type(in.student_type); }
 
 // The pointer of a contiguous tensor in the accumulation type, with `numel` elements.
-inline const void* acc_data(const Tensor& x, const Pair& in, int64_t numel, const char* name) {
-    STD_TORCH_CHECK(x.scalar_type() == acc_type(in), name, " must be float32, or float64 for float64 inputs");
+inline const void* acc_data(const Tensor& x, DType type, int64_t numel, const char* name) {
+    STD_TORCH_CHECK(x.scalar_type() == acc_type(type), name, " must be float32, or float64 for float64 inputs");
     STD_TORCH_CHECK(x.numel() == numel, name, " must have ", numel, " elements, got ", x.numel());
     STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
     return x.const_data_ptr();
+}
+inline const void* acc_data(const Tensor& x, const Pair& in, int64_t numel, const char* name) {
+    return acc_data(x, in.student_type, numel, name);
 }
 
 inline Group group_of(const std::string& dims) {
@@ -121,6 +123,76 @@ inline Pixels pixels_of(const Pair& in, const std::optional<Tensor>& target,
     }
     if (weight) pixels.weight = acc_data(*weight, in, in.n * in.hw, "weight");
     return pixels;
+}
+
+// ---- losses at label resolution --------------------------------------------------------------------------------------
+
+inline Map map_of(const Tensor& x, const char* name) {
+    STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0, name, " must be (N, C, H, W) and not empty, got ", x.dim(),
+                    " dimensions and ", x.numel(), " elements");
+    return {x.const_data_ptr(), dtype_of(x, name), is_channels_last(x, name), x.size(0), x.size(1), x.size(2), x.size(3)};
+}
+
+inline Label label_of(const Tensor& target) {
+    STD_TORCH_CHECK(target.is_contiguous(), "target must be contiguous");
+    switch (target.scalar_type()) {
+        case ScalarType::Byte: return Label::u8;
+        case ScalarType::Int: return Label::i32;
+        case ScalarType::Long: return Label::i64;
+        default: STD_TORCH_CHECK(false, "target must be uint8, int32 or int64");
+    }
+    return Label::none;
+}
+
+// A contiguous (n, height, width) map; 0 for a size that may be any.
+inline void check_pixels(const Tensor& x, int64_t n, int64_t height, int64_t width, const char* name) {
+    STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == n && (!height || x.size(1) == height) && (!width || x.size(2) == width),
+                    name, " must be (", n, ", ", height, ", ", width, "), where 0 is any size");
+    STD_TORCH_CHECK(x.is_contiguous() && x.numel() > 0, name, " must be contiguous and not empty");
+}
+
+inline const void* acc_map(const Tensor& x, DType type, const char* name) {
+    STD_TORCH_CHECK(x.scalar_type() == (type == DType::f64 ? ScalarType::Double : ScalarType::Float), name,
+                    " must be float32, or float64 for float64 logits");
+    return x.const_data_ptr();
+}
+
+inline LabelPixels label_pixels(const Map& logits, int64_t height, int64_t width, const std::optional<Tensor>& target,
+                                const std::optional<Tensor>& class_weight, const std::optional<Tensor>& weight,
+                                const std::optional<Tensor>& mask, int64_t ignore_index) {
+    STD_TORCH_CHECK(height > 0 && width > 0 && logits.w < (int64_t{1} << 24) && width < (int64_t{1} << 24),
+                    "a map must be 1 to 2^24 pixels wide, got ", logits.w, " and ", width);
+    LabelPixels pixels{nullptr, Label::none, ignore_index, nullptr, nullptr, height, width, nullptr};
+    if (target) {
+        check_pixels(*target, logits.n, height, width, "target");
+        pixels.label = label_of(*target);
+        pixels.target = target->const_data_ptr();
+    }
+    if (class_weight) {
+        STD_TORCH_CHECK(class_weight->numel() == logits.c && class_weight->is_contiguous(), "class_weight must have ",
+                        logits.c, " elements");
+        pixels.class_weight = acc_map(*class_weight, logits.type, "class_weight");
+    }
+    if (weight) {
+        check_pixels(*weight, logits.n, 0, 0, "pixel_weight");
+        pixels.weight = acc_map(*weight, logits.type, "pixel_weight");
+        pixels.weight_h = weight->size(1);
+        pixels.weight_w = weight->size(2);
+    }
+    if (mask) {
+        STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
+        check_pixels(*mask, logits.n, height, width, "mask");
+        pixels.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
+    }
+    return pixels;
+}
+
+// Dense, in the memory format of x.
+inline Tensor empty_like_as(const Tensor& x, ScalarType type) {
+    if (x.scalar_type() == type) return empty_like(x);
+    if (!is_channels_last(x, "logits")) return new_empty(x, Sizes{x.size(0), x.size(1), x.size(2), x.size(3)}, type);
+    Tensor out = new_empty(x, Sizes{x.size(0), x.size(2), x.size(3), x.size(1)}, type);
+    return transpose(transpose(out, 2, 3), 1, 2);
 }
 
 }  // namespace fastkd

@@ -101,67 +101,6 @@ Tensor cwd_backward(const Tensor& grad, const Tensor& student, const Tensor& tea
     return out;
 }
 
-fastkd::Map map_of(const Tensor& x, const char* name) {
-    STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0, name, " must be (N, C, H, W) and not empty, got ", x.dim(),
-                    " dimensions and ", x.numel(), " elements");
-    return {x.const_data_ptr(), dtype_of(x, name), is_channels_last(x, name), x.size(0), x.size(1), x.size(2), x.size(3)};
-}
-
-Label label_of(const Tensor& target) {
-    STD_TORCH_CHECK(target.is_contiguous(), "target must be contiguous");
-    switch (target.scalar_type()) {
-        case ScalarType::Byte: return Label::u8;
-        case ScalarType::Int: return Label::i32;
-        case ScalarType::Long: return Label::i64;
-        default: STD_TORCH_CHECK(false, "target must be uint8, int32 or int64");
-    }
-    return Label::none;
-}
-
-// A contiguous (n, height, width) map; 0 for a size that may be any.
-void check_pixels(const Tensor& x, int64_t n, int64_t height, int64_t width, const char* name) {
-    STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == n && (!height || x.size(1) == height) && (!width || x.size(2) == width),
-                    name, " must be (", n, ", ", height, ", ", width, "), where 0 is any size");
-    STD_TORCH_CHECK(x.is_contiguous() && x.numel() > 0, name, " must be contiguous and not empty");
-}
-
-const void* acc_map(const Tensor& x, DType type, const char* name) {
-    STD_TORCH_CHECK(x.scalar_type() == (type == DType::f64 ? ScalarType::Double : ScalarType::Float), name,
-                    " must be float32, or float64 for float64 logits");
-    return x.const_data_ptr();
-}
-
-fastkd::LabelPixels label_pixels(const fastkd::Map& logits, int64_t height, int64_t width,
-                                 const std::optional<Tensor>& target, const std::optional<Tensor>& class_weight,
-                                 const std::optional<Tensor>& weight, const std::optional<Tensor>& mask,
-                                 int64_t ignore_index) {
-    STD_TORCH_CHECK(height > 0 && width > 0 && logits.w < (int64_t{1} << 24) && width < (int64_t{1} << 24),
-                    "a map must be 1 to 2^24 pixels wide, got ", logits.w, " and ", width);
-    fastkd::LabelPixels pixels{nullptr, Label::none, ignore_index, nullptr, nullptr, height, width, nullptr};
-    if (target) {
-        check_pixels(*target, logits.n, height, width, "target");
-        pixels.label = label_of(*target);
-        pixels.target = target->const_data_ptr();
-    }
-    if (class_weight) {
-        STD_TORCH_CHECK(class_weight->numel() == logits.c && class_weight->is_contiguous(), "class_weight must have ",
-                        logits.c, " elements");
-        pixels.class_weight = acc_map(*class_weight, logits.type, "class_weight");
-    }
-    if (weight) {
-        check_pixels(*weight, logits.n, 0, 0, "pixel_weight");
-        pixels.weight = acc_map(*weight, logits.type, "pixel_weight");
-        pixels.weight_h = weight->size(1);
-        pixels.weight_w = weight->size(2);
-    }
-    if (mask) {
-        STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
-        check_pixels(*mask, logits.n, height, width, "mask");
-        pixels.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
-    }
-    return pixels;
-}
-
 // The outputs of a resized loss, and the description the kernel fills them by.
 struct ResizedOut {
     ResizedOut(const Tensor& logits, const fastkd::LabelPixels& pixels, int64_t height, int64_t width, bool align_corners,
@@ -177,13 +116,6 @@ struct ResizedOut {
         Tensor gradient = empty_like_as(logits, acc);
         kernel.gradient = gradient.mutable_data_ptr();
         return gradient;
-    }
-
-    static Tensor empty_like_as(const Tensor& x, ScalarType type) {
-        if (x.scalar_type() == type) return empty_like(x);
-        if (!is_channels_last(x, "logits")) return new_empty(x, Sizes{x.size(0), x.size(1), x.size(2), x.size(3)}, type);
-        Tensor out = new_empty(x, Sizes{x.size(0), x.size(2), x.size(3), x.size(1)}, type);
-        return transpose(transpose(out, 2, 3), 1, 2);
     }
 
     const ScalarType acc;
@@ -270,7 +202,7 @@ std::tuple<Tensor, Tensor, Tensor> kd_with_confidence(const Tensor& student, con
     const fastkd::Pair in = pair_of(teacher, aux);
     pair_of(student, teacher);  // for its checks
     Tensor out = new_empty(student, Sizes{student.size(0), student.size(2), student.size(3)}, acc_type(in));
-    Tensor loss = new_empty(student, Sizes{}, acc_type(in)), gradient = ResizedOut::empty_like_as(student, acc_type(in));
+    Tensor loss = new_empty(student, Sizes{}, acc_type(in)), gradient = empty_like_as(student, acc_type(in));
     fastkd::kernels().teacher_confidence({in, student.const_data_ptr(), dtype_of(student, "student"), aux_main(direction),
                                           out.mutable_data_ptr(), loss.mutable_data_ptr(), gradient.mutable_data_ptr()});
     return {loss, gradient, out};
