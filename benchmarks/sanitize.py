@@ -37,6 +37,22 @@ def main() -> None:
                 (weight * fastkd.kd_loss(x, teacher, target=labels)).backward()
                 count += bool(x.grad.isfinite().all())
             fastkd.kd_loss(student, teacher, reduction="none")
+        for (n, c, h, w), layout in itertools.product([(2, 19, 9, 70), (1, 150, 7, 11), (1, 4096, 3, 5)], layouts):
+            dtype = next(dtypes)
+            student, teacher = (
+                torch.randn(n, c, h, w, device="cuda").to(dtype).to(memory_format=layout) for _ in range(2)
+            )
+            size = (3 * h + 1, 5 * w)
+            labels = torch.randint(0, c, (n, *size), device="cuda", dtype=torch.int32)
+            labels[:, 0] = 255
+            pixel_weight = torch.rand(n, 4, 6, device="cuda", dtype=torch.float64)
+            for weight in (1.0, 1.0, 1.0, 2.0):
+                x = student.clone().requires_grad_()
+                ce = fastkd.resized_cross_entropy(x, labels, pixel_weight=pixel_weight)
+                kd = fastkd.resized_kd_loss(x, teacher, size=size, target=labels)
+                (weight * (ce + kd)).backward()
+                count += bool(x.grad.isfinite().all())
+            fastkd.resized_cross_entropy(student, labels, reduction="none")
     torch.cuda.synchronize()
     print(f"{count} steps")
 

@@ -26,14 +26,19 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "nfd": ("cpu", "triton", "cuda"),
     "kd": ("cpu", "triton", "cuda"),
     "cwd": ("cpu", "triton"),
-    "resized_cross_entropy": ("cpu", "triton"),
-    "resized_kd": ("cpu", "triton"),
+    "resized_cross_entropy": ("cpu", "triton", "cuda"),
+    "resized_kd": ("cpu", "triton", "cuda"),
     "teacher_confidence": ("cpu", "triton"),
     "difficulty_mask": ("cpu", "triton"),
 }
 # Operator -> the compute capabilities on which its CUDA C++ kernel was measured to be faster than Triton's, so that it is
 # chosen there without being asked for. Filled from measurements alone (docs/cuda.md): there are none yet.
-FASTER_IN_CUDA: dict[str, frozenset[tuple[int, int]]] = {"nfd": frozenset(), "kd": frozenset()}
+FASTER_IN_CUDA: dict[str, frozenset[tuple[int, int]]] = {
+    "nfd": frozenset(),
+    "kd": frozenset(),
+    "resized_cross_entropy": frozenset(),
+    "resized_kd": frozenset(),
+}
 _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 _LIBRARY = "_cpu.so"
 _CUDA_LIBRARY = "_cuda.so"
@@ -157,6 +162,11 @@ def choose(op: str, device: torch.device) -> str:
         return name
     if device.type == "cuda" and _faster_in_cuda(op, device.index) and why_not("cuda") is None:
         return "cuda"
+    return without_cuda(op, device)
+
+
+def without_cuda(op: str, device: torch.device) -> str:
+    """The backend of ``op`` where nothing is forced, or for a call that its CUDA C++ kernel does not take."""
     for candidate in KERNELS[op]:
         if candidate != "cuda" and _DEVICE[candidate] == device.type:
             if why_not(candidate) is None:

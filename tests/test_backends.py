@@ -99,7 +99,7 @@ def test_info():
     for name, backend in info["backends"].items():
         assert backend["available"] == (backend["reason"] is None), name
     assert info["operators"]["nfd"]["cpu"] == "cpu"
-    assert info["operators"]["resized_kd"]["kernels"] == ["cpu", "triton"]
+    assert info["operators"]["resized_kd"]["kernels"] == ["cpu", "triton", "cuda"]
     assert info["operators"]["nfd"]["cuda_kernel"].startswith("off by default: not yet measured")
 
 

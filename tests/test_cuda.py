@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[1]
-SUITE = ("test_nfd", "test_kd")  # the operators that have a CUDA kernel
+SUITE = ("test_nfd", "test_kd", "test_resized", "test_resized_kernels")  # the operators that have a CUDA kernel
 SHAPE = (3, 32, 48, 64)  # a plane of it fits one block; the batch of a channel fits a cluster
 each_layout = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 
@@ -138,6 +138,33 @@ def test_kd_under_a_scale_and_labels_that_change(classes, layout):
         with fastkd.use_backend("reference"):
             (fastkd.kd_loss(y, teacher, target=labels) * weight).backward()
         assert (x.grad - y.grad).float().norm() <= 0.01 * y.grad.float().norm()
+
+
+@each_layout
+@pytest.mark.parametrize(("classes", "dtype"), [(19, torch.float16), (150, torch.bfloat16), (4096, torch.float32)])
+def test_label_resolution_under_a_scale_and_labels_that_change(classes, dtype, layout):
+    """As above; and a gradient made in the forward has the bits of one made in the backward."""
+    student, teacher = (x.cuda() for x in maps(dtype, layout, (2, classes, 12, 20)))
+    labels = torch.randint(0, classes, (2, 48, 90), device="cuda")
+    for loss in (
+        lambda s, y: fastkd.resized_cross_entropy(s, y),
+        lambda s, y: fastkd.resized_kd_loss(s, teacher, size=(48, 90), target=y),
+    ):
+        for step, weight in enumerate((1.0, 1.0, 1.0, 1024.0, 1024.0, 1024.0, 3.0)):
+            labels[0, step] = 255
+            x, y = (student.clone().requires_grad_() for _ in range(2))
+            torch.cuda.set_sync_debug_mode("error" if step else "default")
+            try:
+                with fastkd.use_backend("cuda"):
+                    value = loss(x, labels)
+                    (value * weight).backward(retain_graph=True)
+                    (late,) = torch.autograd.grad(value * weight, x)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            with fastkd.use_backend("reference"):
+                (loss(y, labels) * weight).backward()
+            assert torch.equal(x.grad, late)
+            assert (x.grad - y.grad).float().norm() <= 0.01 * y.grad.float().norm()
 
 
 def test_another_stream_and_a_graph_give_the_same():

@@ -42,6 +42,8 @@ def readable(symbol: str) -> str:
     body, arguments = re.search(r"3runINS0_\d+([A-Za-z]+?)(?:I(.*?))?E+vT_", symbol).groups()
     kinds = {"f": "fp32", "d": "fp64", "6__half": "fp16", "13__nv_bfloat16": "bf16", "NS0_3AnyE": "any"}
     kind = next((name for mark, name in kinds.items() if arguments and arguments.startswith(mark)), "")
+    if resized := re.search(r"Li(\d)ELb(\d)", arguments or ""):  # sides, and whether it holds the logits
+        body += resized[1] + ("" if resized[2] == "1" else "Afar")
     return f"{body}-{kind}" if kind else body
 
 
@@ -93,7 +95,7 @@ def test_every_architecture_has_code_and_the_last_one_ptx():
     assert {f"sm_{arch}" for arch in ARCHS} <= set(re.findall(r"ELF file.*(sm_\d+)\.cubin", listing))
     assert f"sm_{ARCHS[-1]}" in re.findall(r"PTX file.*(sm_\d+)\.ptx", listing)
     kernels = {kernel for kernel, _ in resources()}
-    assert len(kernels) >= 36
+    assert len(kernels) >= 48
     assert set(resources()) == {(kernel, f"sm_{arch}") for kernel in kernels for arch in ARCHS}
 
 
@@ -142,6 +144,10 @@ def test_vectors_are_16_bytes(arch):
         tiles = code[f"KdTiles-{kind}"]
         assert count(tiles, "LDGSTS.E.BYPASS.128") >= 4, "S and T of both layouts go to shared memory in 16 bytes"
         assert count(tiles, "STG.E.128") >= 2, "and the gradient out of it, however often the loop is unrolled"
+    for sides in (1, 2):
+        held, afar = (code[f"ResizedTiles{sides}{where}-any"] for where in ("", "Afar"))
+        assert count(held, "LDG") < count(afar, "LDG"), "logits are loaded in one place, into shared memory"
+        assert not any(count(kernel, atomic) for kernel in (held, afar) for atomic in ("ATOM", "RED."))
     if int(arch[3:]) < 90:
         assert all(count(code[f"{name}-bf16"], "LDG") == 0 for name in ("NfdOneReadRows", "NfdOneReadColumns"))
 
@@ -174,7 +180,7 @@ import torch
 from fastkd.ops._registry import families, schemas
 torch.ops.load_library({str(LIBRARY)!r})
 names = [schema for family in families() for schema, _ in schemas(family, "cuda")]
-assert len(names) == 9
+assert len(names) == 17
 for schema in names:
     got = str(getattr(torch.ops.fastkd_cuda, schema.partition("(")[0]).default._schema)
     assert got == f"fastkd_cuda::{{schema}}", got

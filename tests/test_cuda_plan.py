@@ -7,13 +7,14 @@ The emulation takes the place of the CUDA backend in its process, so the file ru
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 
 import pytest
 import torch
 from torch import Tensor
 
 import fastkd
-from fastkd import reference
+from fastkd import backends, reference
 from fastkd.ops._registry import Guess
 
 from . import emulation
@@ -35,12 +36,15 @@ H100 = {
 SMALL = {**H100, "shared_per_block": 24 << 10, "shared_per_cores": 25 << 10, "multiprocessors": 1}
 STREAMING = {**H100, "cluster": 0}
 QUARTER = {**H100, "cluster": 2}
+# Tiles of few logits, so that small maps have many of them.
+TINY = {**H100, "shared_per_block": 3 << 10, "shared_per_cores": 4 << 10}
 
 
 @pytest.mark.skipif(emulation.RUNNING, reason="this is the process that it starts")
 @pytest.mark.skipif(emulation.compiler() is None, reason="there is no C++ compiler")
 def test_on_the_emulation():
-    run = emulation.run_tests(__file__, "tests/test_nfd.py", "tests/test_kd.py")
+    suite = ("nfd", "kd", "resized", "resized_kernels")
+    run = emulation.run_tests(__file__, *(f"tests/test_{name}.py" for name in suite))
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout
 
@@ -423,3 +427,165 @@ def test_kd_gradients_are_right_while_labels_and_weights_change():
             (weight * fastkd.kd_loss(y, teacher, target=labels)).backward()
         assert (x.grad - y.grad).float().norm() <= 0.01 * y.grad.float().norm()
     assert made == [False, False, True, True, False, True]
+
+
+# ---- losses at label resolution --------------------------------------------------------------------------------------
+
+
+@needs_emulation
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_cells_are_those_of_exact_fractions(align_corners):
+    for size_in, size_out in itertools.product((1, 2, 3, 5, 8, 9), (1, 2, 3, 4, 7, 9, 24, 65)):
+        lines = plans().axis_cells(torch.empty(0), size_in, size_out, align_corners).tolist()
+        cells = []
+        for x in range(size_out):
+            ratio = (
+                Fraction(size_in - 1, max(size_out - 1, 1)) * x
+                if align_corners
+                else Fraction((2 * x + 1) * size_in, 2 * size_out) - Fraction(1, 2)
+            )
+            cells.append(min(int(max(ratio, 0)), size_in - 1))
+        assert [left for left, _, _ in lines] == cells
+        for x, (left, first, end) in enumerate(lines):
+            assert cells.index(left) == first <= x < end == first + cells.count(left)
+
+
+@needs_emulation
+def test_tiles_of_logits_are_complete():
+    """Every class of every logit in one block, which has the cells above and to the left too; all ways to cut turn up."""
+    sm_86 = {**H100, "shared_per_block": 99 << 10, "shared_per_cores": 100 << 10, "cluster": 0}
+    ways = set()
+    for gpu in (H100, sm_86, SMALL, TINY):
+        configure(gpu)
+        for classes, (h, w), sides in itertools.product(
+            (1, 19, 150, 4096), ((1, 1), (5, 3), (17, 70), (33, 9)), (1, 2)
+        ):
+            if classes == 4096 and (gpu is TINY or w == 70):
+                continue
+            dtype = torch.float64 if h == 5 else torch.float32
+            logits = torch.empty((2, classes, h, w), dtype=dtype)
+            lines = plans().resized_tiles(logits, sides, 8 * h, 7 * w).tolist()
+            assert lines
+            covered = torch.zeros(2, h, w, classes, dtype=torch.int8)
+            for n, cell_row, row, last_row, cell_column, column, last_column, c, last_c, shared, held in lines:
+                covered[n, row:last_row, column:last_column, c:last_c] += 1
+                assert (cell_row, cell_column) == (max(row - 1, 0), max(column - 1, 0))
+                assert shared <= gpu["shared_per_block"]
+                ways.add((bool(held), last_c - c < classes, last_column - column < w, last_row - row < h))
+            assert covered.eq(1).all()
+    assert {way[:2] for way in ways} == {(True, False), (False, True)}
+    assert {way[2:] for way in ways} == set(itertools.product((False, True), repeat=2))
+
+
+def resized_inputs(c: int, size: tuple[int, int], label_size: tuple[int, int], dtype, layout="nchw"):
+    student, teacher = maps((2, c, *size), layout, dtype)
+    g = torch.Generator().manual_seed(1)
+    target = torch.randint(0, c, (2, *label_size), generator=g)
+    target[torch.rand(target.shape, generator=g) < 0.2] = 255
+    return student, teacher, target
+
+
+@needs_emulation
+@pytest.mark.parametrize(("gpu", "align_corners"), [(H100, False), (TINY, False), (TINY, True)])
+def test_losses_at_label_resolution_at_small_sizes(gpu, align_corners):
+    """Each size below with each, in fp64, against the formula."""
+    configure(gpu)
+    ops = torch.ops.fastkd_cuda
+    numbers = itertools.cycle((1, 3, 4))
+    for size in itertools.product((1, 2, 9), (1, 3, 9)):
+        for label_size in itertools.product((1, 5, 19), (4, 18)):
+            student, teacher, target = resized_inputs(next(numbers), size, label_size, torch.float64)
+            x = student.requires_grad_()
+            with fastkd.use_backend("reference"):
+                options = {"align_corners": align_corners, "reduction": "sum"}
+                ce = fastkd.resized_cross_entropy(x, target, **options)
+                kd = fastkd.resized_kd_loss(x, teacher, size=label_size, target=target, temperature=2.0, **options)
+            x = x.detach()
+            got_ce = ops.resized_cross_entropy_gradient(x, target, None, None, None, 255, align_corners)
+            got_kd = ops.resized_kd_gradient(x, teacher, target, None, *label_size, 2.0, 255, align_corners)
+            for got, want in ((got_ce, ce), (got_kd, kd)):
+                (gradient,) = torch.autograd.grad(want, student)
+                torch.testing.assert_close(got[0], want.detach(), rtol=1e-6, atol=1e-6)
+                assert got[1] == (target != 255).sum()
+                # The reference's own weights are off by fp32's roundings.
+                torch.testing.assert_close(got[2], gradient, rtol=1e-5, atol=1e-5)
+
+
+@needs_emulation
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("gpu", "classes", "size", "label_size", "dtype"),
+    [
+        (H100, 19, (6, 70), (21, 280), torch.float32),
+        (H100, 150, (5, 12), (40, 96), torch.bfloat16),
+        (TINY, 7, (9, 10), (35, 33), torch.float16),
+        (SMALL, 600, (3, 5), (7, 9), torch.float32),  # logits read where they are, classes in chunks
+    ],
+)
+def test_resized_gradients_in_any_order_and_early_or_late(gpu, classes, size, label_size, dtype, layout):
+    """The same bits from every order of threads, made in the forward or in the backward."""
+    ops = torch.ops.fastkd_cuda
+    student, teacher, target = resized_inputs(classes, size, label_size, dtype, layout)
+    g = torch.Generator().manual_seed(2)
+    class_weight, pixel_weight = torch.rand(classes, generator=g) + 0.5, torch.rand(2, 3, 4, generator=g)
+    mask = torch.rand(target.shape, generator=g) < 0.9
+    calls = {
+        "resized_cross_entropy": (student, target, class_weight, pixel_weight, mask, 255, False),
+        "resized_kd": (student, teacher, target, pixel_weight, *label_size, 2.0, 255, False),
+    }
+    grad, nan, memory = torch.tensor(1.7), torch.tensor(torch.nan), torch.tensor([1.7, 1.7])
+    for name, args in calls.items():
+        forward, ahead, behind = (
+            getattr(ops, f"{name}_{end}") for end in ("forward", "forward_ahead", "backward_ahead")
+        )
+        results = []
+        for order in ORDERS:
+            configure(gpu, order)
+            early = ahead(*args, 1.0, True, memory)
+            late = torch.full_like(student, 7)
+            behind(grad, *args, 1.0, True, early[1], nan, late, memory)
+            assert torch.equal(early[2], late)
+            behind(grad, *args, 1.0, True, early[1], early[3], marked := torch.full_like(student, 7), memory)
+            assert marked.eq(7).all(), "a right guess leaves the gradient alone"
+            nothing = ahead(*args, 1.0, True, torch.full((2,), torch.nan))
+            assert nothing[2].isnan().all()
+            assert torch.equal(nothing[0], early[0])
+            assert torch.equal(forward(*args, False)[0], early[0])
+            torch.testing.assert_close(forward(*args, True)[0].sum(), early[0], rtol=2e-6, atol=0)
+            results.append(early)
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_emulation
+def test_resized_gradients_are_right_while_labels_and_weights_change():
+    student, teacher, target = resized_inputs(19, (6, 9), (24, 36), torch.bfloat16)
+    losses = {
+        "ce": lambda x: fastkd.resized_cross_entropy(x, target, class_weight=torch.linspace(0.5, 1.5, 19)),
+        "kd": lambda x: fastkd.resized_kd_loss(x, teacher, size=(24, 36), target=target),
+        "kd of all pixels": lambda x: fastkd.resized_kd_loss(x, teacher, size=(24, 36)),
+    }
+    for loss in losses.values():
+        Guess._free.clear()
+        made = []
+        for step, weight in enumerate((1.0, 1.0, 1.0, 8.0, 8.0, 8.0)):
+            target[0, step] = 255
+            x, y = (student.clone().requires_grad_() for _ in range(2))
+            with fastkd.use_backend("cuda"):
+                value = loss(x)
+                made.append(not value.grad_fn.gradient.isnan().any())
+                (weight * value).backward()
+            with fastkd.use_backend("reference"):
+                (weight * loss(y)).backward()
+            assert (x.grad - y.grad).float().norm() <= 0.01 * y.grad.float().norm()
+        assert made == [False, False, True, True, False, True]
+
+
+@needs_emulation
+def test_a_teacher_of_another_size_goes_to_another_backend():
+    student, teacher, _ = resized_inputs(5, (4, 6), (16, 24), torch.float32)
+    other = teacher[..., ::2].contiguous()
+    with fastkd.use_backend("cuda"):
+        got = fastkd.resized_kd_loss(student, other, size=(16, 24))
+    assert torch.equal(got, fastkd.resized_kd_loss(student, other, size=(16, 24)))
+    assert backends.without_cuda("resized_kd", torch.device("cpu")) == "cpu"

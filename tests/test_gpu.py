@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fastkd
+from fastkd import backends
 
 if not torch.cuda.is_available():
     pytest.skip("torch finds no GPU", allow_module_level=True)
@@ -20,6 +21,18 @@ def inputs(device="cuda", dtype=torch.float32, scale: int = 1):
     return student.requires_grad_(), teacher, aux, target.to(device, torch.uint8)
 
 
+def in_cuda(loss):
+    """The same loss by the CUDA C++ kernels."""
+
+    def run(*given):
+        if reason := backends.why_not("cuda"):
+            pytest.skip(reason)
+        with fastkd.use_backend("cuda"):
+            return loss(*given)
+
+    return run
+
+
 LOSSES = {
     "nfd": lambda s, t, a, y: fastkd.nfd_loss(s, t),
     "nfd nhw": lambda s, t, a, y: fastkd.nfd_loss(s, t, dims="nhw"),
@@ -31,6 +44,10 @@ LOSSES = {
     "tfe": lambda s, t, a, y: fastkd.rdd_loss(s, t, y, stage="tfe", teacher_aux=a).loss,
     "tse": lambda s, t, a, y: fastkd.rdd_loss(s, t, y, stage="tse").loss,
     "tse official": lambda s, t, a, y: fastkd.rdd_loss(s, t, y, stage="tse", preset="official").loss,
+}
+LOSSES |= {
+    f"{name}, CUDA C++": in_cuda(LOSSES[name])
+    for name in ("nfd", "kd", "resized ce", "resized ce, weighted", "resized kd")
 }
 each_loss = pytest.mark.parametrize("name", LOSSES)
 

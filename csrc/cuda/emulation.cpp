@@ -8,6 +8,7 @@
 #include "kd.h"
 #include "kernels.h"
 #include "nfd.h"
+#include "resize.h"
 
 namespace fastkd::gpu {
 namespace {
@@ -96,6 +97,32 @@ Tensor kd_tiles(const Tensor& x) {
     return table(x, {{plan.pixels, plan.tiles, plan.inner, plan.total}});
 }
 
+// Of each output of a resize: the cell it lies in, and the first output of that cell and of the next.
+Tensor axis_cells(const Tensor& like, int64_t in, int64_t out, bool align_corners) {
+    const Axis axis{static_cast<int>(in), static_cast<int>(out), align_corners};
+    std::vector<std::vector<int64_t>> lines;
+    for (int x = 0; x < axis.out; ++x) {
+        const int cell = axis.left(x);
+        lines.push_back({cell, axis.first(cell), axis.first(cell + 1)});
+    }
+    return table(like, lines);
+}
+
+// Of each block that makes a gradient: sample, rows from the first cell's on, columns likewise, classes; bytes of shared
+// memory, and whether the logits are in it.
+Tensor resized_tiles(const Tensor& logits, int64_t sides, int64_t height, int64_t width) {
+    const ResizedPlan plan = plan_resized(map_of(logits, "logits"), height, width, false, static_cast<int>(sides), emulated);
+    std::vector<std::vector<int64_t>> lines;
+    for (int64_t block = 0; plan.total <= emulated.shared_per_block && block < plan.blocks(); ++block) {
+        const ResizedTile t = plan.tile(block, true);
+        if (t.cells() > plan.cells() || t.classes() > plan.chunk)
+            throw std::logic_error("emulation: a tile beyond its plan");
+        lines.push_back({t.n, t.cell_row, t.first_row, t.last_row, t.cell_column, t.first_column, t.last_column,
+                         t.first_class, t.last_class, plan.total, plan.held});
+    }
+    return table(logits, lines);
+}
+
 }  // namespace
 
 Device device(int) { return emulated; }
@@ -103,6 +130,8 @@ void copy(void* to, const void* from, int64_t bytes, Stream) { memcpy(to, from, 
 void nfd_forward(const NfdForward& a, Stream) { nfd_forward(a, Launcher{order}); }
 void nfd_backward(const NfdBackward& a, Stream) { nfd_backward(a, Launcher{order}); }
 void kd(const Kd& a, Stream) { kd(a, Launcher{order}); }
+void resized_cross_entropy(const Resized& a, Stream) { resized<1>(a, Launcher{order}); }
+void resized_kd(const Resized& a, Stream) { resized<2>(a, Launcher{order}); }
 
 }  // namespace fastkd::gpu
 
@@ -115,6 +144,8 @@ STABLE_TORCH_LIBRARY(fastkd_cuda_emulation, m) {
     m.def("row_pieces(Tensor like, int runs, int groups, int length, int bytes) -> Tensor");
     m.def("column_shares(Tensor like, int outer, int rows, int inner, int bytes) -> Tensor");
     m.def("kd_tiles(Tensor x) -> Tensor");
+    m.def("axis_cells(Tensor like, int size_in, int size_out, bool align_corners) -> Tensor");
+    m.def("resized_tiles(Tensor logits, int sides, int height, int width) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastkd_cuda_emulation, CompositeExplicitAutograd, m) {
     m.impl("configure", TORCH_BOX(&fastkd::gpu::configure));
@@ -123,4 +154,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd_cuda_emulation, CompositeExplicitAutograd, m) {
     m.impl("row_pieces", TORCH_BOX(&fastkd::gpu::row_pieces));
     m.impl("column_shares", TORCH_BOX(&fastkd::gpu::column_shares));
     m.impl("kd_tiles", TORCH_BOX(&fastkd::gpu::kd_tiles));
+    m.impl("axis_cells", TORCH_BOX(&fastkd::gpu::axis_cells));
+    m.impl("resized_tiles", TORCH_BOX(&fastkd::gpu::resized_tiles));
 }

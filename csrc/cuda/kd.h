@@ -7,42 +7,9 @@
 
 #include "dispatch.h"
 #include "kernels.h"
+#include "pixels.h"
 
 namespace fastkd::gpu {
-
-FASTKD_DEVICE float exponential(float x) { return expf(x); }
-FASTKD_DEVICE double exponential(double x) { return exp(x); }
-FASTKD_DEVICE float logarithm(float x) { return logf(x); }
-FASTKD_DEVICE double logarithm(double x) { return log(x); }
-
-template <class A>
-FASTKD_DEVICE A largest(A a, A b) {
-    return b > a ? b : a;
-}
-
-// Whether a pixel counts: its label is one of the classes and not ignored, or there are no labels.
-FASTKD_DEVICE bool counts(const Pixels& pixels, int64_t classes, int64_t i) {
-    int64_t label;
-    switch (pixels.label) {
-        case Label::none: return true;
-        case Label::u8: label = static_cast<const uint8_t*>(pixels.target)[i]; break;
-        case Label::i32: label = static_cast<const int32_t*>(pixels.target)[i]; break;
-        default: label = static_cast<const int64_t*>(pixels.target)[i];
-    }
-    return label != pixels.ignore_index && label >= 0 && label < classes;
-}
-
-// The sum over the block, in every thread, in an order of its own; `warps` is shared memory for kWarps of X.
-template <class Block, class X>
-FASTKD_DEVICE X sum_block(Block& block, X x, X* warps) {
-    for (int bit = 1; bit < kWarp; bit *= 2) x = x + block.shuffle_xor(x, bit);
-    if (block.thread() % kWarp == 0) warps[block.thread() / kWarp] = x;
-    block.sync();
-    X sum = warps[0];
-    for (int w = 1; w < kWarps; ++w) sum = sum + warps[w];
-    block.sync();  // warps can be used again
-    return sum;
-}
 
 struct KdCount {
     static constexpr bool kOneRead = false;
@@ -57,7 +24,7 @@ struct KdCount {
     FASTKD_DEVICE void operator()(Block& block) const {
         int64_t n = 0;
         for (int64_t i = block.index() * kThreads + block.thread(); i < total; i += blocks * kThreads)
-            n += counts(pixels, classes, i);
+            n += class_of(pixels, classes, i) >= 0;
         n = sum_block(block, n, block.template shared<int64_t>(0));
         if (block.thread() == 0) parts[block.index()] = n;
     }
@@ -152,7 +119,7 @@ struct KdTiles {
         }
 
         const int64_t place = outer * plan.inner + first + pixel;
-        const bool valid = exists && counts(pixels, classes, place);
+        const bool valid = exists && class_of(pixels, classes, place) >= 0;
         const A weight = valid && pixels.weight ? static_cast<const A*>(pixels.weight)[place] : A(1);
         if (losses || parts) {
             const A kl = dot / sum_t + logarithm(sum_s / sum_t);

@@ -53,10 +53,36 @@ struct Kd {
     void* memory;       // acc (2,): the last grad, and the next guess
 };
 
+// Of logits, or of student and teacher. Forward, gradient, or both at once, as above.
+struct Resized {
+    int sides;
+    Map maps[2];
+    LabelPixels pixels;
+    ResizedPlan plan;
+    double temperature;
+
+    void* losses;         // acc (n, height, width): the loss of each label pixel
+    void* loss;           // acc, one number: their sum
+    void* count;          // acc, one number: the summed class weights of the pixels that count
+    double* parts;        // (plan.blocks(),), for loss
+    double* count_parts;  // (count_blocks(n * height * width),), where there are labels
+
+    const void* grad;     // acc, one number; null: 1
+    double scale;         // of the gradient
+    bool by_count;        // instead of scale: 1 / count
+    void* gradient;       // layout of the student
+    DType gradient_type;
+    bool early;           // grad is a guess: no gradient if it is NaN
+    const void* guess;    // acc, one number: the gradient is there already if this is grad
+    void* memory;         // acc (2,): the last grad, and the next guess
+};
+
 Device device(int index);
 void copy(void* to, const void* from, int64_t bytes, Stream stream);
 void nfd_forward(const NfdForward& a, Stream stream);
 void nfd_backward(const NfdBackward& a, Stream stream);
 void kd(const Kd& a, Stream stream);
+void resized_cross_entropy(const Resized& a, Stream stream);
+void resized_kd(const Resized& a, Stream stream);
 
 }  // namespace fastkd::gpu

@@ -318,4 +318,144 @@ inline KdPlan plan_kd(const Pair& in, const Device& device, const void* out = nu
     return plan;
 }
 
+// ---- losses at label resolution --------------------------------------------------------------------------------------
+
+// One direction of a bilinear resize, in exact integers. The outputs between a logit and the next one are that logit's cell;
+// those before the first logit are in its cell too (docs/full-resolution.md).
+struct Axis {
+    int in, out;  // 2 in out + in is below 2^31: a 64-bit division is a hundred instructions
+    bool align_corners;
+
+    FASTKD_ANYWHERE int left(int x) const { return min(over(x) / under(), in - 1); }
+    // What the logit to the right of output x weighs; the one to its left has the rest.
+    template <class A>
+    FASTKD_ANYWHERE A right(int x, int left) const {
+        return left >= in - 1 ? A(0) : static_cast<A>(over(x) - left * under()) / static_cast<A>(under());
+    }
+    // The first output of this cell or of a later one.
+    FASTKD_ANYWHERE int first(int cell) const {
+        if (cell <= 0) return 0;
+        if (cell >= in) return out;
+        const int under = align_corners ? in - 1 : 2 * in;
+        const int over = align_corners ? cell * max(out - 1, 1) : max((2 * cell + 1) * out - in, 0);
+        return min((over + under - 1) / under, out);
+    }
+
+private:
+    FASTKD_ANYWHERE static int min(int a, int b) { return a < b ? a : b; }
+    FASTKD_ANYWHERE static int max(int a, int b) { return a > b ? a : b; }
+    FASTKD_ANYWHERE int over(int x) const { return align_corners ? x * (in - 1) : max((2 * x + 1) * in - out, 0); }
+    FASTKD_ANYWHERE int under() const { return align_corners ? max(out - 1, 1) : 2 * out; }
+};
+
+// The logits whose gradient a block makes, and the cells around them: the label pixels of the cells above and to the left
+// are its neighbours' too.
+struct ResizedTile {
+    int64_t n;
+    int first_row, last_row, cell_row, first_column, last_column, cell_column;  // cell_: where the cells begin
+    int first_class, last_class;
+
+    FASTKD_ANYWHERE int cells() const { return last_column - cell_column; }
+    FASTKD_ANYWHERE int classes() const { return last_class - first_class; }
+};
+
+// A block goes down a tile of logits, `tall` rows of `wide`, one row of cells at a time.
+struct ResizedPlan {
+    int n, classes;
+    Axis rows, columns;
+    int tall, wide, chunk;   // chunk: classes of the gradient
+    bool held;               // the two rows of logits are in shared memory, or else read where they are
+    int label_rows, phases;  // label pixels of each cell that are taken at a time
+    int strips, bands, chunks;
+    // Shared memory, in bytes from its start: logits (sides, 2, wide + 2, stride), shares (4, wide + 1, chunk_stride),
+    // then of each cell's label pixels (label_rows, phases, wide + 1), columns (phases, wide + 1) and label rows.
+    int64_t logits, shares, sums, scale, label, right, weight_right, weight_left, down, weight_down, weight_top, start, warps;
+    int64_t total;
+
+    FASTKD_ANYWHERE int cells() const { return wide + 1; }
+    FASTKD_ANYWHERE int stride() const { return classes | 1; }  // odd: cells do not share banks
+    FASTKD_ANYWHERE int chunk_stride() const { return chunk | 1; }
+    FASTKD_ANYWHERE int64_t blocks() const { return static_cast<int64_t>(n) * bands * strips * chunks; }
+
+    FASTKD_ANYWHERE ResizedTile tile(int64_t block, bool gradient) const {
+        const int index = static_cast<int>(block), part = index % chunks, strip = index / chunks % strips;
+        const int band = index / chunks / strips % bands;
+        ResizedTile t{};
+        t.n = index / chunks / strips / bands;
+        t.first_row = band * tall;
+        t.last_row = static_cast<int>(least(rows.in, t.first_row + tall));
+        t.cell_row = gradient && band > 0 ? t.first_row - 1 : t.first_row;
+        t.first_column = strip * wide;
+        t.last_column = static_cast<int>(least(columns.in, t.first_column + wide));
+        t.cell_column = gradient && strip > 0 ? t.first_column - 1 : t.first_column;
+        t.first_class = part * chunk;
+        t.last_class = static_cast<int>(least(classes, t.first_class + chunk));
+        return t;
+    }
+};
+
+constexpr int kPixels = 4;  // label pixels of a cell that a thread takes together
+
+// The widest tile that leaves room for other blocks, then the widest that fits; where classes are so many that their rows do
+// not, logits are read from memory and the gradient is made by chunks of classes. Tiles are as tall as there are blocks left
+// for all multiprocessors. total is beyond the device's shared memory if nothing fits.
+inline ResizedPlan plan_resized(const Map& map, int64_t height, int64_t width, bool align_corners, int sides,
+                                const Device& device) {
+    ResizedPlan plan{};
+    plan.n = static_cast<int>(map.n);
+    plan.classes = static_cast<int>(map.c);
+    plan.rows = {static_cast<int>(map.h), static_cast<int>(height), align_corners};
+    plan.columns = {static_cast<int>(map.w), static_cast<int>(width), align_corners};
+    const int64_t bytes = map.type == DType::f64 ? 8 : 4;
+    const auto lay_out = [&](int64_t wide, bool held, int64_t chunk) {
+        plan.wide = static_cast<int>(wide);
+        plan.held = held;
+        plan.chunk = static_cast<int>(chunk);
+        plan.phases = static_cast<int>(least(round_up(ceil_div(width, map.w), kPixels), 4 * kPixels));
+        const int64_t row = static_cast<int64_t>(plan.phases) * plan.cells() * ((sides + 1) * bytes + 4);
+        plan.label_rows = static_cast<int>(most(least(ceil_div(height, map.h), device.shared_per_block / 6 / row), 1));
+        int64_t end = 0;
+        const auto take = [&](int64_t count, int64_t size) {
+            const int64_t at = end;
+            end = round_up(end + count * size, 16);
+            return at;
+        };
+        const int64_t columns = static_cast<int64_t>(plan.phases) * plan.cells(), pixels = plan.label_rows * columns;
+        plan.logits = take(held ? 2 * sides * (wide + 2) * plan.stride() : 0, bytes);
+        plan.shares = take(4 * plan.cells() * static_cast<int64_t>(plan.chunk_stride()), bytes);
+        plan.sums = take(sides * pixels, bytes);
+        plan.scale = take(pixels, bytes);
+        plan.label = take(pixels, 4);
+        plan.right = take(columns, bytes);
+        plan.weight_right = take(columns, bytes);
+        plan.weight_left = take(columns, 4);
+        plan.down = take(plan.label_rows, bytes);
+        plan.weight_down = take(plan.label_rows, bytes);
+        plan.weight_top = take(plan.label_rows, 4);
+        plan.start = take(plan.cells() + 1, 4);
+        plan.warps = take(kWarps, 8);
+        plan.total = end;
+    };
+    // From `from` logits down to `to`, of about equal strips.
+    const auto widest = [&](int64_t from, int64_t to, bool held, int64_t chunk, int64_t room) {
+        for (int64_t wide = from;; wide = plan.wide - 1) {
+            lay_out(ceil_div(map.w, ceil_div(map.w, wide)), held, chunk);
+            if (plan.total <= room) return true;
+            if (plan.wide <= to) return false;
+        }
+    };
+    // Two blocks have the registers.
+    const int64_t room = least(device.shared_per_cores / 2 - 1024, device.shared_per_block);
+    bool fits = widest(64, 4, true, map.c, room) || widest(8, 1, true, map.c, device.shared_per_block);
+    for (int64_t chunk = map.c; !fits && chunk > 0; chunk /= 2) fits = widest(8, 4, false, chunk, room);
+    plan.strips = static_cast<int>(ceil_div(map.w, plan.wide));
+    plan.chunks = static_cast<int>(ceil_div(map.c, plan.chunk));
+    int64_t tall = least(map.h, 16);
+    while (tall > 4 && map.n * plan.strips * plan.chunks * ceil_div(map.h, tall) < 2 * device.multiprocessors)
+        tall = (tall + 1) / 2;
+    plan.tall = static_cast<int>(ceil_div(map.h, ceil_div(map.h, tall)));
+    plan.bands = static_cast<int>(ceil_div(map.h, plan.tall));
+    return plan;
+}
+
 }  // namespace fastkd::gpu

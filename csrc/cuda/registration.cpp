@@ -56,11 +56,11 @@ void* scratch_of(const Tensor& x, int64_t doubles, Tensor& keep) {
 }
 
 // The next guess of grad_output. A copy: another backward may change the memory while this forward's kernels run.
-Tensor guess_of(const On& on, const Tensor& student, const Pair& in, const Tensor& memory) {
+Tensor guess_of(const On& on, const Tensor& student, DType type, const Tensor& memory) {
     check_device(student, memory, "memory");
-    const auto* guesses = static_cast<const char*>(acc_data(memory, in, 2, "memory"));
-    Tensor guess = new_empty(student, Sizes{}, acc_type(in));
-    const int64_t bytes = acc_type(in) == ScalarType::Double ? 8 : 4;
+    const auto* guesses = static_cast<const char*>(acc_data(memory, type, 2, "memory"));
+    Tensor guess = new_empty(student, Sizes{}, acc_type(type));
+    const int64_t bytes = acc_type(type) == ScalarType::Double ? 8 : 4;
     gpu::copy(guess.mutable_data_ptr(), guesses + bytes, bytes, on.stream);
     return guess;
 }
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nfd_forward_ahead(const Tensor& stude
     const On on(student);
     const Pair in = pair_on_device(student, teacher);
     Tensor gradient = empty_like(student);
-    const Tensor guess = guess_of(on, student, in, memory);
+    const Tensor guess = guess_of(on, student, in.student_type, memory);
     const auto [loss, stats] = run_nfd_forward(on, student, teacher, dims, eps, gradient.mutable_data_ptr(),
                                                guess.const_data_ptr());
     return {loss, stats, gradient, guess};
@@ -209,7 +209,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kd_forward_ahead(const Tensor& studen
     gpu::Kd a = kd_of(on, student, teacher, target, weight, temperature, ignore_index, gradient.const_data_ptr());
     STD_TORCH_CHECK(target.has_value() || !by_count, "by_count needs a target");
     const KdSums sums(a, student, false);
-    const Tensor guess = guess_of(on, student, a.in, memory);
+    const Tensor guess = guess_of(on, student, a.in.student_type, memory);
     a.grad = guess.const_data_ptr();
     a.early = true;
     a.scale = scale;
@@ -235,6 +235,209 @@ void kd_backward_ahead(const Tensor& grad, const Tensor& student, const Tensor& 
     a.memory = memory.mutable_data_ptr();
     a.gradient = gradient.mutable_data_ptr();
     gpu::kd(a, on.stream);
+}
+
+// ---- losses at label resolution --------------------------------------------------------------------------------------
+
+gpu::Resized resized_of(const On& on, std::initializer_list<const Tensor*> sides, int64_t height, int64_t width,
+                        const std::optional<Tensor>& target, const std::optional<Tensor>& class_weight,
+                        const std::optional<Tensor>& pixel_weight, const std::optional<Tensor>& mask, double temperature,
+                        int64_t ignore_index, bool align_corners) {
+    gpu::Resized a{};
+    for (const Tensor* map : sides) {
+        check_device(**sides.begin(), *map, "teacher");
+        const Map& side = a.maps[a.sides++] = map_of(*map, "logits");
+        STD_TORCH_CHECK(side.n == a.maps[0].n && side.c == a.maps[0].c && side.h == a.maps[0].h && side.w == a.maps[0].w &&
+                            (side.type == DType::f64) == (a.maps[0].type == DType::f64),
+                        "student and teacher must have the same shape, and both float64 or neither");
+    }
+    for (const auto& other : {target, class_weight, pixel_weight, mask})
+        if (other) check_device(**sides.begin(), *other, "target, its weights and mask");
+    a.pixels = label_pixels(a.maps[0], height, width, target, class_weight, pixel_weight, mask, ignore_index);
+    const auto small = [](int64_t in, int64_t out) {
+        return in < (1 << 30) && out < (1 << 30) && in * (2 * out + 1) < INT32_MAX;
+    };
+    const bool small_weight = !a.pixels.weight || (small(a.pixels.weight_h, height) && small(a.pixels.weight_w, width));
+    STD_TORCH_CHECK(small(a.maps[0].h, height) && small(a.maps[0].w, width) && small_weight && a.maps[0].c < INT32_MAX,
+                    "maps this large need another backend: fastkd.use_backend(\"triton\")");
+    a.plan = gpu::plan_resized(a.maps[0], height, width, align_corners, a.sides, on.device);
+    STD_TORCH_CHECK(a.plan.total <= on.device.shared_per_block, "the gradient of one column of logits does not fit this ",
+                    "device's shared memory: ", a.plan.total, " bytes of ", on.device.shared_per_block);
+    a.temperature = temperature;
+    a.scale = 1;
+    return a;
+}
+
+// What a forward fills, and where its kernels keep their sums in between.
+struct ResizedSums {
+    ResizedSums(gpu::Resized& a, const Tensor& logits, bool per_pixel)
+        : acc(acc_type(a.maps[0].type)),
+          loss(new_empty(logits, per_pixel ? Sizes{a.plan.n, a.plan.rows.out, a.plan.columns.out} : Sizes{}, acc)),
+          count(new_empty(logits, Sizes{}, acc)) {
+        a.count = count.mutable_data_ptr();
+        if (per_pixel) {
+            a.losses = loss.mutable_data_ptr();
+        } else {
+            a.loss = loss.mutable_data_ptr();
+            a.parts = static_cast<double*>(scratch_of(logits, a.plan.blocks(), parts));
+        }
+        const int64_t pixels = static_cast<int64_t>(a.plan.n) * a.plan.rows.out * a.plan.columns.out;
+        if (a.pixels.label != Label::none)
+            a.count_parts = static_cast<double*>(scratch_of(logits, gpu::count_blocks(pixels), count_parts));
+    }
+    const ScalarType acc;
+    Tensor loss, count, parts, count_parts;
+};
+
+void run(const On& on, const gpu::Resized& a) {
+    a.sides == 2 ? gpu::resized_kd(a, on.stream) : gpu::resized_cross_entropy(a, on.stream);
+}
+
+std::tuple<Tensor, Tensor> forward(const On& on, gpu::Resized a, const Tensor& logits, bool per_pixel) {
+    const ResizedSums sums(a, logits, per_pixel);
+    run(on, a);
+    return {sums.loss, sums.count};
+}
+
+std::tuple<Tensor, Tensor, Tensor> with_gradient(const On& on, gpu::Resized a, const Tensor& logits) {
+    const ResizedSums sums(a, logits, false);
+    Tensor gradient = empty_like_as(logits, sums.acc);
+    a.gradient = gradient.mutable_data_ptr();
+    a.gradient_type = sums.acc == ScalarType::Double ? DType::f64 : DType::f32;
+    run(on, a);
+    return {sums.loss, sums.count, gradient};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_ahead(const On& on, gpu::Resized a, const Tensor& logits, double scale,
+                                                         bool by_count, const Tensor& memory) {
+    const ResizedSums sums(a, logits, false);
+    Tensor gradient = empty_like(logits);
+    a.gradient = gradient.mutable_data_ptr();
+    a.gradient_type = a.maps[0].type;
+    const Tensor guess = guess_of(on, logits, a.maps[0].type, memory);
+    a.grad = guess.const_data_ptr();
+    a.early = true;
+    a.scale = scale;
+    a.by_count = by_count;
+    run(on, a);
+    return {sums.loss, sums.count, gradient, guess};
+}
+
+void backward_ahead(const On& on, gpu::Resized a, const Tensor& grad, const Tensor& logits, double scale, bool by_count,
+                    const Tensor& count, const Tensor& guess, Tensor& gradient, Tensor& memory) {
+    const DType type = a.maps[0].type;
+    check_early(logits, gradient, pair_of(logits, logits), memory);
+    check_device(logits, grad, "grad");
+    a.gradient = gradient.mutable_data_ptr();
+    a.gradient_type = type;
+    a.grad = acc_data(grad, type, 1, "grad");
+    a.scale = scale;
+    a.by_count = by_count;
+    a.count = const_cast<void*>(acc_data(count, type, 1, "count"));
+    a.guess = acc_data(guess, type, 1, "guess");
+    a.memory = memory.mutable_data_ptr();
+    run(on, a);
+}
+
+gpu::Resized cross_entropy_of(const On& on, const Tensor& logits, const Tensor& target,
+                              const std::optional<Tensor>& class_weight, const std::optional<Tensor>& pixel_weight,
+                              const std::optional<Tensor>& mask, int64_t ignore_index, bool align_corners) {
+    STD_TORCH_CHECK(target.dim() == 3, "target must be (N, H, W), got ", target.dim(), " dimensions");
+    return resized_of(on, {&logits}, target.size(1), target.size(2), target, class_weight, pixel_weight, mask, 1,
+                      ignore_index, align_corners);
+}
+
+std::tuple<Tensor, Tensor> resized_cross_entropy_forward(const Tensor& logits, const Tensor& target,
+                                                         std::optional<Tensor> class_weight,
+                                                         std::optional<Tensor> pixel_weight, std::optional<Tensor> mask,
+                                                         int64_t ignore_index, bool align_corners, bool per_pixel) {
+    const On on(logits);
+    return forward(on, cross_entropy_of(on, logits, target, class_weight, pixel_weight, mask, ignore_index, align_corners),
+                   logits, per_pixel);
+}
+
+std::tuple<Tensor, Tensor, Tensor> resized_cross_entropy_gradient(const Tensor& logits, const Tensor& target,
+                                                                  std::optional<Tensor> class_weight,
+                                                                  std::optional<Tensor> pixel_weight,
+                                                                  std::optional<Tensor> mask, int64_t ignore_index,
+                                                                  bool align_corners) {
+    const On on(logits);
+    return with_gradient(
+        on, cross_entropy_of(on, logits, target, class_weight, pixel_weight, mask, ignore_index, align_corners), logits);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> resized_cross_entropy_forward_ahead(
+    const Tensor& logits, const Tensor& target, std::optional<Tensor> class_weight, std::optional<Tensor> pixel_weight,
+    std::optional<Tensor> mask, int64_t ignore_index, bool align_corners, double scale, bool by_count,
+    const Tensor& memory) {
+    const On on(logits);
+    return forward_ahead(
+        on, cross_entropy_of(on, logits, target, class_weight, pixel_weight, mask, ignore_index, align_corners), logits,
+        scale, by_count, memory);
+}
+
+void resized_cross_entropy_backward_ahead(const Tensor& grad, const Tensor& logits, const Tensor& target,
+                                          std::optional<Tensor> class_weight, std::optional<Tensor> pixel_weight,
+                                          std::optional<Tensor> mask, int64_t ignore_index, bool align_corners,
+                                          double scale, bool by_count, const Tensor& count, const Tensor& guess,
+                                          Tensor gradient, Tensor memory) {
+    const On on(logits);
+    backward_ahead(on,
+                   cross_entropy_of(on, logits, target, class_weight, pixel_weight, mask, ignore_index, align_corners), grad,
+                   logits, scale, by_count, count, guess, gradient, memory);
+}
+
+gpu::Resized kd_at_labels_of(const On& on, const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
+                             const std::optional<Tensor>& pixel_weight, int64_t height, int64_t width, double temperature,
+                             int64_t ignore_index, bool align_corners) {
+    return resized_of(on, {&student, &teacher}, height, width, target, std::nullopt, pixel_weight, std::nullopt, temperature,
+                      ignore_index, align_corners);
+}
+
+std::tuple<Tensor, Tensor> resized_kd_forward(const Tensor& student, const Tensor& teacher, std::optional<Tensor> target,
+                                              std::optional<Tensor> pixel_weight, int64_t height, int64_t width,
+                                              double temperature, int64_t ignore_index, bool align_corners,
+                                              bool per_pixel) {
+    const On on(student);
+    return forward(on,
+                   kd_at_labels_of(on, student, teacher, target, pixel_weight, height, width, temperature, ignore_index,
+                                   align_corners),
+                   student, per_pixel);
+}
+
+std::tuple<Tensor, Tensor, Tensor> resized_kd_gradient(const Tensor& student, const Tensor& teacher,
+                                                       std::optional<Tensor> target, std::optional<Tensor> pixel_weight,
+                                                       int64_t height, int64_t width, double temperature,
+                                                       int64_t ignore_index, bool align_corners) {
+    const On on(student);
+    return with_gradient(on,
+                         kd_at_labels_of(on, student, teacher, target, pixel_weight, height, width, temperature,
+                                         ignore_index, align_corners),
+                         student);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> resized_kd_forward_ahead(const Tensor& student, const Tensor& teacher,
+                                                                    std::optional<Tensor> target,
+                                                                    std::optional<Tensor> pixel_weight, int64_t height,
+                                                                    int64_t width, double temperature,
+                                                                    int64_t ignore_index, bool align_corners, double scale,
+                                                                    bool by_count, const Tensor& memory) {
+    const On on(student);
+    return forward_ahead(on,
+                         kd_at_labels_of(on, student, teacher, target, pixel_weight, height, width, temperature,
+                                         ignore_index, align_corners),
+                         student, scale, by_count, memory);
+}
+
+void resized_kd_backward_ahead(const Tensor& grad, const Tensor& student, const Tensor& teacher,
+                               std::optional<Tensor> target, std::optional<Tensor> pixel_weight, int64_t height,
+                               int64_t width, double temperature, int64_t ignore_index, bool align_corners, double scale,
+                               bool by_count, const Tensor& count, const Tensor& guess, Tensor gradient, Tensor memory) {
+    const On on(student);
+    backward_ahead(on,
+                   kd_at_labels_of(on, student, teacher, target, pixel_weight, height, width, temperature, ignore_index,
+                                   align_corners),
+                   grad, student, scale, by_count, count, guess, gradient, memory);
 }
 
 }  // namespace
@@ -263,6 +466,36 @@ STABLE_TORCH_LIBRARY(fastkd_cuda, m) {
         "kd_backward_ahead(Tensor grad, Tensor student, Tensor teacher, Tensor? target, Tensor? weight, "
         "float temperature, int ignore_index, float scale, bool by_count, Tensor count, Tensor guess, "
         "Tensor(a!) gradient, Tensor(b!) memory) -> ()");
+    m.def(
+        "resized_cross_entropy_forward(Tensor logits, Tensor target, Tensor? class_weight, Tensor? pixel_weight, "
+        "Tensor? mask, int ignore_index, bool align_corners, bool per_pixel) -> (Tensor loss, Tensor count)");
+    m.def(
+        "resized_cross_entropy_gradient(Tensor logits, Tensor target, Tensor? class_weight, Tensor? pixel_weight, "
+        "Tensor? mask, int ignore_index, bool align_corners) -> (Tensor loss, Tensor count, Tensor gradient)");
+    m.def(
+        "resized_cross_entropy_forward_ahead(Tensor logits, Tensor target, Tensor? class_weight, Tensor? pixel_weight, "
+        "Tensor? mask, int ignore_index, bool align_corners, float scale, bool by_count, Tensor memory) "
+        "-> (Tensor loss, Tensor count, Tensor gradient, Tensor guess)");
+    m.def(
+        "resized_cross_entropy_backward_ahead(Tensor grad, Tensor logits, Tensor target, Tensor? class_weight, "
+        "Tensor? pixel_weight, Tensor? mask, int ignore_index, bool align_corners, float scale, bool by_count, "
+        "Tensor count, Tensor guess, Tensor(a!) gradient, Tensor(b!) memory) -> ()");
+    m.def(
+        "resized_kd_forward(Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, SymInt height, "
+        "SymInt width, float temperature, int ignore_index, bool align_corners, bool per_pixel) "
+        "-> (Tensor loss, Tensor count)");
+    m.def(
+        "resized_kd_gradient(Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, SymInt height, "
+        "SymInt width, float temperature, int ignore_index, bool align_corners) "
+        "-> (Tensor loss, Tensor count, Tensor gradient)");
+    m.def(
+        "resized_kd_forward_ahead(Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, SymInt height, "
+        "SymInt width, float temperature, int ignore_index, bool align_corners, float scale, bool by_count, "
+        "Tensor memory) -> (Tensor loss, Tensor count, Tensor gradient, Tensor guess)");
+    m.def(
+        "resized_kd_backward_ahead(Tensor grad, Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, "
+        "SymInt height, SymInt width, float temperature, int ignore_index, bool align_corners, float scale, "
+        "bool by_count, Tensor count, Tensor guess, Tensor(a!) gradient, Tensor(b!) memory) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd_cuda, FASTKD_KEY, m) {
@@ -275,4 +508,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd_cuda, FASTKD_KEY, m) {
     m.impl("kd_backward", TORCH_BOX(&kd_backward));
     m.impl("kd_forward_ahead", TORCH_BOX(&kd_forward_ahead));
     m.impl("kd_backward_ahead", TORCH_BOX(&kd_backward_ahead));
+    m.impl("resized_cross_entropy_forward", TORCH_BOX(&resized_cross_entropy_forward));
+    m.impl("resized_cross_entropy_gradient", TORCH_BOX(&resized_cross_entropy_gradient));
+    m.impl("resized_cross_entropy_forward_ahead", TORCH_BOX(&resized_cross_entropy_forward_ahead));
+    m.impl("resized_cross_entropy_backward_ahead", TORCH_BOX(&resized_cross_entropy_backward_ahead));
+    m.impl("resized_kd_forward", TORCH_BOX(&resized_kd_forward));
+    m.impl("resized_kd_gradient", TORCH_BOX(&resized_kd_gradient));
+    m.impl("resized_kd_forward_ahead", TORCH_BOX(&resized_kd_forward_ahead));
+    m.impl("resized_kd_backward_ahead", TORCH_BOX(&resized_kd_backward_ahead));
 }

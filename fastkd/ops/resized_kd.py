@@ -8,8 +8,8 @@ As in ``resized_cross_entropy``, the loss and its gradient at logit size are mad
 import torch
 from torch import Tensor
 
-from ._registry import GradientAhead, Saved, accumulator, operators
-from .resized_cross_entropy import pixel_scale
+from ._registry import GradientAhead, Guess, Saved, accumulator, operators
+from .resized_cross_entropy import fixed_scale, pixel_scale
 
 FORWARD = (
     "resized_kd_forward(Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, SymInt height, "
@@ -23,6 +23,17 @@ GRADIENT = (
     "-> (Tensor loss, Tensor count, Tensor gradient)"
 )
 """The summed loss, the count, and the gradient of the summed loss in fp32 (fp64), in the student's memory format."""
+FORWARD_AHEAD = (
+    "resized_kd_forward_ahead(Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, SymInt height, "
+    "SymInt width, float temperature, int ignore_index, bool align_corners, float scale, bool by_count, "
+    "Tensor memory) -> (Tensor loss, Tensor count, Tensor gradient, Tensor guess)"
+)
+BACKWARD_AHEAD = (
+    "resized_kd_backward_ahead(Tensor grad, Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, "
+    "SymInt height, SymInt width, float temperature, int ignore_index, bool align_corners, float scale, "
+    "bool by_count, Tensor count, Tensor guess, Tensor(a!) gradient, Tensor(b!) memory) -> ()"
+)
+"""CUDA only, as in ``resized_cross_entropy``; student and teacher of one size."""
 
 
 def forward_fake(
@@ -61,7 +72,47 @@ def gradient_fake(
     )
 
 
+def forward_ahead_fake(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    pixel_weight: Tensor | None,
+    height: int,
+    width: int,
+    temperature: float,
+    ignore_index: int,
+    align_corners: bool,
+    scale: float,
+    by_count: bool,
+    memory: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss = student.new_empty((), dtype=accumulator(student))
+    return loss, torch.empty_like(loss), torch.empty_like(student), torch.empty_like(loss)
+
+
+def backward_ahead_fake(
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    pixel_weight: Tensor | None,
+    height: int,
+    width: int,
+    temperature: float,
+    ignore_index: int,
+    align_corners: bool,
+    scale: float,
+    by_count: bool,
+    count: Tensor,
+    guess: Tensor,
+    gradient: Tensor,
+    memory: Tensor,
+) -> None:
+    return None
+
+
 OPERATORS = ((FORWARD, forward_fake), (GRADIENT, gradient_fake))
+CUDA_OPERATORS = (*OPERATORS, (FORWARD_AHEAD, forward_ahead_fake), (BACKWARD_AHEAD, backward_ahead_fake))
 
 
 class _Reduced(torch.autograd.Function):
@@ -98,6 +149,50 @@ class _Reduced(torch.autograd.Function):
             return operators(ctx.backend).resized_kd_gradient(*saved, *ctx.options)[2]
 
         return ctx.ahead.scaled(ctx, grad * ctx.scale, ctx.dtype, make_anew), *(None,) * 11
+
+
+class _OneRead(torch.autograd.Function):
+    """CUDA: the gradient is made in the forward where grad_output was guessed, else in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor | None,
+        pixel_weight: Tensor | None,
+        height: int,
+        width: int,
+        temperature: float,
+        ignore_index: int,
+        align_corners: bool,
+        reduction: str,
+        backend: str,
+    ) -> Tensor:
+        args, n = (student, teacher, target, pixel_weight), student.shape[0]
+        kind = ("resized_kd", student.shape, student.stride(), (height, width), student.dtype, reduction)
+        ctx.guess = Guess(kind, student)
+        by_count = reduction == "mean" and target is not None
+        scale = (
+            1.0 if by_count else fixed_scale("mean_all" if reduction == "mean" else reduction, n * height * width, n)
+        )
+        ctx.options = (height, width, temperature, ignore_index, align_corners, scale, by_count)
+        ctx.backend = backend
+        loss, count, ctx.gradient, guess = operators(backend).resized_kd_forward_ahead(
+            *args, *ctx.options, ctx.guess.memory
+        )
+        ctx.saved = Saved(ctx, *args, count, guess)
+        return loss * (pixel_scale(reduction, count, n * height * width, n) if by_count else scale)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        *args, count, guess = ctx.saved.tensors(ctx)
+        out, ctx.gradient = ctx.gradient, None
+        if out is None:  # handed out by the first backward over this graph
+            out, guess = torch.empty_like(args[0]), torch.full_like(guess, float("nan"))
+        operators(ctx.backend).resized_kd_backward_ahead(grad, *args, *ctx.options, count, guess, out, ctx.guess.memory)
+        ctx.guess.release()
+        return out, *(None,) * 10
 
 
 class _PerPixel(torch.autograd.Function):
@@ -149,4 +244,7 @@ def resized_kd(
     args = (student, teacher, target, pixel_weight, *size, temperature, ignore_index, align_corners)
     if reduction == "none":
         return _PerPixel.apply(*args, backend)
-    return _Reduced.apply(*args, reduction, backend, student.requires_grad and torch.is_grad_enabled())
+    needs_gradient = student.requires_grad and torch.is_grad_enabled()
+    if backend == "cuda" and needs_gradient and not torch.compiler.is_compiling():
+        return _OneRead.apply(*args, reduction, backend)
+    return _Reduced.apply(*args, reduction, backend, needs_gradient)
