@@ -72,7 +72,7 @@ def test_forcing_what_cannot_run():
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         with pytest.raises(
             fastkd.BackendError,
-            match="'triton' cannot run: (torch finds no CUDA or ROCm device|Triton cannot be imported)",
+            match=r"'triton' cannot run: (torch finds no CUDA or ROCm device|Triton cannot be imported)",
         ):
             fastkd.use_backend("triton")
 
