@@ -18,13 +18,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-try:
-    from setuptools.command.bdist_wheel import bdist_wheel
-except ImportError:  # setuptools < 70.1
-    from wheel.bdist_wheel import bdist_wheel
+if int(setuptools.__version__.split(".")[0]) < 77:  # a fresh environment of Python 3.11 has 65
+    sys.exit(f"fastkd is built with setuptools 77 or later, got {setuptools.__version__}: pip install 'setuptools>=77'")
+
+from setuptools.command.bdist_wheel import bdist_wheel
 
 CSRC = Path("csrc")
 KERNELS = ["nfd", "kd", "cwd", "resized_cross_entropy", "resized_kd", "rdd", "exp"]

@@ -229,9 +229,8 @@ def resized_kd_loss(
     if pixel_weight is not None:
         check_pixel_weight("pixel_weight", pixel_weight, student, (n, None, None))
     backend = backends.choose("resized_kd", student.device)
-    if (
-        backend == "cuda" and student.shape != teacher.shape
-    ):  # its tiles hold both sides' rows between the same label rows
+    if backend == "cuda" and student.shape != teacher.shape:
+        # CUDA C++ holds rows of both networks that lie between the same label rows
         backend = backends.without_cuda("resized_kd", student.device)
     if student.numel() == 0 or teacher.numel() == 0 or size[0] * size[1] == 0:
         return _nothing(student, (n, *size), reduction)

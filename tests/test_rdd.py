@@ -244,3 +244,13 @@ def test_mask_where_there_are_more_classes_than_rows(backend):
     for confidence in ("max", "label"):
         with fastkd.use_backend(backend):
             assert fastkd.difficulty_mask(student, teacher, target, confidence=confidence).all()
+
+
+@each_backend
+def test_mask_of_one_class(backend):
+    """Whose ignored pixels have no other class to stand for them."""
+    logits, target = torch.zeros(1, 1, 2, 2, device=DEVICE), torch.zeros(1, 4, 4, dtype=torch.long, device=DEVICE)
+    target[:, 0] = 255
+    with fastkd.use_backend(backend):
+        mask = fastkd.difficulty_mask(logits, logits, target, confidence="label", select="or", min_kept=16)
+    assert torch.equal(mask.bool(), target != 255)

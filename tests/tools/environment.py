@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata as metadata
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ def clean(folder: Path, packages: tuple[str, ...]) -> str:
     site = next((folder / "lib").glob("python3*")) / "site-packages"
     for entry in {file for name in closure(packages) for file in top_level(name)}:
         link = site / entry.name
+        if link.is_dir() and not link.is_symlink():
+            shutil.rmtree(link)  # what venv has put there: setuptools, in an old version
         if not link.exists():
             link.symlink_to(entry)
     return str(folder / "bin" / "python")

@@ -149,7 +149,11 @@ EQUIVALENT = [
         "1",
         "2",
         "torch.where(valid, probability.amax(1), 1)",
+        "an ignored pixel is not chosen, and comes last of all in either way",
     ),
+    ("cpu/rdd.cpp", "0", "1", "shift > 0;)", "32 and 64 less 11 at a time never are 1"),
+    ("kernels/rdd.py", "1", "2", "mask=inside, other=1) <=", "a pixel that is not there is not chosen"),
+    ("kernels/resized_cross_entropy.py", "+", "-", "to_top = tl.zeros_like(", "only its shape is used"),
 ]
 
 
