@@ -135,6 +135,7 @@ EQUIVALENT = [
     ("cpu/tile.h", "*", "/", "row_ = bytes * (", "the address of a prefetch"),
     ("cpu/vec.h", "0", "1", "return bits != 0;", "always true: the careful way gives the same, but for roundings"),
     ("cpu/vec.h", "64", "65", "operator delete(data_", "what delete is told of the alignment"),
+    ("cpu/vec.h", "-", "+", "set1(0.5f)) - 0x3f000000", "whose low 16 bits, all that is kept, are 0"),
     ("kernels/resize.py", "1", "2", "_total, (1,)", "two programs write the same number"),
     ("kernels/tiles.py", "1", "2", "tile = TILE // (1 if", "the size of a block"),
     (
