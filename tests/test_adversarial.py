@@ -603,13 +603,20 @@ def available() -> int:
     return 1024 * int(text.partition("MemAvailable:")[2].split()[0])
 
 
-needs_memory = pytest.mark.skipif(
-    available() < 18 << 30, reason=f"needs 18 GiB of free memory, there are {available() >> 30}"
-)
+def needs_memory(gib):
+    return pytest.mark.skipif(
+        available() < gib << 30, reason=f"needs {gib} GiB of free memory, there are {available() >> 30}"
+    )
+
+
+def one_label_in_the_last_row():
+    target = torch.full((1, (1 << 16) + 8, 1 << 15), 255, dtype=torch.uint8)
+    target[0, -1, -3] = 2
+    return target
 
 
 @pytest.mark.slow
-@needs_memory
+@needs_memory(18)
 @pytest.mark.parametrize("name", ["nfd", "cwd", "kd"])
 def test_more_than_two_to_the_31_elements(name):
     """What lies beyond element 2^31 is read and written there: the second sample against the same sample alone."""
@@ -636,15 +643,11 @@ def test_more_than_two_to_the_31_elements(name):
 
 
 @pytest.mark.slow
-@needs_memory
+@needs_memory(30)
 def test_more_than_two_to_the_31_label_pixels():
     """One label of the last row alone counts: the loss is that pixel's."""
-    height, width = (1 << 16) + 8, 1 << 15
-    logits = torch.randn(1, 3, 9, 5)
-    target = torch.full((1, height, width), 255, dtype=torch.uint8)
-    target[0, -1, -3] = 2
-    logits.requires_grad_()
-    value = fastkd.resized_cross_entropy(logits, target)
+    logits = torch.randn(1, 3, 9, 5, requires_grad=True)
+    value = fastkd.resized_cross_entropy(logits, one_label_in_the_last_row())
     value.backward()
     corner = logits.detach()[:, :, -1, -1].requires_grad_()  # the last pixels see the last logit alone
     want = torch.nn.functional.cross_entropy(corner, torch.tensor([2]))
@@ -652,6 +655,12 @@ def test_more_than_two_to_the_31_label_pixels():
     torch.testing.assert_close(value, want)
     torch.testing.assert_close(logits.grad[:, :, -1, -1], corner.grad)
     assert logits.grad.count_nonzero() == 3
-    mask = fastkd.difficulty_mask(logits.detach(), logits.detach().flip(1), target, threshold=1.0, select="or")
+
+
+@pytest.mark.slow
+@needs_memory(30)  # the confidence of each pixel in both networks
+def test_mask_of_more_than_two_to_the_31_label_pixels():
+    logits = torch.randn(1, 3, 9, 5)
+    mask = fastkd.difficulty_mask(logits, logits.flip(1), one_label_in_the_last_row(), threshold=1.0, select="or")
     assert mask.sum() == 1
     assert mask[0, -1, -3]
