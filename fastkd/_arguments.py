@@ -89,13 +89,18 @@ def _check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
     low, high = target.aminmax()
     if int(low) >= 0 and int(high) < classes:
         return
-    target = target.long()  # uint8 would wrap the numbers it is compared with
-    bad = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
-    if bad.numel():
-        raise IndexError(
-            f"target: got label {int(bad[0])}, expected 0 to {classes - 1} (C = {classes}) or ignore_index {ignore_index}; "
-            "map the labels to class indices, or pass the ignore_index they use"
-        )
+    rows = max(
+        1, (1 << 20) // target.shape[-1]
+    )  # at a time: the labels as int64 would be the largest tensor of the loss
+    for part in (
+        part.long() for image in target for part in image.split(rows)
+    ):  # uint8 would wrap what it is compared with
+        bad = part[((part < 0) | (part >= classes)) & (part != ignore_index)]
+        if bad.numel():
+            raise IndexError(
+                f"target: got label {int(bad[0])}, expected 0 to {classes - 1} (C = {classes}) or ignore_index {ignore_index}; "
+                "map the labels to class indices, or pass the ignore_index they use"
+            )
 
 
 def _check_map(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
