@@ -89,12 +89,9 @@ def _check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
     low, high = target.aminmax()
     if int(low) >= 0 and int(high) < classes:
         return
-    rows = max(
-        1, (1 << 20) // target.shape[-1]
-    )  # at a time: the labels as int64 would be the largest tensor of the loss
-    for part in (
-        part.long() for image in target for part in image.split(rows)
-    ):  # uint8 would wrap what it is compared with
+    # uint8 would wrap the numbers it is compared with; a few rows at a time, since all as int64 would be the largest tensor here
+    rows = max(1, (1 << 16) // target.shape[-1])
+    for part in (part.long() for image in target for part in image.split(rows)):
         bad = part[((part < 0) | (part >= classes)) & (part != ignore_index)]
         if bad.numel():
             raise IndexError(
