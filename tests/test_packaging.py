@@ -169,3 +169,15 @@ def test_from_source_archive_to_tests_with_torch_alone(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+def test_an_old_setuptools_says_what_to_install(tmp_path):
+    stub = tmp_path / "setuptools"
+    (stub / "command").mkdir(parents=True)
+    (stub / "__init__.py").write_text("__version__ = '65.5.0'\nExtension = setup = None\n")
+    (stub / "command" / "__init__.py").touch()
+    (stub / "command" / "build_ext.py").write_text("build_ext = object\n")
+    command, env = [sys.executable, "setup.py", "--version"], {**os.environ, "PYTHONPATH": str(tmp_path)}
+    out = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert out.returncode == 1
+    assert "got 65.5.0: pip install 'setuptools>=77'" in out.stderr
