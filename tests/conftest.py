@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture.engine import ConjectureRunner
 
 settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
@@ -13,6 +14,9 @@ settings.register_profile("thorough", settings.get_profile("default"), derandomi
 # Triton's interpreter runs a kernel's every operation in NumPy, program by program; the emulated GPU runs thread by thread.
 settings.register_profile("interpreter", settings.get_profile("default"), max_examples=8)
 settings.register_profile("quick", settings.get_profile("default"), max_examples=10)  # benchmarks/gpu_check.py
+# Hypothesis would make most examples by copying parts of earlier ones; each is to be drawn anew, so that 60 of them meet
+# most of the options (test_promises.py::test_examples_differ notices where a later version has another name for this).
+ConjectureRunner.generate_mutations_from = lambda self, data: None
 slow = os.environ.get("TRITON_INTERPRET") == "1" or "FASTKD_CUDA_EMULATION" in os.environ
 settings.load_profile("interpreter" if slow else "default")
 

@@ -5,7 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from .support import problems
 from .tools.errors import DTYPES, GRADIENT_BOUND, LOSS_BOUND, LOSSES, errors
 
 ROOT = Path(__file__).parents[1]
@@ -51,3 +54,20 @@ def test_error_bounds(name):
         loss, gradient = errors(name, dtype, seeds=1)["auto"]
         assert loss <= LOSS_BOUND.get(dtype, 1e-6), dtype
         assert gradient <= GRADIENT_BOUND[dtype], dtype
+
+
+def test_examples_differ():
+    """What hypothesis draws covers the options: dtypes, layouts, and what a loss adds to them."""
+    drawn = []
+
+    @settings(max_examples=60, derandomize=True, database=None)
+    @given(problems(), st.tuples(st.sampled_from("abcde"), st.booleans(), st.sampled_from("abcd")))
+    def draw(problem, options):
+        drawn.append(
+            (problem.student_dtype, problem.teacher_dtype, problem.student_layout, problem.teacher_layout, *options)
+        )
+
+    draw()
+    assert len(set(drawn)) >= 50
+    for option in range(len(drawn[0])):
+        assert len({example[option] for example in drawn}) == [4, 4, 6, 6, 5, 2, 4][option]
