@@ -254,3 +254,14 @@ def test_mask_of_one_class(backend):
     with fastkd.use_backend(backend):
         mask = fastkd.difficulty_mask(logits, logits, target, confidence="label", select="or", min_kept=16)
     assert torch.equal(mask.bool(), target != 255)
+
+
+@each_backend
+def test_mask_of_one_pixel(backend):
+    student, target = (
+        torch.tensor([0.0, 5.0], device=DEVICE).view(1, 2, 1, 1),
+        torch.ones(1, 1, 1, device=DEVICE).long(),
+    )
+    with fastkd.use_backend(backend):
+        assert fastkd.difficulty_mask(-student, student, target, confidence="label").all()
+        assert not fastkd.difficulty_mask(student, student, target, confidence="label").any()

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -66,6 +67,12 @@ public:
     }
     int64_t* count() { return static_cast<int64_t*>(add(8)); }
     bool operator==(const Outputs& o) const { return parts_ == o.parts_; }
+    // To compare with another run of the program.
+    size_t hash() const {
+        size_t h = 0;
+        for (const std::vector<char>& part : parts_) h = h * 31 + std::hash<std::string_view>()({part.data(), part.size()});
+        return h;
+    }
 
 private:
     std::vector<std::vector<char>> parts_;
@@ -147,8 +154,8 @@ int main() {
         for (std::thread& caller : at_once) caller.join();
         for (char ok : callers) good = good && ok;
         failed += !good;
-        std::printf("%s: (%ld, %ld, %ld, %ld) %s\n", kernels().isa, long(x.n), long(x.c), long(x.h), long(x.w),
-                    good ? "same" : "DIFFERS");
+        std::printf("%s: (%ld, %ld, %ld, %ld) %s, %016zx\n", kernels().isa, long(x.n), long(x.c), long(x.h), long(x.w),
+                    good ? "same" : "DIFFERS", want.hash());
     }
     return failed;
 }

@@ -1,13 +1,14 @@
 """Do the tests notice? One sign, constant, bound or word of the kernels and the reference is changed at a time.
 
     python -m tests.tools.mutants --minutes 60 --log mutants.jsonl     # a sample, in the order of its seed; goes on from the log
+    python -m tests.tools.mutants --part 1/2 --log part1.jsonl         # every second of the sample: two processes share it
     python -m tests.tools.mutants --only csrc/cpu/kd.cpp:120           # the mutants of one line
     python -m tests.tools.mutants --summary mutants.jsonl
 
 For each mutant only what it touches is compiled, for one instruction set, and the tests of that part run until one fails:
-first with few examples, which is enough for most, then with as many as `make test` takes. A mutant that no test notices
-survives: it wants a test, or it is equivalent, and :data:`EQUIVALENT` says why. A mutant that makes a test crash, hang or
-ask for more than 10 GB counts as noticed.
+first with few examples, which is enough for most, then with as many as `make test` takes, at last, for C++, the
+sanitizers' test. A mutant that no test notices survives: it wants a test, or it is equivalent, and :data:`EQUIVALENT` says
+why. A mutant that makes a test crash, hang or ask for more than 10 GB counts as noticed.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ WORDS = {
 PYTHON = {
     "fastkd/reference.py": [f"tests/test_{name}.py" for name in ("nfd", "kd", "cwd", "resized", "rdd", "functional")],
     "fastkd/functional.py": [
-        f"tests/test_{name}.py" for name in ("functional", "kd", "nfd", "resized", "rdd", "losses")
+        f"tests/test_{name}.py" for name in ("functional", "kd", "nfd", "cwd", "resized", "rdd", "losses")
     ],
     "kernels/nfd.py": ["tests/test_triton.py", "-k", "nfd or outlier or constant or nan or bits"],
     "kernels/kd.py": ["tests/test_triton.py", "-k", "kd or masked or same or nan or registered"],
@@ -152,6 +153,7 @@ EQUIVALENT = [
         "torch.where(valid, probability.amax(1), 1)",
         "an ignored pixel is not chosen, and comes last of all in either way",
     ),
+    ("fastkd/reference.py", "2", "3", "if x.shape[-2:] == size", "to the same size torch's interpolation is a copy"),
     ("cpu/rdd.cpp", "0", "1", "shift > 0;)", "32 and 64 less 11 at a time never are 1"),
     ("kernels/rdd.py", "1", "2", "mask=inside, other=1) <=", "a pixel that is not there is not chosen"),
     ("kernels/resized_cross_entropy.py", "+", "-", "to_top = tl.zeros_like(", "only its shape is used"),
@@ -260,6 +262,9 @@ def judge(folder: Path, file: str) -> str:
     noticed = fails(folder, file, "interpreter")  # 8 examples; what runs in the interpreter never gets more
     if not noticed and not file.startswith("kernels"):
         noticed = fails(folder, file, "default")
+    if not noticed and file.startswith("csrc"):
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "tests/test_sanitizers.py"]
+        noticed = subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode != 0
     return "noticed" if noticed else "survived"
 
 
@@ -298,19 +303,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--log", type=Path, help="results, a line each; what is in it already is not done again")
+    parser.add_argument(
+        "--part", default="1/1", help="K/N: the K-th of every N mutants; each part has its own log and folder"
+    )
     parser.add_argument("--checked", action="store_true", help="the tests are known to pass without a mutant")
     parser.add_argument("--only", help="a file, or file:line")
-    parser.add_argument("--summary", type=Path, help="print what a log holds, and do nothing else")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "fastkd-mutants")
+    parser.add_argument("--summary", type=Path, nargs="+", help="print what logs hold, and do nothing else")
+    parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
+    args.folder = args.folder or Path(tempfile.gettempdir()) / f"fastkd-mutants-{args.part.replace('/', '-of-')}"
     if args.summary:
-        return summarise([json.loads(line) for line in args.summary.read_text().splitlines()])
+        return summarise([json.loads(line) for log in args.summary for line in log.read_text().splitlines()])
     if args.only:
         file, _, line = args.only.partition(":")
         todo = [m for m in mutants_of(file) if not line or m.line == int(line)]
     else:
         todo = sample(default_share())
-    todo = [m for m in todo if not why_equivalent(m)]
+    part, parts = map(int, args.part.split("/"))
+    todo = [m for m in todo if not why_equivalent(m)][part - 1 :: parts]
     results = [json.loads(line) for line in args.log.read_text().splitlines()] if args.log and args.log.exists() else []
     done = {(r["file"], r["line"], r["column"], r["old"]) for r in results}
     import hypothesis  # noqa: F401  (loaded once, for all children)

@@ -2,14 +2,15 @@
 
     python -m tests.tools.sanitize --tool asan                # address + undefined behaviour: the operator tests
     python -m tests.tools.sanitize --tool asan --fuzz 60      # the same library under an hour of tests/tools/fuzz.py
-    python -m tests.tools.sanitize --tool tsan                # races: every kernel, threads and concurrent callers
+    python -m tests.tools.sanitize --tool tsan                # races: the operator tests
     python -m tests.tools.sanitize --tool valgrind            # uninitialised memory: every kernel, small
-    ... --isa baseline|avx2|avx512                            # default: the widest of this processor
+    ... --harness                                             # asan, tsan: every kernel, small, as for valgrind
+    ... --isa baseline|avx2|avx512                            # default: FASTKD_CPU_ISA, or the widest of this processor
     ... --self-check                                          # with a bug put in first: the tool must find it
 
 Each builds what it needs in ``--folder`` (under the system's temporary folder); nothing of the checkout changes. Exit
-status 0: nothing found. TSan and valgrind run ``harness.cpp``: OpenMP, which the library uses through torch, is not
-instrumented and would hide races or invent them, and valgrind has no AVX-512.
+status 0: nothing found. ``make test`` runs the harness. ThreadSanitizer cannot see into OpenMP, which the library uses
+through torch: for it, the library is built with :data:`THREADS` instead.
 """
 
 from __future__ import annotations
@@ -24,11 +25,22 @@ from pathlib import Path
 
 from . import stage
 
-ASAN = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+TSAN = ("-g", "-fsanitize=thread")
+ASAN = ("-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 OPERATORS = ["nfd", "kd", "cwd", "resized", "resized_kernels", "rdd", "rdd_kernels"]
 TESTS = [f"tests/test_{name}.py" for name in ("adversarial", "csrc", *OPERATORS, "functional", "losses", "backends")]
 # Of those, what is not about this library: what other processes import, memory measured from outside.
 DESELECTED = "not import_is_light and not environment and not says_once and not leak"
+# ThreadSanitizer's parallel loop: as many threads as items, up to three, whatever the grain.
+THREADS = (
+    "torch::stable::parallel_for(begin, end, grain, [&](int64_t b, int64_t e) { body(b, e, context); });",
+    """(void)grain;
+    std::vector<std::thread> threads;
+    const int64_t chunk = (end - begin + 2) / 3;
+    for (int64_t b = begin; b < end; b += chunk)
+        threads.emplace_back(body, b, b + chunk < end ? b + chunk : end, context);
+    for (std::thread& thread : threads) thread.join();""",
+)
 # Bugs for --self-check: (file, what is there, what it becomes).
 BUGS = {
     "asan": ("cpu/rdd.cpp", "j < min(n, (i + 1) * chunk)", "j < (i + 1) * chunk + 1"),
@@ -37,81 +49,129 @@ BUGS = {
 }
 
 
-def preload() -> str:
-    libraries = ("libasan.so", "libstdc++.so")
-    return " ".join(
-        subprocess.check_output(["gcc", f"-print-file-name={name}"], text=True).strip() for name in libraries
-    )
+def preload(*names: str) -> str:
+    return " ".join(subprocess.check_output(["gcc", f"-print-file-name={name}"], text=True).strip() for name in names)
+
+
+def asan_options(fill: int = 0xFF) -> str:
+    """Leaks are not looked for: Python leaves memory to the end of the process (test_adversarial.py measures them).
+
+    All fresh memory is filled with a byte, by default so that it is NaN and a result that depends on it shows.
+    """
+    filled = f"malloc_fill_byte={fill}:max_malloc_fill_size={1 << 30}"
+    return f"detect_leaks=0:abort_on_error=1:allocator_may_return_null=1:{filled}"
 
 
 def asan(folder: Path, isa: str, command: list[str]) -> int:
     """Runs a Python command in the stage, with the library under both sanitizers."""
-    stage.build(folder, isa, ASAN)
-    # Leaks are not looked for: Python itself leaves memory to the end of the process. test_adversarial.py measures them.
+    stage.build(folder, isa, ("-O1", *ASAN))
     environment = stage.environment(
         isa,
-        LD_PRELOAD=preload(),
-        ASAN_OPTIONS="detect_leaks=0:abort_on_error=1:allocator_may_return_null=1",
+        LD_PRELOAD=preload("libasan.so", "libstdc++.so"),
+        ASAN_OPTIONS=asan_options(),
         UBSAN_OPTIONS="print_stacktrace=1",
     )
     return subprocess.run([sys.executable, *command], cwd=folder, env=environment, check=False).returncode
 
 
-def harness(folder: Path, isa: str, flags: tuple[str, ...], runner: list[str], **environment: str) -> int:
-    """Builds harness.cpp with the kernels into one program, and runs it."""
+def tsan(folder: Path, isa: str, command: list[str]) -> int:
+    """Runs a Python command in the stage, with the library under ThreadSanitizer."""
+    replace(folder / "csrc" / "checks.h", *THREADS)
+    replace(folder / "csrc" / "checks.h", "#include <string>", "#include <string>\n#include <thread>")
+    stage.build(folder, isa, ("-O1", *TSAN))
+    # Of torch and Python, which are not instrumented, the locks and threads are seen, and memory is not looked at.
+    environment = stage.environment(
+        isa,
+        LD_PRELOAD=preload("libtsan.so"),
+        TSAN_OPTIONS="ignore_interceptors_accesses=1:halt_on_error=1:report_signal_unsafe=0",
+        OMP_NUM_THREADS="1",
+    )
+    return subprocess.run(
+        [*unrandomised(), sys.executable, *command], cwd=folder, env=environment, check=False
+    ).returncode
+
+
+def unrandomised() -> list[str]:
+    """Runs a program at addresses that are not randomised, as ThreadSanitizer wants, where the system allows it."""
+    command = ["setarch", "-R"]
+    allowed = shutil.which(command[0]) and subprocess.run([*command, "true"], capture_output=True, check=False)
+    return command if allowed and allowed.returncode == 0 else []
+
+
+def replace(path: Path, there: str, becomes: str) -> None:
+    text = path.read_text()
+    assert text.count(there) == 1, f"{path.name} no longer has {there!r}"
+    path.write_text(text.replace(there, becomes))
+
+
+def harness(folder: Path, isa: str, flags: tuple[str, ...], runner: list[str], *environments: dict[str, str]) -> int:
+    """Builds harness.cpp with the kernels into one program, and runs it in each environment; all must print the same."""
     stage.build(folder, isa, flags, units=(*stage.KERNELS, "dispatch", "others"), link=False)
     program = folder / "harness"
     objects = [str(folder / "objects" / f"{name}.o") for name in (*stage.KERNELS, "dispatch", "others")]
     source = str(Path(__file__).with_name("harness.cpp"))
-    compiler = os.environ.get("CXX", "g++")
-    stage.run(
-        [
-            compiler,
-            "-std=c++17",
-            *flags,
-            f"-I{folder / 'csrc' / 'cpu'}",
-            source,
-            *objects,
-            "-pthread",
-            "-o",
-            str(program),
-        ]
-    )
-    return subprocess.run([*runner, str(program)], env=stage.environment(isa, **environment), check=False).returncode
+    include = f"-I{folder / 'csrc' / 'cpu'}"
+    compiler = [os.environ.get("CXX", "g++"), "-std=c++17", *flags, include]
+    stage.run([*compiler, source, *objects, "-pthread", "-o", str(program)])
+    printed = set()
+    for environment in environments:
+        done = subprocess.run(
+            [*runner, str(program)],
+            env=stage.environment(isa, **environment),
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        print(done.stdout, end="")
+        if done.returncode:
+            return done.returncode
+        printed.add(done.stdout)
+    if len(printed) > 1:
+        print("what fresh memory is filled with changes a result")
+    return int(len(printed) > 1)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tool", choices=("asan", "tsan", "valgrind"), required=True)
     parser.add_argument("--isa", choices=tuple(stage.ISA_FLAGS), default=None)
-    parser.add_argument("--fuzz", type=float, metavar="MINUTES", help="asan: fuzz for so long instead of the tests")
+    parser.add_argument(
+        "--fuzz", type=float, metavar="MINUTES", help="asan, tsan: fuzz for so long instead of the tests"
+    )
     parser.add_argument("--first", type=int, default=0, help="the first seed of --fuzz")
-    parser.add_argument("--tests", nargs="*", default=TESTS, help="asan: test files, or any words for pytest")
+    parser.add_argument("--tests", nargs="*", default=TESTS, help="asan, tsan: test files, or any words for pytest")
+    parser.add_argument("--harness", action="store_true", help="asan, tsan: harness.cpp instead of the tests")
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--self-check", action="store_true")
     args = parser.parse_args()
-    isa = args.isa or (stage.widest() if args.tool != "valgrind" else stage.widest().replace("512", "2"))
+    isa = args.isa or os.environ.get("FASTKD_CPU_ISA") or stage.widest()
+    if args.tool == "valgrind":
+        isa = isa.replace("512", "2")
     folder = args.folder or Path(tempfile.gettempdir()) / f"fastkd-{args.tool}-{isa}"
     stage.copy(folder)
     if args.self_check:
         name, there, becomes = BUGS[args.tool]
-        path = folder / "csrc" / name
-        assert path.read_text().count(there) == 1, f"{name} no longer has {there!r}"
-        path.write_text(path.read_text().replace(there, becomes))
+        replace(folder / "csrc" / name, there, becomes)
+    # Few examples each: it is memory and threads that are looked at, and --fuzz draws many more. Reports are not captured.
+    options = ["-q", "--capture=sys", "-p", "no:cacheprovider", "-m", "not slow", "--hypothesis-profile=interpreter"]
+    command = ["-m", "pytest", *options, "-k", DESELECTED, *args.tests]
+    if args.fuzz:
+        log = ["--log", str(folder / "seed")]
+        command = ["-m", "tests.tools.fuzz", "--minutes", str(args.fuzz), "--first", str(args.first), *log]
     if args.tool == "asan":
-        # Few examples each: it is memory that is looked at, and --fuzz draws many more.
-        options = ["-q", "-p", "no:cacheprovider", "-m", "not slow", "--hypothesis-profile=interpreter"]
-        command = ["-m", "pytest", *options, "-k", DESELECTED, *args.tests]
-        if args.fuzz:
-            log = ["--log", str(folder / "seed")]
-            command = ["-m", "tests.tools.fuzz", "--minutes", str(args.fuzz), "--first", str(args.first), *log]
-        status = asan(folder, isa, command)
+        if args.harness:
+            fills = [{"ASAN_OPTIONS": asan_options(fill)} for fill in (0xFF, 0x11)]
+            status = harness(folder, isa, ("-O0", *ASAN), [], *fills)
+        else:
+            status = asan(folder, isa, command)
     elif args.tool == "tsan":
-        flags = ("-O1", "-g", "-fsanitize=thread")
-        status = harness(folder, isa, flags, [], TSAN_OPTIONS="halt_on_error=1")
+        if args.harness:
+            status = harness(folder, isa, ("-O0", *TSAN), unrandomised(), {"TSAN_OPTIONS": "halt_on_error=1"})
+        else:
+            status = tsan(folder, isa, command)
     else:
         runner = [shutil.which("valgrind") or sys.exit("valgrind is not installed"), "--error-exitcode=9", "-q"]
-        status = harness(folder, isa, ("-O1", "-g"), runner)
+        status = harness(folder, isa, ("-O1", "-g"), runner, {})
     if args.self_check:
         print("the bug was found" if status else "THE BUG WAS NOT FOUND")
         return not status
