@@ -658,9 +658,15 @@ def test_more_than_two_to_the_31_label_pixels():
 
 
 @pytest.mark.slow
-@needs_memory(30)  # the confidence of each pixel in both networks
-def test_mask_of_more_than_two_to_the_31_label_pixels():
-    logits = torch.randn(1, 3, 9, 5)
-    mask = fastkd.difficulty_mask(logits, logits.flip(1), one_label_in_the_last_row(), threshold=1.0, select="or")
+@pytest.mark.parametrize(
+    ("min_kept", "threshold"),
+    [
+        pytest.param(0, 1.0, marks=needs_memory(7)),
+        pytest.param(1, 0.0, marks=needs_memory(21)),  # the confidence of each pixel in both networks
+    ],
+)
+def test_mask_of_more_than_two_to_the_31_label_pixels(min_kept, threshold):
+    logits, options = torch.randn(1, 3, 9, 5), {"min_kept": min_kept, "threshold": threshold, "select": "or"}
+    mask = fastkd.difficulty_mask(logits, logits.flip(1), one_label_in_the_last_row(), **options)
     assert mask.sum() == 1
     assert mask[0, -1, -3]
