@@ -35,13 +35,15 @@ def test_within_eagers_error(backend, problem, reduction, temperature, ignored, 
     n, c, h, w = student.shape
     target = None if ignored is None else labels((n, h, w), c, ignored, label_dtype, problem.seed)
     weight = torch.rand(n, h, w, device=DEVICE) if weighted else None
-    # One rounding of a logit is |logit| * eps in a log-probability.
+    # One rounding of a logit is |logit| * eps in a log-probability, which a pixel's loss holds temperature^2 times.
+    pixels = {"sum": n * h * w, "batchmean": h * w}.get(reduction, 1)
     assert_within_budget(
         lambda s, t: fastkd.kd_loss(s, t, temperature=temperature, target=target, weight=weight, reduction=reduction),
         student,
         teacher,
         backend,
         temperature / (1 if reduction in ("sum", "none") else n if reduction == "batchmean" else n * h * w),
+        temperature**2 * pixels,
     )
 
 

@@ -180,6 +180,13 @@ def test_masked_classes_at_ratio_one(backend):
         student = torch.randn_like(logits)
         kd = fastkd.resized_kd_loss(student, logits, size=(4, 9))
         torch.testing.assert_close(kd, fastkd.kd_loss(student, logits))
+        # Nor where it is the label, and impossible in the neighbouring columns and rows alone.
+        logits[0, 3, 1::2, 1::2] = 1.0
+        target[0, 1::2, 1::2] = 3
+        got = fastkd.resized_cross_entropy(logits, target)
+        torch.testing.assert_close(got, F.cross_entropy(logits, target, ignore_index=255))
+        hard = fastkd.difficulty_mask(logits, student, target, confidence="label", threshold=1.0, select="student")
+        assert torch.equal(hard, target != 255)
 
 
 @each_kernel
