@@ -221,6 +221,9 @@ def test_no_auxiliary_head(heads):
         fastkd.rdd_loss(student, teacher, target, stage="tse", aux_weight=0.4)
     with pytest.raises(ValueError, match="teacher_aux is None"):
         fastkd.rdd_loss(student, teacher, target, stage="tse", student_aux=student, aux_weight=0.4)
+    without = fastkd.rdd_loss(student, teacher, target, stage="tse")
+    ignored = fastkd.rdd_loss(student, teacher, target, stage="tse", student_aux=student.flip(1), aux_weight=0)
+    assert torch.equal(without.loss, ignored.loss)
 
 
 def test_uint8_labels_and_negative_ignore_index(heads):

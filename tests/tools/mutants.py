@@ -161,6 +161,7 @@ EQUIVALENT = [
         "lanes that do not exist hold 0, whose loss is exactly 0",
     ),
     ("cpu/cwd.cpp", "0", "1", "load_part(t + i, left, Acc(0)), inv_tau", "lanes that are not stored"),
+    ("cpu/rdd.cpp", "+=", "-=", "student_hard[item] +=", "then the k-th smallest is looked for always: speed alone"),
     ("fastkd/reference.py", "2", "3", "if x.shape[-2:] == size", "to the same size torch's interpolation is a copy"),
     ("cpu/rdd.cpp", "0", "1", "shift > 0;)", "32 and 64 less 11 at a time never are 1"),
     ("kernels/rdd.py", "1", "2", "mask=inside, other=1) <=", "a pixel that is not there is not chosen"),
