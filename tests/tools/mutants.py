@@ -7,8 +7,9 @@
 
 For each mutant only what it touches is compiled, for one instruction set, and the tests of that part run until one fails:
 first with few examples, which is enough for most, then with as many as `make test` takes, at last, for C++, the
-sanitizers' test. A mutant that no test notices survives: it wants a test, or it is equivalent, and :data:`EQUIVALENT` says
-why. A mutant that makes a test crash, hang or ask for more than 10 GB counts as noticed.
+sanitizers' test. CUDA C++ runs on the emulated GPU. A mutant that no test notices survives: it wants a test, or it is
+equivalent, and :data:`EQUIVALENT` says why. A mutant that makes a test crash, hang or ask for more than 10 GB counts as
+noticed.
 """
 
 from __future__ import annotations
@@ -77,6 +78,9 @@ PYTHON = {
     "kernels/resized_cross_entropy.py": ["tests/test_resized_kernels.py"],
     "kernels/resized_kd.py": ["tests/test_resized_kernels.py"],
 }
+
+# Of the CUDA kernels, on the emulated GPU.
+EMULATED = [f"tests/test_{name}.py" for name in ("cuda_plan", "nfd", "kd", "resized", "resized_kernels")]
 
 SWAPS = [
     (r" \+ ", " - "),
@@ -231,6 +235,8 @@ def default_share() -> dict[str, int]:
         share
         | {"csrc/cpu/resize.h": 24, "csrc/cpu/rdd.cpp": 24, "csrc/cpu/exp.cpp": 3}
         | {file: 2 if file.startswith("kernels") else 20 for file in PYTHON}
+        | {f"csrc/cuda/{name}.h": 4 for name in ("block", "kd", "moments", "pixels", "plan")}
+        | {f"csrc/cuda/{name}.h": 8 for name in ("nfd", "resize")}
     )
 
 
@@ -258,6 +264,8 @@ def runs_of(file: str) -> list[list[str]]:
     """What pytest is given, one list after the other until one fails."""
     if file in PYTHON:
         return [PYTHON[file]]
+    if file.startswith("csrc/cuda"):
+        return [EMULATED]
     units = units_of(file)
     adversarial = " or ".join(f"({WORDS[unit]})" for unit in units)
     return [
@@ -267,11 +275,15 @@ def runs_of(file: str) -> list[list[str]]:
 
 
 def judge(folder: Path, file: str) -> str:
-    """ "noticed" or "survived"."""
-    noticed = fails(folder, file, "interpreter")  # 8 examples; what runs in the interpreter never gets more
-    if not noticed and not file.startswith("kernels"):
+    """ "noticed" or "survived".
+
+    Raises:
+        subprocess.CalledProcessError: CUDA code that does not compile.
+    """
+    noticed = fails(folder, file, "interpreter")  # 8 examples; what is interpreted or emulated never gets more
+    if not noticed and not file.startswith(("kernels", "csrc/cuda")):
         noticed = fails(folder, file, "default")
-    if not noticed and file.startswith("csrc"):
+    if not noticed and file.startswith("csrc/cpu"):
         command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "tests/test_sanitizers.py"]
         noticed = subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode != 0
     return "noticed" if noticed else "survived"
@@ -279,6 +291,8 @@ def judge(folder: Path, file: str) -> str:
 
 def fails(folder: Path, file: str, profile: str) -> bool:
     """Whether a test of the file fails; in a forked child, which has torch and the tests' libraries loaded already."""
+    if file.startswith("csrc/cuda"):
+        return fails_emulated(folder)
     child = os.fork()
     if child == 0:
         os.chdir(folder)
@@ -292,6 +306,21 @@ def fails(folder: Path, file: str, profile: str) -> bool:
             os.environ["TRITON_INTERPRET"] = "1"
         os._exit(run_tests(folder, file, profile))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+
+
+def fails_emulated(folder: Path) -> bool:
+    """Whether a test of the CUDA kernels fails on the emulated GPU, or ends in no time."""
+    build = [sys.executable, "-c", "from tests import emulation; print(emulation.build())"]
+    library = subprocess.run(build, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *EMULATED]
+    environment = {**os.environ, "FASTKD_CUDA_EMULATION": library}
+    try:
+        done = subprocess.run(command, cwd=folder, env=environment, timeout=2 * PROCESSOR_TIME, capture_output=True)
+    except subprocess.TimeoutExpired:
+        return True
+    finally:
+        Path(library).unlink()
+    return done.returncode != 0
 
 
 def run_tests(folder: Path, file: str, profile: str) -> int:
@@ -352,7 +381,7 @@ def main() -> int:
         path = args.folder / mutant.file
         original = path.read_text()
         path.write_text(mutant.apply(original))
-        compiled = mutant.file.startswith("csrc")
+        compiled = mutant.file.startswith("csrc/cpu")
         try:
             if compiled:
                 os.environ["FASTKD_CPU_ISA"] = isa_of(mutant)
