@@ -16,9 +16,12 @@ import torch
 pytest.importorskip("accelerate")
 pytest.importorskip("segmentation_models_pytorch")
 
+from PIL import Image
+
 from fastkd.cli import main
 from fastkd.train import checkpoint
 from fastkd.train.config import parse, to_dict
+from fastkd.train.data.images import DataError, open_image, upright
 from fastkd.train.models import build_model
 from fastkd.train.weights import load_state_file
 from tests.train import tiny
@@ -199,3 +202,38 @@ def test_damaged_yaml(tmp_path, capsys):
             codes.append(stop.code)
     assert set(codes) == {2}
     assert len(codes) > 20
+
+
+def pictures() -> list[bytes]:
+    """Small images in every format and mode that is read, with and without metadata."""
+    picture = Image.effect_noise((24, 20), 90).convert("RGB")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    saved = [(picture.convert(mode), "PNG", {}) for mode in ("RGB", "RGBA", "L", "LA", "P", "1", "I;16")]
+    saved += [(picture, name, {"exif": turned}) for name in ("PNG", "JPEG", "WEBP")]
+    saved += [(picture, "JPEG", {"progressive": True}), (picture.convert("CMYK"), "JPEG", {}), (picture, "BMP", {})]
+    saved += [(picture.convert("P"), "BMP", {}), (picture, "WEBP", {"lossless": True})]
+    files = []
+    for image, name, options in saved:
+        file = io.BytesIO()
+        image.save(file, name, **options)
+        files.append(file.getvalue())
+    return files
+
+
+@pytest.mark.filterwarnings("ignore:::PIL")
+def test_damaged_images(tmp_path):
+    """Random edits, up to four in a file: it is read whole, or the error names it; nothing else."""
+    chance, path, read, refused = random.Random(0), tmp_path / "image", 0, 0
+    for whole in pictures() * 30:
+        data = whole
+        for _ in range(chance.choice((1, 1, 2, 4))):
+            data = damage(data or b"x", chance)
+        path.write_bytes(data)
+        try:
+            upright(open_image(path)).convert("RGB")
+            read += 1
+        except DataError as error:
+            refused += str(path) in str(error)
+    assert read + refused == 30 * len(pictures())
+    assert min(read, refused) > 50
