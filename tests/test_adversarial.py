@@ -49,7 +49,7 @@ LOSSES: dict[str, Loss] = {
 TEMPERATURE = {"cwd": 4.0, "kd cold": 0.1, "resized kd cold": 0.1}
 each_loss = pytest.mark.parametrize("name", LOSSES)
 
-few = settings(max_examples=min(25, settings().max_examples))
+few = settings(max_examples=min(25 if settings().max_examples <= 60 else 400, settings().max_examples))
 
 CONTENTS = ("normal", "subnormal", "flat", "zero", "one-hot", "offset", "one huge")
 shapes = st.tuples(

@@ -185,8 +185,9 @@ def test_masked_classes_at_ratio_one(backend):
         target[0, 1::2, 1::2] = 3
         got = fastkd.resized_cross_entropy(logits, target)
         torch.testing.assert_close(got, F.cross_entropy(logits, target, ignore_index=255))
-        hard = fastkd.difficulty_mask(logits, student, target, confidence="label", threshold=1.0, select="student")
-        assert torch.equal(hard, target != 255)
+        if backend != "cuda":  # it has no kernel for RDD
+            hard = fastkd.difficulty_mask(logits, student, target, confidence="label", threshold=1.0, select="student")
+            assert torch.equal(hard, target != 255)
 
 
 @each_kernel
