@@ -191,6 +191,28 @@ def test_masked_classes_at_ratio_one(backend):
 
 
 @each_kernel
+@pytest.mark.parametrize("turned", [False, True])
+def test_beside_a_huge_logit(backend, turned):
+    """Class 0 goes from -3e7 to 1e8, so that halfway the other classes decide, far below what bounds them: all digits stay."""
+    teacher, student = torch.randn(2, 1, 5, 3, 3, device=DEVICE)
+    teacher[0, 0] = torch.tensor([-3e7, 1e8, 1e8], device=DEVICE).view((1, 3) if turned else (3, 1))
+    target = labels((1, 7, 7), 5, 0.0, torch.int64, 1)
+    for loss in (
+        lambda s, t: fastkd.resized_kd_loss(s, t, size=(7, 7), reduction="none"),
+        lambda s, t: fastkd.resized_kd_loss(s, t[..., :2], size=(7, 7), reduction="none"),
+        lambda s, t: fastkd.resized_kd_loss(torch.cat([t[:, :1], s[:, 1:]], 1), t, size=(7, 7), reduction="none"),
+        lambda s, t: fastkd.resized_cross_entropy(t, target.clamp(min=1), reduction="none"),
+    ):
+        with fastkd.use_backend(backend):
+            got = loss(student, teacher)
+        with fastkd.use_backend("reference"):
+            want = loss(student.double(), teacher.double())
+        sane = want < 1e3  # where class 0 is not the one that counts
+        assert sane.sum() >= 7
+        torch.testing.assert_close(got[sane].double(), want[sane], rtol=1e-4, atol=1e-4)
+
+
+@each_kernel
 @pytest.mark.parametrize(("size", "align_corners"), [((2, 5), True), ((5, 11), False)])
 def test_a_masked_pixel_is_an_ignored_one(backend, size, align_corners):
     """The mask of RDD's TSE and the label ignore_index leave out the same pixels, bit for bit."""

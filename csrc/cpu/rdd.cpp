@@ -210,15 +210,16 @@ private:
         const Side<Acc, false> side{logits_.values() + cell, logits_.stride, 0};
         Vec<Acc> right[G];
         for (int i = 0; i < G; ++i) right[i] = load(columns_.right + (k + i) * columns_.padded + cell);
+        const auto plain = [&] { return Side<Acc, false>{logits_.plain() + cell, logits_.stride, 0}; };
         Softmax<Acc, G, false> softmax;
         if (by_label_)
-            softmax.template compute<false, false, kBlend>(side, right, classes_, nullptr, 0);
+            softmax.template compute<false, false, kBlend>(side, plain, right, classes_, nullptr, 0);
         else
-            softmax.template compute<false, true, kBlend>(side, right, classes_, nullptr, 0);
+            softmax.template compute<false, true, kBlend>(side, plain, right, classes_, nullptr, 0);
         for (int i = 0; i < G; ++i) {
             const int64_t at = (k + i) * columns_.padded + cell;
             const Vec<Acc> most =
-                by_label_ ? exp(labelled_value(side, pixels_.label + at, right[i]) - softmax.shift[i]) : softmax.most[i];
+                by_label_ ? exp(softmax.labelled(side, pixels_.label + at, right[i], i)) : softmax.most[i];
             const Vec<Acc> p = most / softmax.sum[i];
             store(laid_out_ + at, load(pixels_.label + at) >= 0 ? p : set1(Acc(1)));
         }

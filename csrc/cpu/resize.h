@@ -98,12 +98,14 @@ public:
           map_(map),
           loaded_{Scratch<Acc>((map.c + 1) * stride), Scratch<Acc>((map.c + 1) * stride)},
           values_(map.c * stride),
+          plain_(map.c * stride),
           scratch_(map.channels_last ? map.w * map.c : 0) {}
 
     // Blends rows tap.left and tap.right of sample n, times scale.
     void load(int64_t n, const Axis::Tap& tap, Acc scale) {
-        const Acc *top = row(n, tap.left), *bottom = row(n, tap.right), *top_max = top + map_.c * stride,
-                  *bottom_max = bottom + map_.c * stride;
+        top_ = row(n, tap.left), bottom_ = row(n, tap.right), weight_ = tap.weight, scale_ = scale;
+        have_plain_ = false;
+        const Acc *top = top_, *bottom = bottom_, *top_max = top + map_.c * stride, *bottom_max = bottom + map_.c * stride;
         const Vec<Acc> a = set1(static_cast<Acc>(1 - tap.weight)), b = set1(static_cast<Acc>(tap.weight)),
                        factor = set1(scale), lowest = set1(kLowest<Acc>), none = set1(Acc(-__builtin_inff()));
         for (int64_t c = 0; c < map_.c; ++c)
@@ -121,6 +123,18 @@ public:
     }
 
     const Acc* values() const { return values_; }  // (c, stride), the last logit repeated to the right
+    // The same without a bound subtracted. Far below the bound the values have lost what its magnitude rounds away.
+    const Acc* plain() {
+        if (have_plain_) return plain_;
+        const Vec<Acc> a = set1(static_cast<Acc>(1 - weight_)), b = set1(static_cast<Acc>(weight_)), factor = set1(scale_);
+        for (int64_t i = 0; i < map_.c * stride; i += W) {
+            Vec<Acc> v = load_at(top_ + i);
+            if (weight_ != 0) v = a * v + b * load_at(bottom_ + i);
+            store(plain_ + i, v * factor);
+        }
+        have_plain_ = true;
+        return plain_;
+    }
     const int64_t stride;
 
 private:
@@ -159,7 +173,11 @@ private:
 
     const Map map_;
     const Scratch<Acc> loaded_[2];  // (c, stride) and the maximum over c (stride,)
-    const Scratch<Acc> values_, scratch_;
+    const Scratch<Acc> values_, plain_, scratch_;
+    const Acc *top_ = nullptr, *bottom_ = nullptr;
+    double weight_ = 0;
+    Acc scale_ = 1;
+    bool have_plain_ = false;
     int64_t n_[2] = {-1, -1}, y_[2] = {-1, -1};
 };
 
@@ -200,26 +218,44 @@ inline Vec<Acc> labelled_value(const Side<Acc, false>& side, const Acc* labels, 
     return load(out);
 }
 
-// The softmaxes of G vectors of label pixels. `e` gets exp(v - shift), classes `e_stride` apart, vectors W apart.
-// Where a sum is small or not a number, the vectors are done again about their maxima and carefully.
+// The softmaxes of G vectors of label pixels. `e` gets exp(value), classes `e_stride` apart, vectors W apart.
+// Where a sum is small or not a number, the pixel is far below its bound or has no number: it is done again, carefully,
+// from its plain values and about their maximum.
 template <class Acc, int G, bool kAhead>
 struct Softmax {
     static constexpr int W = kLanes<Acc>;
-    Vec<Acc> sum[G], shift[G], most[G];
+    Vec<Acc> sum[G], most[G];
     bool careful = false;
 
-    template <bool kStore, bool kMost, bool kBlend>
-    void compute(const Side<Acc, kAhead>& side, const Vec<Acc>* right, int64_t classes, Acc* e, int64_t e_stride) {
+    // `plain` gives the Side of the plain values; it is asked for only where they are needed.
+    template <bool kStore, bool kMost, bool kBlend, class Plain>
+    void compute(const Side<Acc, kAhead>& side, const Plain& plain, const Vec<Acc>* right, int64_t classes, Acc* e,
+                 int64_t e_stride) {
         run<kStore, kMost, kBlend, false>(side, right, classes, e, e_stride);
         for (int j = 0; j < G; ++j) careful |= any(!(sum[j] >= kTiny<Acc>));
         if (!careful) return;
-        Vec<Acc> top[G];
-        for (int j = 0; j < G; ++j) top[j] = set1(Acc(-__builtin_inff()));
+        plain_ = plain();
+        for (int j = 0; j < G; ++j) top_[j] = set1(Acc(-__builtin_inff()));
         for (int64_t c = 0; c < classes; ++c)
-            for (int j = 0; j < G; ++j) top[j] = max(side.template value<kBlend, true>(right[j], c, j), top[j]);
+            for (int j = 0; j < G; ++j) top_[j] = max(plain_.template value<kBlend, true>(right[j], c, j), top_[j]);
         for (int j = 0; j < G; ++j)  // no other pixel: a pixel's result has nothing to do with its neighbours
-            shift[j] = !(sum[j] >= kTiny<Acc>) && top[j] != -__builtin_inff() ? top[j] : Vec<Acc>{};
+            again_[j] = !(sum[j] >= kTiny<Acc>) & (top_[j] != -__builtin_inff());
         run<kStore, kMost, kBlend, true>(side, right, classes, e, e_stride);
+    }
+
+    // What the exponential of class c of vector j was taken of; kCareful if this or another side is `careful`.
+    template <bool kBlend, bool kCareful>
+    Vec<Acc> value(const Side<Acc, kAhead>& side, Vec<Acc> right, int64_t c, int64_t j) const {
+        const Vec<Acc> own = side.template value<kBlend, kCareful>(right, c, j);
+        if (!kCareful || !careful) return own;
+        return again_[j] ? plain_.template value<kBlend, true>(right, c, j) - top_[j] : own;
+    }
+
+    // The same of the class that each pixel is labelled with.
+    Vec<Acc> labelled(const Side<Acc, kAhead>& side, const Acc* labels, Vec<Acc> right, int64_t j) const {
+        const Vec<Acc> own = labelled_value(side, labels, right);
+        if (!careful) return own;
+        return again_[j] ? labelled_value(plain_, labels, right) - top_[j] : own;
     }
 
 private:
@@ -229,7 +265,6 @@ private:
         for (int j = 0; j < G; ++j) {
             left[j] = set1(Acc(1)) - right[j];
             sum[j] = most[j] = Vec<Acc>{};
-            if constexpr (!kCareful) shift[j] = Vec<Acc>{};
         }
         constexpr int64_t kRows = 64;  // classes summed on their own first: two levels keep fp32 sums short
         for (int64_t first = 0; first < classes; first += kRows) {
@@ -244,8 +279,7 @@ private:
                     Vec<Acc> v = a;
                     if constexpr (kAhead) v = load(at + j * side.phase);
                     else if constexpr (kBlend) v = left[j] * a + right[j] * b;
-                    if constexpr (kCareful && !kAhead && kBlend) v = right[j] == 0 ? a : v;
-                    if constexpr (kCareful) v -= shift[j];
+                    if constexpr (kCareful) v = value<kBlend, true>(side, right[j], c, j);
                     const Vec<Acc> ex = exp(v);
                     part[j] += ex;
                     if constexpr (kMost) most[j] = max(most[j], ex);
@@ -255,6 +289,11 @@ private:
             for (int j = 0; j < G; ++j) sum[j] += part[j];
         }
     }
+
+    using Mask = decltype(Vec<Acc>{} < Vec<Acc>{});
+    Side<Acc, kAhead> plain_{};
+    Vec<Acc> top_[G];
+    Mask again_[G];
 };
 
 // f(Type) with an integral constant 1 to 4 for the number of vectors taken together: it hides the latency of exp.

@@ -44,18 +44,19 @@ private:
     Vec<Acc> losses_of(const PixelRow<Acc>& pixels, int64_t cell, int64_t k, int64_t j, Acc* losses) {
         const Side<Acc, false> side{logits_.values() + cell, logits_.stride, 0};
         for (int i = 0; i < G; ++i) right_[j + i] = load(columns_.right + (k + j + i) * columns_.padded + cell);
+        const auto plain = [&] { return Side<Acc, false>{logits_.plain() + cell, logits_.stride, 0}; };
         Softmax<Acc, G, false> softmax;
         if (gradient_)
-            softmax.template compute<true, false, kBlend>(side, right_ + j, classes_, e_ + j * W, kept_ * W);
+            softmax.template compute<true, false, kBlend>(side, plain, right_ + j, classes_, e_ + j * W, kept_ * W);
         else
-            softmax.template compute<false, false, kBlend>(side, right_ + j, classes_, nullptr, 0);
+            softmax.template compute<false, false, kBlend>(side, plain, right_ + j, classes_, nullptr, 0);
         Vec<Acc> total{};
         for (int i = 0; i < G; ++i) {
             const int64_t at = (k + j + i) * columns_.padded + cell;
             const Vec<Acc> label = load(pixels.label + at), factor = load(pixels.factor + at);
             const auto counted = label >= 0;
-            const Vec<Acc> own = labelled_value(side, pixels.label + at, right_[j + i]);
-            const Vec<Acc> loss = factor * (log(softmax.sum[i]) + softmax.shift[i] - own);
+            const Vec<Acc> own = softmax.labelled(side, pixels.label + at, right_[j + i], i);
+            const Vec<Acc> loss = factor * (log(softmax.sum[i]) - own);
             const Vec<Acc> value = counted ? loss : Vec<Acc>{};
             total += value;
             if (losses) store(losses + at, value);

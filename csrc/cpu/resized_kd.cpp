@@ -21,19 +21,21 @@ public:
           student_(a.student, columns.padded),
           teacher_(a.teacher, ceil_div(a.teacher.w, W) * W),
           ahead_(kAhead ? classes_ * columns.phases * columns.padded : 0),
+          plain_ahead_(kAhead ? classes_ * columns.phases * columns.padded : 0),
           inv_tau_(static_cast<Acc>(1 / a.temperature)),
           tau_(static_cast<Acc>(a.temperature)),
           kept_(phases_kept<Acc>(columns.phases, 2 * classes_)),
           e_s_(classes_ * kept_ * W),
           e_t_(classes_ * kept_ * W),
           gradient_(a.out.gradient != nullptr) {
-        for (int64_t i = 0; kAhead && i < classes_ * columns.phases * columns.padded; ++i) ahead_[i] = 0;
+        for (int64_t i = 0; kAhead && i < classes_ * columns.phases * columns.padded; ++i) ahead_[i] = plain_ahead_[i] = 0;
     }
 
     Vec<Acc> row(int64_t n, int64_t label_y, const PixelRow<Acc>& pixels, const GradientShare<Acc>& share, Acc* losses) {
         student_.load(n, student_rows_.tap(label_y), inv_tau_);
         teacher_.load(n, teacher_rows_.tap(label_y), inv_tau_);
-        if constexpr (kAhead) lay_out();
+        if constexpr (kAhead) lay_out(teacher_.values(), ahead_);
+        have_plain_ahead_ = false;
         Vec<Acc> total{};
         for (int64_t cell = 0; cell < columns_.padded; cell += W)
             for (int64_t k = 0; k < columns_.phases; k += kept_) {
@@ -50,12 +52,12 @@ public:
 
 private:
     // The teacher's row at each label pixel, by the student's phases and cells.
-    void lay_out() {
+    void lay_out(const Acc* row, Acc* out) const {
         for (int64_t x = 0; x < columns_.width; ++x) {
             const Axis::Tap tap = teacher_columns_.tap(x);
             const Acc b = static_cast<Acc>(tap.weight), a = static_cast<Acc>(1 - tap.weight);
-            const Acc* from = teacher_.values();
-            Acc* to = ahead_ + columns_.slot[x];
+            const Acc* from = row;
+            Acc* to = out + columns_.slot[x];
             for (int64_t c = 0; c < classes_; ++c, from += teacher_.stride, to += columns_.phases * columns_.padded)
                 *to = b == 0 ? from[tap.left] : a * from[tap.left] + b * from[tap.right];
         }
@@ -65,13 +67,20 @@ private:
     Vec<Acc> losses_of(const PixelRow<Acc>& pixels, int64_t cell, int64_t k, int64_t j, Acc* losses) {
         const int64_t first = (k + j) * columns_.padded + cell;
         const Side<Acc, false> student{student_.values() + cell, student_.stride, 0};
-        Side<Acc, kAhead> teacher{teacher_.values() + cell, teacher_.stride, columns_.padded};
-        if constexpr (kAhead) teacher = {ahead_ + first, columns_.phases * columns_.padded, columns_.padded};
+        const Side<Acc, kAhead> teacher =
+            kAhead ? ahead(ahead_ + first) : Side<Acc, kAhead>{teacher_.values() + cell, teacher_.stride, 0};
+        const auto student_plain = [&] { return Side<Acc, false>{student_.plain() + cell, student_.stride, 0}; };
+        const auto teacher_plain = [&] {
+            if (!kAhead) return Side<Acc, kAhead>{teacher_.plain() + cell, teacher_.stride, 0};
+            if (!have_plain_ahead_) lay_out(teacher_.plain(), plain_ahead_);
+            have_plain_ahead_ = true;
+            return ahead(plain_ahead_ + first);
+        };
         for (int i = 0; i < G; ++i) right_[j + i] = load(columns_.right + first + i * columns_.padded);
         Softmax<Acc, G, false> s;
         Softmax<Acc, G, kAhead> t;
-        s.template compute<true, false, kBlend>(student, right_ + j, classes_, e_s_ + j * W, kept_ * W);
-        t.template compute<true, false, kBlend>(teacher, right_ + j, classes_, e_t_ + j * W, kept_ * W);
+        s.template compute<true, false, kBlend>(student, student_plain, right_ + j, classes_, e_s_ + j * W, kept_ * W);
+        t.template compute<true, false, kBlend>(teacher, teacher_plain, right_ + j, classes_, e_t_ + j * W, kept_ * W);
         Vec<Acc> dot[G] = {}, total{};
         s.careful || t.careful ? add_dot<G, true>(student, teacher, s, t, j, dot)
                                : add_dot<G, false>(student, teacher, s, t, j, dot);
@@ -94,15 +103,19 @@ private:
         return total;
     }
 
-    // dot += exp(t - shift_t) ((t - shift_t) - (s - shift_s))
+    Side<Acc, kAhead> ahead(const Acc* at) const {
+        return {at, columns_.phases * columns_.padded, columns_.padded};
+    }
+
+    // dot += exp(t) (t - s), both as their exponentials saw them
     template <int G, bool kCareful>
     void add_dot(const Side<Acc, false>& student, const Side<Acc, kAhead>& teacher, const Softmax<Acc, G, false>& s,
                  const Softmax<Acc, G, kAhead>& t, int64_t j, Vec<Acc>* dot) const {
         for (int64_t c = 0; c < classes_; ++c)
             for (int i = 0; i < G; ++i) {
                 const Vec<Acc> et = load(e_t_ + (c * kept_ + j + i) * W);
-                const Vec<Acc> d = (teacher.template value<kBlend, kCareful>(right_[j + i], c, i) - t.shift[i]) -
-                                   (student.template value<kBlend, kCareful>(right_[j + i], c, i) - s.shift[i]);
+                const Vec<Acc> d = t.template value<kBlend, kCareful>(teacher, right_[j + i], c, i) -
+                                   s.template value<kBlend, kCareful>(student, right_[j + i], c, i);
                 dot[i] += et == 0 ? Vec<Acc>{} : et * d;  // probability 0 adds 0, even at -inf
             }
     }
@@ -124,7 +137,8 @@ private:
     const Columns<Acc>& columns_;
     const Axis student_rows_, teacher_rows_, teacher_columns_;
     Row<Acc> student_, teacher_;
-    const Scratch<Acc> ahead_;  // (classes, phases, padded)
+    const Scratch<Acc> ahead_, plain_ahead_;  // (classes, phases, padded)
+    bool have_plain_ahead_ = false;
     const Acc inv_tau_, tau_;
     const int64_t kept_;
     const Scratch<Acc> e_s_, e_t_;  // (classes, kept, W)
