@@ -250,7 +250,7 @@ def default_share() -> dict[str, int]:
         share
         | {"csrc/cpu/resize.h": 24, "csrc/cpu/rdd.cpp": 24, "csrc/cpu/exp.cpp": 3}
         | {file: 2 if file.startswith("kernels") else 20 for file in PYTHON}
-        | {f"csrc/cuda/{name}.h": 4 for name in ("block", "kd", "moments", "pixels", "plan")}
+        | {f"csrc/cuda/{name}.h": 4 for name in ("kd", "moments", "pixels", "plan")}
         | {f"csrc/cuda/{name}.h": 8 for name in ("nfd", "resize")}
     )
 
