@@ -41,10 +41,11 @@ def copy(to: Path) -> Path:
         shutil.rmtree(to)
     ignore = shutil.ignore_patterns("__pycache__", "*.so")
     for name in ("fastkd", "kernels", "csrc", "tests", "benchmarks"):
-        shutil.copytree(ROOT / name, to / name, ignore=ignore)
+        shutil.copytree(ROOT / name, to / name, ignore=ignore, symlinks=True)
     for name in ("pyproject.toml", "setup.py", "Makefile"):
         shutil.copy(ROOT / name, to / name)
-    (to / "fastkd" / "kernels").symlink_to("../kernels")
+    if not (to / "fastkd" / "kernels").is_symlink():  # it is one in the copy of a copy
+        (to / "fastkd" / "kernels").symlink_to("../kernels")
     return to
 
 
