@@ -16,6 +16,8 @@ import torch
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parents[1]
+# What runs on it: how work is cut, and the operator tests of the losses that have a CUDA kernel.
+SUITE = tuple(f"tests/test_{name}.py" for name in ("cuda_plan", "nfd", "kd", "resized", "resized_kernels"))
 RUNNING = "FASTKD_CUDA_EMULATION" in os.environ
 FLAGS = (
     "-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas",

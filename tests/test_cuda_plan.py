@@ -43,8 +43,7 @@ TINY = {**H100, "shared_per_block": 3 << 10, "shared_per_cores": 4 << 10}
 @pytest.mark.skipif(emulation.RUNNING, reason="this is the process that it starts")
 @pytest.mark.skipif(emulation.compiler() is None, reason="there is no C++ compiler")
 def test_on_the_emulation():
-    suite = ("nfd", "kd", "resized", "resized_kernels")
-    run = emulation.run_tests(__file__, *(f"tests/test_{name}.py" for name in suite))
+    run = emulation.run_tests(*emulation.SUITE)
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout
 

@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from .. import emulation
 from . import stage
 
 SEED = 20
@@ -78,9 +79,6 @@ PYTHON = {
     "kernels/resized_cross_entropy.py": ["tests/test_resized_kernels.py"],
     "kernels/resized_kd.py": ["tests/test_resized_kernels.py"],
 }
-
-# Of the CUDA kernels, on the emulated GPU.
-EMULATED = [f"tests/test_{name}.py" for name in ("cuda_plan", "nfd", "kd", "resized", "resized_kernels")]
 
 SWAPS = [
     (r" \+ ", " - "),
@@ -140,6 +138,14 @@ EQUIVALENT = [
         "1",
         "RowGradient<Acc> one(out.gradient ? map.c : 0",
         "the size of a buffer that is not used",
+    ),
+    ("cpu/resize.h", "true", "false", "have_plain_ = true", "then the row is made again: speed"),
+    (
+        "cpu/resize.h",
+        "false",
+        "true",
+        "run<kStore, kMost, kBlend, false>",
+        "the careful way of no pixel to be done again: speed",
     ),
     ("cpu/resize.h", "1", "2", "int64_t n = 1;", "a phase more, whose cells are empty"),
     ("cpu/resize.h", "65536", "65537", "int64_t{65536}", "how many phases are kept: speed"),
@@ -280,7 +286,7 @@ def runs_of(file: str) -> list[list[str]]:
     if file in PYTHON:
         return [PYTHON[file]]
     if file.startswith("csrc/cuda"):
-        return [EMULATED]
+        return [list(emulation.SUITE)]
     units = units_of(file)
     adversarial = " or ".join(f"({WORDS[unit]})" for unit in units)
     return [
@@ -326,7 +332,7 @@ def fails_emulated(folder: Path) -> bool:
     """Whether a test of the CUDA kernels fails on the emulated GPU, or ends in no time."""
     build = [sys.executable, "-c", "from tests import emulation; print(emulation.build())"]
     library = subprocess.run(build, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *EMULATED]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *emulation.SUITE]
     environment = {**os.environ, "FASTKD_CUDA_EMULATION": library}
     try:
         done = subprocess.run(command, cwd=folder, env=environment, timeout=2 * PROCESSOR_TIME, capture_output=True)
