@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastkd.ranges import Count, Numbers, Positive, Share
+
 USAGE = """usage: fastkd COMMAND ...
 
   train     train a network, alone or with a teacher         fastkd train --help
@@ -85,7 +87,7 @@ def _convert(words: list[str]) -> int:
 
 
 def _eval(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Numbers(
         prog="fastkd eval",
         description="Scores networks on the validation set, all in the same way: by default as the first was in training.",
     )
@@ -95,14 +97,16 @@ def _eval(words: list[str]) -> int:
     parser.add_argument("--root", help="folder of the data set, if it is not where it was in training")
     parser.add_argument("--split", choices=("val", "test", "train"), default="val")
     parser.add_argument(
-        "--size", type=int, nargs=2, metavar=("H", "W"), help="resize images to this before the network"
+        "--size", type=Count, nargs=2, metavar=("H", "W"), help="resize images to this before the network"
     )
-    parser.add_argument("--window", type=int, nargs=2, metavar=("H", "W"), help="slide a window of this size")
-    parser.add_argument("--stride", type=int, nargs=2, metavar=("H", "W"), help="step of the window (two thirds of it)")
-    parser.add_argument("--scales", type=float, nargs="+", metavar="S", help="average over these scales")
+    parser.add_argument("--window", type=Count, nargs=2, metavar=("H", "W"), help="slide a window of this size")
+    parser.add_argument(
+        "--stride", type=Count, nargs=2, metavar=("H", "W"), help="step of the window (two thirds of it)"
+    )
+    parser.add_argument("--scales", type=Positive, nargs="+", metavar="S", help="average over these scales")
     parser.add_argument("--flip", action="store_const", const=True, help="average with the mirror image")
-    parser.add_argument("--limit", type=int, help="only the first so many images")
-    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--limit", type=Count, help="only the first so many images")
+    parser.add_argument("--batch-size", type=Count, help="images at a time")
     parser.add_argument("--device", help="a torch device; default: an accelerator if there is one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything to this file")
     args = parser.parse_args(words)
@@ -170,18 +174,16 @@ def _data(words: list[str]) -> int:
 
 
 def _predict(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="fastkd predict", description="Writes each image with its segmentation laid over it."
-    )
+    parser = Numbers(prog="fastkd predict", description="Writes each image with its segmentation laid over it.")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE|FOLDER")
     parser.add_argument(
         "--out", type=Path, default=Path("predictions"), help="folder to write to (default: %(default)s)"
     )
     parser.add_argument(
-        "--size", type=int, nargs=2, metavar=("H", "W"), help="resize images to this before the network"
+        "--size", type=Count, nargs=2, metavar=("H", "W"), help="resize images to this before the network"
     )
-    parser.add_argument("--alpha", type=float, default=0.55, help="opacity of the colours (default: %(default)s)")
+    parser.add_argument("--alpha", type=Share, default=0.55, help="opacity of the colours (default: %(default)s)")
     parser.add_argument("--device", help="a torch device; default: an accelerator if there is one")
     args = parser.parse_args(words)
     from fastkd.train.predict import image_files, predict
@@ -201,14 +203,14 @@ def _predict(words: list[str]) -> int:
 
 
 def _export(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Numbers(
         prog="fastkd export",
         description="Writes a network as ONNX or safetensors and compares what was written with it.",
     )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.onnx|FILE.safetensors")
     parser.add_argument(
-        "--size", type=int, nargs=2, metavar=("H", "W"), help="of ONNX's images; default: the validation's"
+        "--size", type=Count, nargs=2, metavar=("H", "W"), help="of ONNX's images; default: the validation's"
     )
     args = parser.parse_args(words)
     from fastkd.train.export import export
@@ -247,7 +249,7 @@ def _demo(words: list[str]) -> int:
 
 
 def _bench(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Numbers(
         prog="fastkd bench",
         description="The losses on your shapes beside plain PyTorch and torch.compile: time, memory, error.",
     )
@@ -256,7 +258,7 @@ def _bench(words: list[str]) -> int:
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default: %(default)s)")
     parser.add_argument("--losses", nargs="+", metavar="LOSS", help="only these (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: the GPU if there is one)")
-    parser.add_argument("--seconds", type=float, help="of timing for each loss (default: 6 on a CPU, 0.8 on a GPU)")
+    parser.add_argument("--seconds", type=Positive, help="of timing for each loss (default: 6 on a CPU, 0.8 on a GPU)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="append the rows to this file")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times; needs matplotlib")
     args = parser.parse_args(words)

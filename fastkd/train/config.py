@@ -21,6 +21,19 @@ from typing import Any, Literal
 
 import yaml
 
+from fastkd import ranges
+from fastkd.ranges import (
+    Count,
+    CountOrZero,
+    Finite,
+    InnerShare,
+    NonNegative,
+    Positive,
+    PositiveShare,
+    Seed,
+    Share,
+    ShareBelowOne,
+)
 from fastkd.train import recipe
 from fastkd.train.files import write_text
 from fastkd.train.methods.registry import LossConfig, parse_method
@@ -48,13 +61,13 @@ class DataConfig:
     root: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     val_options: dict[str, Any] = field(default_factory=dict)
-    crop: tuple[int, int] = (256, 512)
-    scale: tuple[float, float] = (0.5, 2.0)
-    scale_step: float = 0.0
-    cat_max_ratio: float = 1.0
-    flip: float = 0.5
-    jitter: float = 0.0
-    workers: int = 0
+    crop: tuple[Count, Count] = (256, 512)
+    scale: tuple[Positive, Positive] = (0.5, 2.0)
+    scale_step: NonNegative = 0.0
+    cat_max_ratio: PositiveShare = 1.0
+    flip: Share = 0.5
+    jitter: ShareBelowOne = 0.0
+    workers: CountOrZero = 0
 
 
 @dataclass
@@ -91,9 +104,9 @@ class ModelConfig:
     aux: str | None = None
     aux_logits: str | None = None
     channels: Literal["rgb", "bgr"] = "rgb"
-    max_value: float = 1.0
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    max_value: Positive = 1.0
+    mean: tuple[Finite, Finite, Finite] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
 
 
 @dataclass
@@ -113,14 +126,14 @@ class OptimConfig:
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.02
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
+    lr: Positive = 0.02
+    momentum: ShareBelowOne = 0.9
+    weight_decay: NonNegative = 1e-4
     schedule: Literal["poly", "cosine"] = "poly"
-    power: float = 0.9
-    warmup: int = 0
-    min_lr: float = 0.0
-    clip: float | None = None
+    power: NonNegative = 0.9
+    warmup: CountOrZero = 0
+    min_lr: NonNegative = 0.0
+    clip: Positive | None = None
 
 
 @dataclass
@@ -144,18 +157,18 @@ class TrainConfig:
         panels: validation images that are drawn at evaluations, 0 for none.
     """
 
-    steps: int = 1000
-    batch_size: int = 8
-    accumulate: int = 1
+    steps: Count = 1000
+    batch_size: Count = 8
+    accumulate: Count = 1
     precision: Literal["no", "fp16", "bf16"] = "no"
     device: Literal["auto", "cpu"] = "auto"
     channels_last: bool = True
     compile: bool = False
     batch_norm: Literal["sync", "local", "frozen"] = "sync"
-    ema: float | None = None
-    log_every: int = 10
-    checkpoint_every: int = 200
-    panels: int = 3
+    ema: InnerShare | None = None
+    log_every: Count = 10
+    checkpoint_every: Count = 200
+    panels: CountOrZero = 3
 
 
 @dataclass
@@ -175,24 +188,22 @@ class EvalConfig:
         align_corners: convention of the bilinear resize of logits to labels, as in training.
     """
 
-    every: int = 200
-    batch_size: int = 8
-    size: tuple[int, int] | None = None
-    limit: int | None = None
-    window: tuple[int, int] | None = None
-    stride: tuple[int, int] | None = None
-    scales: tuple[float, ...] = (1.0,)
+    every: Count = 200
+    batch_size: Count = 8
+    size: tuple[Count, Count] | None = None
+    limit: Count | None = None
+    window: tuple[Count, Count] | None = None
+    stride: tuple[Count, Count] | None = None
+    scales: tuple[Positive, ...] = (1.0,)
     flip: bool = False
-    size_divisor: int = 32
+    size_divisor: Count = 32
     align_corners: bool = False
 
     def check(self) -> None:
         """ValueError where values do not fit each other."""
-        for name in ("every", "batch_size", "size_divisor"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"eval.{name} must be at least 1, got {getattr(self, name)}")
-        if not self.scales or min(self.scales) <= 0:
-            raise ValueError(f"eval.scales must be factors above 0, at least one, got {list(self.scales)}")
+        ranges.check(self, "eval.")
+        if not self.scales:
+            raise ValueError("eval.scales must be at least one factor, got none")
         if self.stride is not None and self.window is None:
             raise ValueError("eval.stride is the step of a sliding window; set eval.window too, or leave it out")
         steps = zip(self.stride or (), self.window or (), strict=False)
@@ -224,7 +235,7 @@ class Config:
     name: str | None = None
     method: str = "none"
     teacher: str | None = None
-    seed: int = 0
+    seed: Seed = 0
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -234,25 +245,20 @@ class Config:
 
 
 def check(config: Config) -> None:
-    """ValueError where values do not fit each other."""
+    """ValueError where a value is out of its range, or values do not fit each other."""
+    ranges.check(config)
     if parse_method(config.method) and config.teacher is None:
         raise ValueError(
             f"method {config.method!r} needs a teacher; give --teacher CHECKPOINT, or --method none to train without"
         )
-    for name, value in (
-        ("train.steps", config.train.steps),
-        ("train.batch_size", config.train.batch_size),
-        ("train.accumulate", config.train.accumulate),
-        ("train.log_every", config.train.log_every),
-        ("train.checkpoint_every", config.train.checkpoint_every),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
     config.eval.check()
-    if config.optim.lr <= 0:
-        raise ValueError(f"optim.lr must be positive, got {config.optim.lr}")
-    if config.train.ema is not None and not 0 < config.train.ema < 1:
-        raise ValueError(f"train.ema is a decay between 0 and 1, e.g. 0.999, got {config.train.ema}; null for none")
+    low, high = config.data.scale
+    if low > high:
+        raise ValueError(f"data.scale must be [low, high] with low at most high, got {[low, high]}")
+    if config.data.scale_step > high - low:
+        raise ValueError(
+            f"data.scale_step must be at most high - low = {high - low:g} of data.scale, got {config.data.scale_step}"
+        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -339,6 +345,10 @@ def parse(argv: list[str], *, prog: str = "fastkd train") -> tuple[Config, dict[
     parser.add_argument("--resume", action="store_true", help="go on from <out>/last.pt")
     parser.add_argument("--overwrite", action="store_true", help="discard what an earlier run left in <out>")
     parser.add_class_arguments(Config)
+    said = ranges.limits(Config)
+    for action in parser._actions:
+        if action.dest in said:
+            action.help = f"{str(action.help).removesuffix('.')}; {said[action.dest]}."
     try:
         for flag, value in itertools.pairwise(part for word in argv for part in word.split("=", 1)):
             if flag == "--config" and Path(value).is_file():
@@ -390,6 +400,16 @@ def _keys(kind: type, prefix: str = "") -> dict[str, bool]:
     return found
 
 
+YAML_WORDS = {"True": "on", "False": "no"}
+
+
+def _hint(kind: type, name: str) -> Any:
+    """The annotation of a value by its dotted name; None for a group, or a name that is not there."""
+    for part in name.split("."):
+        kind = typing.get_type_hints(kind, include_extras=True).get(part) if dataclasses.is_dataclass(kind) else None  # type: ignore[assignment]
+    return None if isinstance(kind, type) and dataclasses.is_dataclass(kind) else kind
+
+
 def _with_hint(message: str) -> str:
     """jsonargparse's message about a name it does not know, with the closest ones that exist."""
     if path := re.search(r"File does not exist: '(.+)'", message):
@@ -400,6 +420,14 @@ def _with_hint(message: str) -> str:
         r"Group '(.+)' does not accept option '(.+)'",
         r"Option '(.+)' is not accepted",
     )
+    wrong = re.search(r'Parser key "([\w.]+)":.*(?:Got|Given) value: (.+?)\s*$', message, re.DOTALL)
+    if wrong and (hint := _hint(Config, wrong[1])):
+        says = f"{wrong[1]} must be {ranges.words(hint)}, got {wrong[2]}"
+        if "'" in ranges.words(hint) and wrong[2] in ("True", "False"):
+            says += (
+                f'; YAML reads a bare yes, no, on or off as true or false: put it in quotes ("{YAML_WORDS[wrong[2]]}")'
+            )
+        return says
     found = next((match for form in known_forms if (match := re.search(form, message))), None)
     if found is None:
         return message

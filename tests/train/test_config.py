@@ -82,10 +82,20 @@ def test_from_dict_names_unknown_fields():
         (["--config", "camvid-lite0-teacher"], "--recipe camvid-lite0-teacher"),
         (["--recipe", "rdd-papr"], "no recipe 'rdd-papr'; did you mean 'rdd-paper'?"),
         (["--eval.stride", "[4, 4]"], "set eval.window"),
-        (["--optim.lr", "fast"], "optim.lr"),
+        (["--optim.lr", "fast"], "optim.lr must be a number above 0, got fast\n"),
         (["--method", "kd+foo", "--teacher", "t.pt"], "unknown loss 'foo'"),
         (["--method", "kd"], "needs a teacher"),
-        (["--train.steps", "0"], "train.steps must be at least 1"),
+        (["--train.steps", "0"], "train.steps must be a whole number at least 1, got 0"),
+        (["--optim.clip", "-1"], "optim.clip must be a number above 0 or null, got -1"),
+        (["--optim.clip", "0"], "optim.clip must be a number above 0"),
+        (["--optim.lr", "nan"], "optim.lr must be a number above 0, got nan"),
+        (["--train.batch_size", "2.5"], "train.batch_size must be a whole number at least 1, got 2.5"),
+        (["--loss.kd.weight", "-1"], "loss.kd.weight must be a number at least 0, got -1"),
+        (["--data.scale", "[2, 1]"], "low at most high"),
+        (
+            ["--config", "{train: {precision: no}}"],
+            "train.precision must be 'no' or 'fp16' or 'bf16', got False; YAML reads a bare",
+        ),
     ],
 )
 def test_errors_name_the_option(words, says, capsys):

@@ -245,7 +245,7 @@ def test_scales_by_hand():
         ({"scales": (0.0,)}, r"eval\.scales"),
         ({"stride": (4, 4)}, r"set eval\.window"),
         ({"window": (4, 4), "stride": (4, 8)}, "pixels are left out"),
-        ({"batch_size": 0}, r"eval\.batch_size must be at least 1"),
+        ({"batch_size": 0}, r"eval\.batch_size must be a whole number at least 1"),
         ({"size_divisor": 0}, r"eval\.size_divisor"),
     ],
 )

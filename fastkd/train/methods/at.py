@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastkd.ranges import NonNegative
 from fastkd.train.methods.base import Distiller, FeatureConfig, OnFeatures, Pair, mean, precise, unit
 
 
@@ -19,7 +20,7 @@ from fastkd.train.methods.base import Distiller, FeatureConfig, OnFeatures, Pair
 class ATConfig(FeatureConfig):
     """Attention transfer."""
 
-    weight: float = 1e4
+    weight: NonNegative = 1e4
 
     def build(self, pair: Pair) -> Distiller:
         return OnFeatures(ATLoss(loss_weight=self.weight), self, pair)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastkd
 from fastkd.backends import requested
+from fastkd.ranges import NonNegative
 from fastkd.train.models import Feature, Output, SegmentationModel
 
 CHUNK = 1 << 24  # elements of a similarity matrix that exist at once; 64 MiB in fp32
@@ -37,7 +38,7 @@ class FeatureConfig:
         features: names of the taps (model.features) to compare; None: all that student and teacher share.
     """
 
-    weight: float = 1.0
+    weight: NonNegative = 1.0
     features: tuple[str, ...] | None = None
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 import fastkd
+from fastkd.ranges import Count, NonNegative, Positive
 from fastkd.train.methods.base import Distiller, FeatureConfig, OnFeatures, Pair, no_autocast, sum_of_rows
 from fastkd.train.methods.skd import nodes
 
@@ -25,9 +26,9 @@ class CIRKDConfig(FeatureConfig):
         pool: side of the patches that are averaged first; 1 compares every pixel.
     """
 
-    weight: float = 1.0
-    temperature: float = 0.1
-    pool: int = 1
+    weight: NonNegative = 1.0
+    temperature: Positive = 0.1
+    pool: Count = 1
 
     def build(self, pair: Pair) -> Distiller:
         loss = CIRKDLoss(temperature=self.temperature, pool=self.pool, loss_weight=self.weight)

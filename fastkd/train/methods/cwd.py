@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 import fastkd
+from fastkd.ranges import NonNegative, Positive
 from fastkd.train.methods.base import Distiller, FeatureConfig, OnFeatures, OnLogits, Pair
 from fastkd.train.models import Output
 
@@ -23,9 +24,9 @@ class CWDConfig(FeatureConfig):
         compare: "logits", "features" or "both".
     """
 
-    weight: float = 3.0
-    feature_weight: float = 50.0
-    temperature: float = 4.0
+    weight: NonNegative = 3.0
+    feature_weight: NonNegative = 50.0
+    temperature: Positive = 4.0
     compare: Literal["logits", "features", "both"] = "logits"
 
     def build(self, pair: Pair) -> Distiller:

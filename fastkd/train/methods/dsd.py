@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd.ranges import NonNegative, Positive
 from fastkd.train.methods.at import attention
 from fastkd.train.methods.base import (
     Distiller,
@@ -42,9 +43,9 @@ class DSDConfig(FeatureConfig):
         temperature: of the softmax over classes.
     """
 
-    weight: float = 1000.0
-    category_weight: float = 10.0
-    temperature: float = 1.0
+    weight: NonNegative = 1000.0
+    category_weight: NonNegative = 10.0
+    temperature: Positive = 1.0
 
     def build(self, pair: Pair) -> Distiller:
         names: tuple[str, ...] = ()

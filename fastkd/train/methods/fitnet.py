@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fastkd.ranges import NonNegative
 from fastkd.train.methods.base import Distiller, FeatureConfig, OnFeatures, Pair, mean, precise
 
 
@@ -17,7 +18,7 @@ from fastkd.train.methods.base import Distiller, FeatureConfig, OnFeatures, Pair
 class FitNetConfig(FeatureConfig):
     """Hints: mean squared difference of features."""
 
-    weight: float = 10.0
+    weight: NonNegative = 10.0
 
     def build(self, pair: Pair) -> Distiller:
         return OnFeatures(FitNetLoss(loss_weight=self.weight), self, pair, adapt="fitnet")

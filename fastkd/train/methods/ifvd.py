@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd.ranges import NonNegative
 from fastkd.train.methods.base import Distiller, FeatureConfig, OnFeatures, Pair, no_autocast, precise, unit
 
 
@@ -19,7 +20,7 @@ from fastkd.train.methods.base import Distiller, FeatureConfig, OnFeatures, Pair
 class IFVDConfig(FeatureConfig):
     """Intra-class feature variation."""
 
-    weight: float = 20.0
+    weight: NonNegative = 20.0
 
     def build(self, pair: Pair) -> Distiller:
         loss = IFVDLoss(pair.student.classes, ignore_index=pair.ignore_index, loss_weight=self.weight)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 import fastkd
+from fastkd.ranges import NonNegative, Positive
 from fastkd.train.methods.base import Distiller, OnLogits, Pair
 from fastkd.train.models import Output
 
@@ -21,8 +22,8 @@ class KDConfig:
         resized: at label resolution instead of the logits' own.
     """
 
-    weight: float = 1.0
-    temperature: float = 1.0
+    weight: NonNegative = 1.0
+    temperature: Positive = 1.0
     resized: bool = False
 
     def build(self, pair: Pair) -> Distiller:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import fastkd
+from fastkd.ranges import NonNegative
 from fastkd.train.methods.base import Distiller, FeatureConfig, OnFeatures, Pair
 
 
@@ -17,7 +18,7 @@ class NFDConfig(FeatureConfig):
         dims: what a z-score is taken over (see fastkd.nfd_loss).
     """
 
-    weight: float = 5.0
+    weight: NonNegative = 5.0
     dims: Literal["hw", "nhw", "c", "chw"] = "hw"
 
     def build(self, pair: Pair) -> Distiller:

@@ -9,6 +9,7 @@ import torch
 
 import fastkd
 from fastkd.losses import CITYSCAPES_CLASS_WEIGHTS
+from fastkd.ranges import CountOrZero, NonNegative, Positive, Share
 from fastkd.train.methods.base import Pair
 
 
@@ -30,15 +31,15 @@ class RDDConfig:
         blend: fade TFE out over the run, as the released code can.
     """
 
-    weight: float = 1.0
+    weight: NonNegative = 1.0
     preset: Literal["paper", "official"] = "paper"
-    tfe_steps: int | None = None
-    kd_weight: float = 1.0
-    temperature: float = 1.0
-    threshold: float | None = None
-    min_kept: int | None = None
+    tfe_steps: CountOrZero | None = None
+    kd_weight: NonNegative = 1.0
+    temperature: Positive = 1.0
+    threshold: Share | None = None
+    min_kept: CountOrZero | None = None
     select: Literal["xor", "or", "and", "student", "student_only"] = "xor"
-    class_weight: tuple[float, ...] | Literal["cityscapes"] | None = None
+    class_weight: tuple[NonNegative, ...] | Literal["cityscapes"] | None = None
     align_corners: bool | None = None
     blend: bool = False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field, fields
 
+from fastkd.ranges import NonNegative
 from fastkd.train.methods.at import ATConfig
 from fastkd.train.methods.cirkd import CIRKDConfig
 from fastkd.train.methods.cwd import CWDConfig
@@ -26,7 +27,7 @@ class LossConfig:
         align_corners: convention of the bilinear resize of logits to labels (True in the released code of CIRKD and RDD).
     """
 
-    aux_weight: float = 0.4
+    aux_weight: NonNegative = 0.4
     align_corners: bool = False
     kd: KDConfig = field(default_factory=KDConfig)
     nfd: NFDConfig = field(default_factory=NFDConfig)

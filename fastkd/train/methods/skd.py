@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd.ranges import Count, NonNegative
 from fastkd.train.methods.base import (
     Distiller,
     FeatureConfig,
@@ -32,8 +33,8 @@ class SKDConfig(FeatureConfig):
         pool: side of the patches that are averaged first; 1 compares every pixel.
     """
 
-    weight: float = 10.0
-    pool: int = 2
+    weight: NonNegative = 10.0
+    pool: Count = 2
 
     def build(self, pair: Pair) -> Distiller:
         return OnFeatures(SKDLoss(pool=self.pool, loss_weight=self.weight), self, pair)
