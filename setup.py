@@ -28,7 +28,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # a fresh environment of Pyt
 from setuptools.command.bdist_wheel import bdist_wheel
 
 CSRC = Path("csrc")
-KERNELS = ["nfd", "kd", "cwd", "resized_cross_entropy", "resized_kd", "rdd", "exp"]
+KERNELS = sorted(path.stem for path in (CSRC / "cpu").glob("*.cpp") if path.stem != "dispatch")
 FLAGS = [
     "-std=c++17",
     "-O3",

@@ -33,7 +33,7 @@ inline DType dtype_of(const Tensor& x, const char* name) {
     return DType::f32;
 }
 
-// Size-1 dimensions have no say; H*W == 1 or C == 1 is the same memory in both formats and counts as NCHW.
+// Size-1 dimensions do not matter; H*W == 1 or C == 1 is the same memory in both formats and counts as NCHW.
 inline bool is_channels_last(const Tensor& x, const char* name) {
     const auto matches = [&](std::initializer_list<int> order) {
         int64_t stride = 1;
@@ -76,6 +76,13 @@ inline const void* acc_data(const Tensor& x, DType type, int64_t numel, const ch
 }
 inline const void* acc_data(const Tensor& x, const Pair& in, int64_t numel, const char* name) {
     return acc_data(x, in.student_type, numel, name);
+}
+
+inline Reduce reduce_of(const std::string& reduction) {
+    if (reduction == "sum") return Reduce::sum;
+    if (reduction == "mean") return Reduce::mean;
+    STD_TORCH_CHECK(reduction == "none", "reduction must be 'sum', 'mean' or 'none', got '", reduction, "'");
+    return Reduce::none;
 }
 
 inline Group group_of(const std::string& dims) {

@@ -1,4 +1,5 @@
-// The operators torch.ops.fastkd_cpu.*, on LibTorch's stable ABI: schemas, checks, allocation; the work is in cpu/.
+// The operators torch.ops.fastkd_cpu.*, on LibTorch's stable ABI: checks and allocation; the work is in cpu/. Their schemas
+// are defined in Python (fastkd/ops).
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -13,6 +14,8 @@
 namespace {
 
 using namespace fastkd;
+using Two = std::tuple<Tensor, Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
 
 // A gradient: dense, dtype and memory format of the student. Large fresh memory costs a page fault every 4 KB when it
 // is first written, more than the arithmetic; 2 MB pages make that rare where the system grants them on request.
@@ -28,159 +31,162 @@ Tensor gradient_like(const Tensor& student) {
     return out;
 }
 
-std::tuple<Tensor, Tensor> nfd_forward(const Tensor& student, const Tensor& teacher, std::string dims, double eps) {
-    const fastkd::Pair in = pair_of(student, teacher);
-    const Group group = group_of(dims);
-    const Sizes sizes = group_sizes(group, student);
-    Tensor loss = new_empty(student, sizes, acc_type(in)), stats = new_empty(student, with(sizes, 6), acc_type(in));
-    fastkd::kernels().nfd_forward({in, group, eps, loss.mutable_data_ptr(), stats.mutable_data_ptr()});
-    return {loss, stats};
+// The loss that an operator returns: one number, or `sizes` terms; and, unless `kept` is given, the count.
+struct Out {
+    Out(const Tensor& student, const std::string& reduction, double scale, Sizes sizes,
+        std::optional<Tensor> kept = std::nullopt)
+        : reduce(reduce_of(reduction)),
+          loss(new_empty(student, reduce == Reduce::none ? std::move(sizes) : Sizes{}, acc_type(dtype_of(student, "student")))),
+          kept(kept ? *kept : new_empty(student, Sizes{}, acc_type(dtype_of(student, "student")))),
+          kernel{reduce, scale, loss.mutable_data_ptr(), kept ? nullptr : this->kept.mutable_data_ptr()} {}
+
+    const Reduce reduce;
+    Tensor loss, kept;
+    const fastkd::Loss kernel;
+};
+
+// The upstream gradient of a late loss: one number, or one a group.
+Upstream upstream_of(const Tensor& grad, const Pair& in, const std::string& reduction, double scale, int64_t groups) {
+    const Reduce reduce = reduce_of(reduction);
+    return {acc_data(grad, in, reduce == Reduce::none ? groups : 1, "grad"), reduce, scale};
 }
 
-Tensor nfd_backward(const Tensor& grad, const Tensor& student, const Tensor& teacher, const Tensor& stats,
-                    std::string dims) {
-    const fastkd::Pair in = pair_of(student, teacher);
+Two nfd_forward(const Tensor& student, const Tensor& teacher, std::string dims, double eps, std::string reduction,
+                double scale) {
+    const Pair in = pair_of(student, teacher);
+    const Group group = group_of(dims);
+    const Sizes sizes = group_sizes(group, student);
+    Out out(student, reduction, scale, sizes, new_empty(student, with(sizes, 6), acc_type(in)));
+    kernels().nfd_forward({in, group, eps, out.kernel, out.kept.mutable_data_ptr()});
+    return {out.loss, out.kept};
+}
+
+Tensor nfd_backward(const Tensor& grad, const Tensor& student, const Tensor& teacher, std::string dims, double,
+                    std::string reduction, double scale, const Tensor& stats) {
+    const Pair in = pair_of(student, teacher);
     const Group group = group_of(dims);
     const int64_t groups = product(group_sizes(group, student));
     Tensor out = gradient_like(student);
-    fastkd::kernels().nfd_backward({in, group, acc_data(grad, in, groups, "grad"),
-                                    acc_data(stats, in, groups * 6, "stats"), out.mutable_data_ptr()});
+    kernels().nfd_backward({in, group, upstream_of(grad, in, reduction, scale, groups),
+                            acc_data(stats, in, groups * 6, "stats"), out.mutable_data_ptr()});
     return out;
 }
 
-std::tuple<Tensor, Tensor> kd_forward(const Tensor& student, const Tensor& teacher, std::optional<Tensor> target,
-                                      std::optional<Tensor> weight, double temperature, int64_t ignore_index,
-                                      bool per_pixel) {
-    const fastkd::Pair in = pair_of(student, teacher);
-    const Sizes sizes = per_pixel ? Sizes{student.size(0), student.size(2), student.size(3)} : Sizes{};
-    Tensor loss = new_empty(student, sizes, acc_type(in)), count = new_empty(student, Sizes{}, ScalarType::Long);
-    fastkd::kernels().kd_forward({in, pixels_of(in, target, weight, ignore_index), temperature, per_pixel,
-                                  loss.mutable_data_ptr(), static_cast<int64_t*>(count.mutable_data_ptr())});
-    return {loss, count};
-}
-
-Tensor kd_backward(const Tensor& grad, const Tensor& student, const Tensor& teacher, std::optional<Tensor> target,
-                   std::optional<Tensor> weight, double temperature, int64_t ignore_index) {
-    const fastkd::Pair in = pair_of(student, teacher);
-    const bool per_pixel = grad.dim() > 0;
-    Tensor out = gradient_like(student);
-    fastkd::kernels().kd_backward({in, pixels_of(in, target, weight, ignore_index), temperature,
-                                   acc_data(grad, in, per_pixel ? in.n * in.hw : 1, "grad"), per_pixel,
-                                   out.mutable_data_ptr(), nullptr, nullptr});
-    return out;
-}
-
-std::tuple<Tensor, Tensor, Tensor> kd_with_gradient(const Tensor& student, const Tensor& teacher,
-                                                    std::optional<Tensor> target, std::optional<Tensor> weight,
-                                                    double temperature, int64_t ignore_index, double scale) {
-    const fastkd::Pair in = pair_of(student, teacher);
-    Tensor loss = new_empty(student, Sizes{}, acc_type(in)), count = new_empty(student, Sizes{}, ScalarType::Long);
-    Tensor out = gradient_like(student);
-    const float scale_f = static_cast<float>(scale);
-    const void* grad = in.student_type == DType::f64 ? static_cast<const void*>(&scale) : &scale_f;
-    fastkd::kernels().kd_backward({in, pixels_of(in, target, weight, ignore_index), temperature, grad, false,
-                                   out.mutable_data_ptr(), loss.mutable_data_ptr(),
-                                   static_cast<int64_t*>(count.mutable_data_ptr())});
-    return {loss, count, out};
-}
-
-std::tuple<Tensor, Tensor> cwd_forward(const Tensor& student, const Tensor& teacher, double temperature) {
-    const fastkd::Pair in = pair_of(student, teacher);
+Two cwd_forward(const Tensor& student, const Tensor& teacher, double temperature, std::string reduction, double scale) {
+    const Pair in = pair_of(student, teacher);
     const Sizes sizes{in.n, in.c};
-    Tensor loss = new_empty(student, sizes, acc_type(in)), stats = new_empty(student, with(sizes, 4), acc_type(in));
-    fastkd::kernels().cwd_forward({in, temperature, loss.mutable_data_ptr(), stats.mutable_data_ptr()});
-    return {loss, stats};
+    Out out(student, reduction, scale, sizes, new_empty(student, with(sizes, 4), acc_type(in)));
+    kernels().cwd_forward({in, temperature, out.kernel, out.kept.mutable_data_ptr()});
+    return {out.loss, out.kept};
 }
 
-Tensor cwd_backward(const Tensor& grad, const Tensor& student, const Tensor& teacher, const Tensor& stats,
-                    double temperature) {
-    const fastkd::Pair in = pair_of(student, teacher);
+Tensor cwd_backward(const Tensor& grad, const Tensor& student, const Tensor& teacher, double temperature,
+                    std::string reduction, double scale, const Tensor& stats) {
+    const Pair in = pair_of(student, teacher);
     Tensor out = gradient_like(student);
-    fastkd::kernels().cwd_backward({in, temperature, acc_data(grad, in, in.n * in.c, "grad"),
-                                    acc_data(stats, in, in.n * in.c * 4, "stats"), out.mutable_data_ptr()});
+    kernels().cwd_backward({in, temperature, upstream_of(grad, in, reduction, scale, in.n * in.c),
+                            acc_data(stats, in, in.n * in.c * 4, "stats"), out.mutable_data_ptr()});
     return out;
 }
 
-// The outputs of a resized loss, and the description the kernel fills them by.
-struct ResizedOut {
-    ResizedOut(const Tensor& logits, const fastkd::LabelPixels& pixels, int64_t height, int64_t width, bool align_corners,
-               bool per_pixel)
-        : acc(logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float),
-          loss(new_empty(logits, per_pixel ? Sizes{logits.size(0), height, width} : Sizes{}, acc)),
-          count(new_empty(logits, Sizes{}, acc)),
-          kernel{pixels,  height,  width, align_corners, per_pixel, loss.mutable_data_ptr(), count.mutable_data_ptr(),
-                 nullptr, parallel_for} {}
+// An operator with an early gradient, with and without it: f(gradient) returns its loss and count.
+template <class F>
+Three with_gradient(const Tensor& student, const F& f) {
+    Tensor gradient = gradient_like(student);
+    auto [loss, kept] = f(gradient.mutable_data_ptr());
+    return {loss, kept, gradient};
+}
 
-    // A gradient in the accumulation type, in the memory format of the logits.
-    Tensor add_gradient(const Tensor& logits) {
-        Tensor gradient = empty_like_as(logits, acc);
-        kernel.gradient = gradient.mutable_data_ptr();
-        return gradient;
-    }
-
-    const ScalarType acc;
-    Tensor loss, count;
-    fastkd::Resized kernel;
+struct PixelArgs {
+    const std::optional<Tensor>&target, &class_weight, &weight, &selected;
+    int64_t ignore_index;
+    const std::string& reduction;
+    double scale;
 };
 
-std::tuple<Tensor, Tensor> resized_cross_entropy_forward(const Tensor& logits, const Tensor& target,
-                                                         std::optional<Tensor> class_weight,
-                                                         std::optional<Tensor> pixel_weight, std::optional<Tensor> mask,
-                                                         int64_t ignore_index, bool align_corners, bool per_pixel) {
-    const fastkd::Map map = map_of(logits, "logits");
-    STD_TORCH_CHECK(target.dim() == 3, "target must be (N, H, W), got ", target.dim(), " dimensions");
-    const int64_t height = target.size(1), width = target.size(2);
-    ResizedOut out(logits, label_pixels(map, height, width, target, class_weight, pixel_weight, mask, ignore_index), height,
-                   width, align_corners, per_pixel);
-    fastkd::kernels().resized_cross_entropy({map, out.kernel});
-    return {out.loss, out.count};
+Two kd(const Tensor& student, const Tensor& teacher, const PixelArgs& a, double temperature, void* gradient) {
+    const Pair in = pair_of(student, teacher);
+    Out out(student, a.reduction, a.scale, {student.size(0), student.size(2), student.size(3)});
+    kernels().kd({in, pixels_of(in, a.target, a.weight, a.ignore_index), temperature, out.kernel, gradient});
+    return {out.loss, out.kept};
 }
 
-std::tuple<Tensor, Tensor, Tensor> resized_cross_entropy_gradient(const Tensor& logits, const Tensor& target,
-                                                                  std::optional<Tensor> class_weight,
-                                                                  std::optional<Tensor> pixel_weight,
-                                                                  std::optional<Tensor> mask, int64_t ignore_index,
-                                                                  bool align_corners) {
-    const fastkd::Map map = map_of(logits, "logits");
-    STD_TORCH_CHECK(target.dim() == 3, "target must be (N, H, W), got ", target.dim(), " dimensions");
-    const int64_t height = target.size(1), width = target.size(2);
-    ResizedOut out(logits, label_pixels(map, height, width, target, class_weight, pixel_weight, mask, ignore_index), height,
-                   width, align_corners, false);
-    Tensor gradient = out.add_gradient(logits);
-    fastkd::kernels().resized_cross_entropy({map, out.kernel});
-    return {out.loss, out.count, gradient};
+Two kd_forward(const Tensor& student, const Tensor& teacher, std::optional<Tensor> target, std::optional<Tensor> weight,
+               double temperature, int64_t ignore_index, std::string reduction, double scale) {
+    return kd(student, teacher, {target, {}, weight, {}, ignore_index, reduction, scale}, temperature, nullptr);
 }
 
-fastkd::ResizedKd resized_kd_of(const Tensor& student, const Tensor& teacher, double temperature, const ResizedOut& out) {
-    const fastkd::Map s = map_of(student, "student"), t = map_of(teacher, "teacher");
+Three kd_gradient(const Tensor& student, const Tensor& teacher, std::optional<Tensor> target, std::optional<Tensor> weight,
+                  double temperature, int64_t ignore_index, std::string reduction, double scale) {
+    const PixelArgs args{target, {}, weight, {}, ignore_index, reduction, scale};
+    return with_gradient(student, [&](void* g) { return kd(student, teacher, args, temperature, g); });
+}
+
+Resized resized_of(const Map& map, const PixelArgs& a, const Sizes& size, bool align_corners, const Out& out, void* gradient) {
+    STD_TORCH_CHECK(size.size() == 2, "size must be (height, width)");
+    return {label_pixels(map, size[0], size[1], a.target, a.class_weight, a.weight, a.selected, a.ignore_index),
+            size[0],
+            size[1],
+            align_corners,
+            out.kernel,
+            gradient,
+            parallel_for};
+}
+
+Two resized_cross_entropy(const Tensor& logits, const Tensor& target, const PixelArgs& a, bool align_corners, void* gradient) {
+    const Map map = map_of(logits, "logits");
+    STD_TORCH_CHECK(target.dim() == 3, "target must be (N, H, W), got ", target.dim(), " dimensions");
+    const Sizes size{target.size(1), target.size(2)};
+    Out out(logits, a.reduction, a.scale, {logits.size(0), size[0], size[1]});
+    kernels().resized_cross_entropy({map, resized_of(map, a, size, align_corners, out, gradient)});
+    return {out.loss, out.kept};
+}
+
+Two resized_cross_entropy_forward(const Tensor& logits, const Tensor& target, std::optional<Tensor> class_weight,
+                                  std::optional<Tensor> pixel_weight, std::optional<Tensor> selected, int64_t ignore_index,
+                                  bool align_corners, std::string reduction, double scale) {
+    const std::optional<Tensor> labels = target;
+    const PixelArgs args{labels, class_weight, pixel_weight, selected, ignore_index, reduction, scale};
+    return resized_cross_entropy(logits, target, args, align_corners, nullptr);
+}
+
+Three resized_cross_entropy_gradient(const Tensor& logits, const Tensor& target, std::optional<Tensor> class_weight,
+                                     std::optional<Tensor> pixel_weight, std::optional<Tensor> selected,
+                                     int64_t ignore_index, bool align_corners, std::string reduction, double scale) {
+    const std::optional<Tensor> labels = target;
+    const PixelArgs args{labels, class_weight, pixel_weight, selected, ignore_index, reduction, scale};
+    return with_gradient(logits, [&](void* g) { return resized_cross_entropy(logits, target, args, align_corners, g); });
+}
+
+struct Teacher {
+    const Tensor& logits;
+    double temperature;
+};
+
+Two resized_kd(const Tensor& student, const Teacher& teacher, const PixelArgs& a, const Sizes& size, bool align_corners,
+               void* gradient) {
+    const Map s = map_of(student, "student"), t = map_of(teacher.logits, "teacher");
     STD_TORCH_CHECK(s.n == t.n && s.c == t.c, "student and teacher must have the same N and C");
     STD_TORCH_CHECK((s.type == DType::f64) == (t.type == DType::f64), "float64 goes with float64 only");
-    return {s, t, temperature, out.kernel};
+    STD_TORCH_CHECK(size.size() == 2, "size must be (height, width)");
+    Out out(student, a.reduction, a.scale, {student.size(0), size[0], size[1]});
+    kernels().resized_kd({s, t, teacher.temperature, resized_of(s, a, size, align_corners, out, gradient)});
+    return {out.loss, out.kept};
 }
 
-std::tuple<Tensor, Tensor> resized_kd_forward(const Tensor& student, const Tensor& teacher, std::optional<Tensor> target,
-                                              std::optional<Tensor> pixel_weight, int64_t height, int64_t width,
-                                              double temperature, int64_t ignore_index, bool align_corners,
-                                              bool per_pixel) {
-    ResizedOut out(student,
-                   label_pixels(map_of(student, "student"), height, width, target, std::nullopt, pixel_weight, std::nullopt,
-                                ignore_index),
-                   height, width, align_corners, per_pixel);
-    fastkd::kernels().resized_kd(resized_kd_of(student, teacher, temperature, out));
-    return {out.loss, out.count};
+Two resized_kd_forward(const Tensor& student, const Tensor& teacher, std::optional<Tensor> target,
+                       std::optional<Tensor> pixel_weight, Sizes size, double temperature, int64_t ignore_index,
+                       bool align_corners, std::string reduction, double scale) {
+    const PixelArgs args{target, {}, pixel_weight, {}, ignore_index, reduction, scale};
+    return resized_kd(student, {teacher, temperature}, args, size, align_corners, nullptr);
 }
 
-std::tuple<Tensor, Tensor, Tensor> resized_kd_gradient(const Tensor& student, const Tensor& teacher,
-                                                       std::optional<Tensor> target, std::optional<Tensor> pixel_weight,
-                                                       int64_t height, int64_t width, double temperature,
-                                                       int64_t ignore_index, bool align_corners) {
-    ResizedOut out(student,
-                   label_pixels(map_of(student, "student"), height, width, target, std::nullopt, pixel_weight, std::nullopt,
-                                ignore_index),
-                   height, width, align_corners, false);
-    Tensor gradient = out.add_gradient(student);
-    fastkd::kernels().resized_kd(resized_kd_of(student, teacher, temperature, out));
-    return {out.loss, out.count, gradient};
+Three resized_kd_gradient(const Tensor& student, const Tensor& teacher, std::optional<Tensor> target,
+                          std::optional<Tensor> pixel_weight, Sizes size, double temperature, int64_t ignore_index,
+                          bool align_corners, std::string reduction, double scale) {
+    const PixelArgs args{target, {}, pixel_weight, {}, ignore_index, reduction, scale};
+    return with_gradient(student,
+                         [&](void* g) { return resized_kd(student, {teacher, temperature}, args, size, align_corners, g); });
 }
 
 bool aux_main(const std::string& direction) {
@@ -189,39 +195,57 @@ bool aux_main(const std::string& direction) {
     return direction == "aux_main";
 }
 
+Tensor confidence_map(const Tensor& main, const Pair& in) {
+    return new_empty(main, Sizes{main.size(0), main.size(2), main.size(3)}, acc_type(in));
+}
+
 Tensor teacher_confidence(const Tensor& main, const Tensor& aux, std::string direction) {
-    const fastkd::Pair in = pair_of(main, aux);
-    Tensor out = new_empty(main, Sizes{main.size(0), main.size(2), main.size(3)}, acc_type(in));
-    fastkd::kernels().teacher_confidence(
-        {in, nullptr, DType::f32, aux_main(direction), out.mutable_data_ptr(), nullptr, nullptr});
+    const Pair in = pair_of(main, aux);
+    Tensor out = confidence_map(main, in);
+    kernels().teacher_confidence({in, aux_main(direction), out.mutable_data_ptr(), nullptr, DType::f32, {}, nullptr});
     return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> kd_with_confidence(const Tensor& student, const Tensor& teacher, const Tensor& aux,
-                                                      std::string direction) {
-    const fastkd::Pair in = pair_of(teacher, aux);
-    pair_of(student, teacher);  // for its checks
-    Tensor out = new_empty(student, Sizes{student.size(0), student.size(2), student.size(3)}, acc_type(in));
-    Tensor loss = new_empty(student, Sizes{}, acc_type(in)), gradient = empty_like_as(student, acc_type(in));
-    fastkd::kernels().teacher_confidence({in, student.const_data_ptr(), dtype_of(student, "student"), aux_main(direction),
-                                          out.mutable_data_ptr(), loss.mutable_data_ptr(), gradient.mutable_data_ptr()});
-    return {loss, gradient, out};
+struct TeacherHeads {
+    const Tensor &main, &aux;
+    const std::string& direction;
+};
+
+Two kd_confidence(const Tensor& student, const TeacherHeads& teacher, const std::string& reduction, double scale,
+                  void* gradient) {
+    const Pair in = pair_of(teacher.main, teacher.aux);
+    pair_of(student, teacher.main);  // for its checks
+    STD_TORCH_CHECK(reduction == "sum", "reduction must be 'sum', got '", reduction, "'");
+    Out out(student, reduction, scale, {}, confidence_map(student, in));
+    kernels().teacher_confidence({in, aux_main(teacher.direction), out.kept.mutable_data_ptr(), student.const_data_ptr(),
+                                  dtype_of(student, "student"), out.kernel, gradient});
+    return {out.loss, out.kept};
 }
 
-fastkd::Select select_of(const std::string& select) {
-    if (select == "xor") return fastkd::Select::exclusive;
-    if (select == "or") return fastkd::Select::either;
-    if (select == "and") return fastkd::Select::both;
-    if (select == "student") return fastkd::Select::student;
+Two kd_confidence_forward(const Tensor& student, const Tensor& teacher, const Tensor& aux, std::string direction,
+                          std::string reduction, double scale) {
+    return kd_confidence(student, {teacher, aux, direction}, reduction, scale, nullptr);
+}
+
+Three kd_confidence_gradient(const Tensor& student, const Tensor& teacher, const Tensor& aux, std::string direction,
+                             std::string reduction, double scale) {
+    return with_gradient(
+        student, [&](void* g) { return kd_confidence(student, {teacher, aux, direction}, reduction, scale, g); });
+}
+
+Select select_of(const std::string& select) {
+    if (select == "xor") return Select::exclusive;
+    if (select == "or") return Select::either;
+    if (select == "and") return Select::both;
+    if (select == "student") return Select::student;
     STD_TORCH_CHECK(select == "student_only", "select must be 'xor', 'or', 'and', 'student' or 'student_only', got '",
                     select, "'");
-    return fastkd::Select::student_only;
+    return Select::student_only;
 }
 
-std::tuple<Tensor, Tensor> difficulty_mask(const Tensor& student, const Tensor& teacher, const Tensor& target,
-                                           double threshold, int64_t min_kept, std::string confidence, std::string select,
-                                           int64_t ignore_index, bool align_corners) {
-    const fastkd::Map s = map_of(student, "student"), t = map_of(teacher, "teacher");
+Two difficulty_mask(const Tensor& student, const Tensor& teacher, const Tensor& target, double threshold, int64_t min_kept,
+                    std::string confidence, std::string select, int64_t ignore_index, bool align_corners) {
+    const Map s = map_of(student, "student"), t = map_of(teacher, "teacher");
     STD_TORCH_CHECK(s.n == t.n && s.c == t.c, "student and teacher must have the same N and C");
     STD_TORCH_CHECK((s.type == DType::f64) == (t.type == DType::f64), "float64 goes with float64 only");
     STD_TORCH_CHECK(target.dim() == 3, "target must be (N, H, W), got ", target.dim(), " dimensions");
@@ -229,12 +253,12 @@ std::tuple<Tensor, Tensor> difficulty_mask(const Tensor& student, const Tensor& 
                     "'");
     const int64_t height = target.size(1), width = target.size(2);
     Tensor mask = new_empty(target, Sizes{target.size(0), height, width}, ScalarType::Bool);
-    Tensor counts = new_empty(target, Sizes{2}, ScalarType::Long);
-    fastkd::kernels().difficulty_mask(
+    Tensor share = new_empty(student, Sizes{}, acc_type(s.type));
+    kernels().difficulty_mask(
         {s, t, label_pixels(s, height, width, target, std::nullopt, std::nullopt, std::nullopt, ignore_index), height, width,
          align_corners, threshold, min_kept, confidence == "label", select_of(select),
-         static_cast<uint8_t*>(mask.mutable_data_ptr()), static_cast<int64_t*>(counts.mutable_data_ptr()), parallel_for});
-    return {mask, counts};
+         static_cast<uint8_t*>(mask.mutable_data_ptr()), share.mutable_data_ptr(), parallel_for});
+    return {mask, share};
 }
 
 Tensor kth_smallest(const Tensor& x, int64_t k) {
@@ -242,78 +266,53 @@ Tensor kth_smallest(const Tensor& x, int64_t k) {
     STD_TORCH_CHECK((type == DType::f32 || type == DType::f64) && x.is_contiguous() && x.numel() > 0,
                     "kth_smallest takes a contiguous float32 or float64 tensor that is not empty");
     Tensor out = new_empty(x, Sizes{}, x.scalar_type());
-    fastkd::kernels().kth_smallest(x.const_data_ptr(), type, x.numel(), k, out.mutable_data_ptr(), parallel_for);
+    kernels().kth_smallest(x.const_data_ptr(), type, x.numel(), k, out.mutable_data_ptr(), parallel_for);
+    return out;
+}
+
+void rescale_(Tensor gradient, const Tensor& factor) {
+    const DType type = dtype_of(gradient, "gradient");
+    is_channels_last(gradient, "gradient");  // for its check: dense
+    kernels().rescale({gradient.mutable_data_ptr(), type, gradient.numel(), acc_data(factor, type, 1, "factor"), parallel_for});
+}
+
+Tensor first_bad_label(const Tensor& target, int64_t classes, int64_t ignore_index) {
+    Tensor out = new_empty(target, Sizes{}, ScalarType::Long);
+    *static_cast<int64_t*>(out.mutable_data_ptr()) = kernels().first_bad_label(
+        {target.const_data_ptr(), label_of(target), target.numel(), classes, ignore_index, parallel_for});
     return out;
 }
 
 Tensor exponential(const Tensor& x) {
     STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous(), "exp takes a contiguous float32 tensor");
     Tensor out = empty_like(x);
-    fastkd::kernels().exp(static_cast<const float*>(x.const_data_ptr()), static_cast<float*>(out.mutable_data_ptr()),
-                          x.numel(), parallel_for);
+    kernels().exp(static_cast<const float*>(x.const_data_ptr()), static_cast<float*>(out.mutable_data_ptr()), x.numel(),
+                  parallel_for);
     return out;
 }
 
-std::string chosen_isa() { return fastkd::kernels().isa; }
+std::string chosen_isa() { return kernels().isa; }
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY(fastkd_cpu, m) {
-    m.def("nfd_forward(Tensor student, Tensor teacher, str dims, float eps) -> (Tensor loss, Tensor stats)");
-    m.def("nfd_backward(Tensor grad, Tensor student, Tensor teacher, Tensor stats, str dims) -> Tensor");
-    m.def(
-        "kd_forward(Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
-        "int ignore_index, bool per_pixel) -> (Tensor loss, Tensor count)");
-    m.def(
-        "kd_backward(Tensor grad, Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
-        "int ignore_index) -> Tensor");
-    m.def(
-        "kd_with_gradient(Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
-        "int ignore_index, float scale) -> (Tensor loss, Tensor count, Tensor gradient)");
-    m.def("cwd_forward(Tensor student, Tensor teacher, float temperature) -> (Tensor loss, Tensor stats)");
-    m.def("cwd_backward(Tensor grad, Tensor student, Tensor teacher, Tensor stats, float temperature) -> Tensor");
-    m.def(
-        "resized_cross_entropy_forward(Tensor logits, Tensor target, Tensor? class_weight, Tensor? pixel_weight, "
-        "Tensor? mask, int ignore_index, bool align_corners, bool per_pixel) -> (Tensor loss, Tensor count)");
-    m.def(
-        "resized_cross_entropy_gradient(Tensor logits, Tensor target, Tensor? class_weight, Tensor? pixel_weight, "
-        "Tensor? mask, int ignore_index, bool align_corners) -> (Tensor loss, Tensor count, Tensor gradient)");
-    m.def(
-        "resized_kd_forward(Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, SymInt height, "
-        "SymInt width, float temperature, int ignore_index, bool align_corners, bool per_pixel) "
-        "-> (Tensor loss, Tensor count)");
-    m.def(
-        "resized_kd_gradient(Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, SymInt height, "
-        "SymInt width, float temperature, int ignore_index, bool align_corners) "
-        "-> (Tensor loss, Tensor count, Tensor gradient)");
-    m.def("teacher_confidence(Tensor main, Tensor aux, str direction) -> Tensor");
-    m.def(
-        "kd_with_confidence(Tensor student, Tensor teacher, Tensor aux, str direction) "
-        "-> (Tensor loss, Tensor gradient, Tensor confidence)");
-    m.def(
-        "difficulty_mask(Tensor student, Tensor teacher, Tensor target, float threshold, int min_kept, str confidence, "
-        "str select, int ignore_index, bool align_corners) -> (Tensor mask, Tensor counts)");
-    m.def("kth_smallest(Tensor x, int k) -> Tensor");
-    m.def("exp(Tensor x) -> Tensor");
-    m.def("isa() -> str");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd_cpu, CPU, m) {
     m.impl("nfd_forward", TORCH_BOX(&nfd_forward));
     m.impl("nfd_backward", TORCH_BOX(&nfd_backward));
-    m.impl("kd_forward", TORCH_BOX(&kd_forward));
-    m.impl("kd_backward", TORCH_BOX(&kd_backward));
-    m.impl("kd_with_gradient", TORCH_BOX(&kd_with_gradient));
     m.impl("cwd_forward", TORCH_BOX(&cwd_forward));
     m.impl("cwd_backward", TORCH_BOX(&cwd_backward));
+    m.impl("kd_forward", TORCH_BOX(&kd_forward));
+    m.impl("kd_gradient", TORCH_BOX(&kd_gradient));
     m.impl("resized_cross_entropy_forward", TORCH_BOX(&resized_cross_entropy_forward));
     m.impl("resized_cross_entropy_gradient", TORCH_BOX(&resized_cross_entropy_gradient));
     m.impl("resized_kd_forward", TORCH_BOX(&resized_kd_forward));
     m.impl("resized_kd_gradient", TORCH_BOX(&resized_kd_gradient));
     m.impl("teacher_confidence", TORCH_BOX(&teacher_confidence));
-    m.impl("kd_with_confidence", TORCH_BOX(&kd_with_confidence));
+    m.impl("kd_confidence_forward", TORCH_BOX(&kd_confidence_forward));
+    m.impl("kd_confidence_gradient", TORCH_BOX(&kd_confidence_gradient));
     m.impl("difficulty_mask", TORCH_BOX(&difficulty_mask));
     m.impl("kth_smallest", TORCH_BOX(&kth_smallest));
+    m.impl("rescale_", TORCH_BOX(&rescale_));
+    m.impl("first_bad_label", TORCH_BOX(&first_bad_label));
     m.impl("exp", TORCH_BOX(&exponential));
 }
 

@@ -8,6 +8,9 @@ import os
 import torch
 from torch import Tensor
 
+from . import backends
+from .ops import operator
+
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LABELS = (torch.uint8, torch.int32, torch.int64)
 
@@ -45,14 +48,14 @@ def check_teacher(name: str, x: Tensor) -> None:
 
 
 def check_same(name: str, x: Tensor, other_name: str, other: Tensor, same_size: bool = True) -> None:
-    axes = "NCHW" if same_size else "NC"
-    for i, axis in enumerate(axes):
-        if x.shape[i] != other.shape[i]:
-            raise ValueError(
-                f"{name}: got shape {tuple(x.shape)}, expected the same {axis} as {other_name} {tuple(other.shape)}"
-                + ("; a 1x1 adapter can match C (NFDLoss has one)" if axis == "C" else "")
-                + ("; resize one to the other's size" if axis in "HW" else "")
-            )
+    if x.shape != other.shape:
+        for axis, got, want in zip("NCHW" if same_size else "NC", x.shape, other.shape, strict=False):
+            if got != want:
+                raise ValueError(
+                    f"{name}: got shape {tuple(x.shape)}, expected the same {axis} as {other_name} {tuple(other.shape)}"
+                    + ("; a 1x1 adapter can match C (NFDLoss has one)" if axis == "C" else "")
+                    + ("; resize one to the other's size" if axis in "HW" else "")
+                )
     check_device(name, x, other_name, other)
 
 
@@ -62,6 +65,17 @@ def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def check_pair(student: Tensor, teacher: Tensor, same_size: bool = True) -> None:
+    if (  # the usual case, at every call of every loss
+        isinstance(student, Tensor)
+        and isinstance(teacher, Tensor)
+        and student.dtype in _FLOATS
+        and teacher.dtype in _FLOATS
+        and student.dim() == 4
+        and student.shape == teacher.shape
+        and student.device == teacher.device
+        and not teacher.requires_grad
+    ):
+        return
     check_float("student", student)
     check_float("teacher", teacher)
     check_same("teacher", teacher, "student", student, same_size)
@@ -80,28 +94,32 @@ def check_target(target: Tensor, logits: Tensor, shape: tuple[int | None, ...], 
     if torch.compiler.is_compiling():
         return
     if target.device.type == "cpu" or os.environ.get("FASTKD_CHECK_LABELS") == "1":
-        _check_labels(target, logits.shape[1], ignore_index)
-
-
-def _check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
-    if target.numel() == 0:
-        return
-    low, high = target.aminmax()
-    if int(low) >= 0 and int(high) < classes:
-        return
-    # uint8 would wrap the numbers it is compared with; a few rows at a time, since all as int64 would be the largest tensor here
-    rows = max(1, (1 << 16) // target.shape[-1])
-    for part in (part.long() for image in target for part in image.split(rows)):
-        bad = part[((part < 0) | (part >= classes)) & (part != ignore_index)]
-        if bad.numel():
+        classes = logits.shape[1]
+        bad = _first_bad_label(target, classes, ignore_index)
+        if bad >= 0:
             raise IndexError(
-                f"target: got label {int(bad[0])}, expected 0 to {classes - 1} (C = {classes}) or ignore_index {ignore_index}; "
-                "map the labels to class indices, or pass the ignore_index they use"
+                f"target: got label {int(target.flatten()[bad])}, expected 0 to {classes - 1} (C = {classes}) or ignore_index "
+                f"{ignore_index}; map the labels to class indices, or pass the ignore_index they use"
             )
 
 
+def _first_bad_label(target: Tensor, classes: int, ignore_index: int) -> int:
+    if target.device.type == "cpu" and backends.why_not("cpu") is None:
+        return int(operator("cpu", "first_bad_label")(target.contiguous(), classes, ignore_index))
+    label = target.flatten().long()  # uint8 would wrap the numbers it is compared with
+    bad = ((label < 0) | (label >= classes)) & (label != ignore_index)
+    return int(bad.long().argmax()) if bool(bad.any()) else -1
+
+
 def _check_map(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
-    if x.dim() != 3 or any(want is not None and got != want for got, want in zip(x.shape, shape, strict=True)):
+    got = x.shape
+    n, height, width = shape
+    if (
+        len(got) != 3
+        or (n is not None and got[0] != n)
+        or (height is not None and got[1] != height)
+        or (width is not None and got[2] != width)
+    ):
         # Written here alone: Dynamo cannot put a symbolic size into words.
         expected = ", ".join(axis if size is None else str(size) for axis, size in zip("NHW", shape, strict=True))
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected ({expected})")
@@ -131,20 +149,27 @@ def check_class_weight(weight: Tensor, logits: Tensor) -> None:
 
 def dense_together(*maps: Tensor) -> tuple[Tensor, ...]:
     """All in one dense layout (the first's if it has one), and all fp64 if one is; no copy in the usual case."""
+    maps = one_precision(*maps)
     layout = torch.contiguous_format
     if not maps[0].is_contiguous() and maps[0].is_contiguous(memory_format=torch.channels_last):
         layout = torch.channels_last
-    return tuple(x.contiguous(memory_format=layout) for x in one_precision(*maps))
+    return tuple([x.contiguous(memory_format=layout) for x in maps])
 
 
 def dense_each(*maps: Tensor) -> tuple[Tensor, ...]:
     """Each in its own dense layout, NCHW-contiguous or channels_last, and all fp64 if one is."""
     return tuple(
-        x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous() for x in one_precision(*maps)
+        [x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous() for x in one_precision(*maps)]
     )
 
 
+def dense(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """Contiguous, and in ``dtype`` if one is given."""
+    return None if x is None else (x if dtype is None else x.to(dtype)).contiguous()
+
+
 def one_precision(*maps: Tensor) -> tuple[Tensor, ...]:
-    if any(x.dtype == torch.float64 for x in maps):
-        return tuple(x.double() for x in maps)
+    for x in maps:
+        if x.dtype == torch.float64:
+            return tuple([y.double() for y in maps])
     return maps

@@ -17,27 +17,22 @@ from typing import Any, TypeVar
 
 import torch
 
-from .ops._registry import register_fakes
+from .ops import OPERATORS
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 
-# Operator -> the backends that have a kernel for it, the preferred one of a device first.
-KERNELS: dict[str, tuple[str, ...]] = {
-    "nfd": ("cpu", "triton", "cuda"),
-    "kd": ("cpu", "triton", "cuda"),
-    "cwd": ("cpu", "triton"),
-    "resized_cross_entropy": ("cpu", "triton", "cuda"),
-    "resized_kd": ("cpu", "triton", "cuda"),
-    "teacher_confidence": ("cpu", "triton"),
-    "difficulty_mask": ("cpu", "triton"),
-}
-# Operator -> the compute capabilities on which its CUDA C++ kernel was measured to be faster than Triton's, so that it is
-# chosen there without being asked for. Filled from measurements alone (docs/cuda.md): there are none yet.
-FASTER_IN_CUDA: dict[str, frozenset[tuple[int, int]]] = {
-    "nfd": frozenset(),
-    "kd": frozenset(),
-    "resized_cross_entropy": frozenset(),
-    "resized_kd": frozenset(),
+# What is chosen for tensors of a device, the preferred backend first. On a GPU the order is what was measured on an H100
+# (docs/cuda.md says at which commit, and what has not been measured since): CUDA C++ for KD, for NFD where a group is a
+# contiguous row, and for everything at label resolution.
+CHOICE: dict[str, dict[str, tuple[str, ...]]] = {
+    "nfd": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
+    "kd": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
+    "cwd": {"cpu": ("cpu",), "cuda": ("triton",)},
+    "resized_cross_entropy": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
+    "resized_kd": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
+    "kd_confidence": {"cpu": ("cpu",), "cuda": ("triton",)},
+    "teacher_confidence": {"cpu": ("cpu",), "cuda": ("triton",)},
+    "difficulty_mask": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
 }
 _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 _LIBRARY = "_cpu.so"
@@ -45,6 +40,7 @@ _CUDA_LIBRARY = "_cuda.so"
 
 _T = TypeVar("_T")
 _why_not: dict[str, str | None] = {}
+_libraries: list[torch.library.Library] = []  # operators live as long as the object that defined them
 
 
 class _ThisThread(threading.local):
@@ -67,6 +63,17 @@ class BackendError(RuntimeError):
     """A backend was asked for by name and cannot run."""
 
 
+def define(backend: str) -> torch.library.Library:
+    """Defines the operators that ``backend`` implements, in its namespace; its library registers the kernels."""
+    library = torch.library.Library(f"fastkd_{backend}", "DEF")
+    for operator in OPERATORS:
+        if backend in operator.backends:
+            library.define(operator.schema, tags=(torch.Tag.pt2_compliant_tag,))
+            torch.library.register_fake(f"fastkd_{backend}::{operator.name}", operator.fake, lib=library)
+    _libraries.append(library)
+    return library
+
+
 def _load_cpu() -> str | None:
     path = Path(__file__).with_name(_LIBRARY)
     if not path.is_file():
@@ -78,7 +85,7 @@ def _load_cpu() -> str | None:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"the C++ kernels could not be loaded from {path}: {error}"
-    register_fakes("cpu")
+    define("cpu")
     return None
 
 
@@ -90,8 +97,7 @@ def _load_triton() -> str | None:
     interpreter = bool(triton.knobs.runtime.interpret)
     if not interpreter and not torch.cuda.is_available():
         return "torch finds no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter)"
-    importlib.import_module("fastkd.kernels")  # defines the operators
-    register_fakes("triton")
+    importlib.import_module("fastkd.kernels").register(define("triton"))
     return None
 
 
@@ -110,7 +116,7 @@ def _load_cuda() -> str | None:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"the CUDA C++ kernels could not be loaded from {path}: {error}"
-    register_fakes("cuda")
+    define("cuda")
     return None
 
 
@@ -128,61 +134,59 @@ def why_not(backend: str) -> str | None:
 
 def requested() -> str:
     """The backend forced by :class:`use_backend` or ``FASTKD_BACKEND``, else ``"auto"``."""
-    name = _this_thread.forced or os.environ.get("FASTKD_BACKEND", "auto")
+    name = _this_thread.forced
+    if name is None:
+        name = os.environ["FASTKD_BACKEND"] if "FASTKD_BACKEND" in os.environ else "auto"  # noqa: SIM401, twice as fast
     if name not in NAMES:
         raise ValueError(f"FASTKD_BACKEND is {name!r}; expected one of {', '.join(NAMES)}")
     return name
 
 
-def choose(op: str, device: torch.device) -> str:
+def choose(op: str, device: torch.device, cuda: bool = True) -> str:
     """Backend for ``op`` on tensors of ``device``.
 
-    Operators that no backend has a kernel for yet run on ``reference`` whatever is forced.
+    Args:
+        op: a key of :data:`CHOICE`.
+        cuda: whether the CUDA C++ kernel takes a call of this shape; if not, the next backend does.
 
     Raises:
         BackendError: a backend is forced that cannot run here or not on this device.
         RuntimeError: a kernel would run inside a transform of torch.func.
     """
     name = requested()
-    if name == "reference" or not KERNELS[op]:
+    if name == "reference":
         return "reference"
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "fastkd: the kernels have no rules for torch.func (grad, vmap, jvp, ...); use "
             '`with fastkd.use_backend("reference"):` around this loss'
         )
-    if name != "auto":
-        reason = why_not(name)
-        if reason is None and op_backend_missing(op, name):
-            reason = f"it has no kernel for {op}"
-        if reason is None and not runs_on(name, device):
-            reason = f"it runs on {_DEVICE[name]} tensors and these are on {device.type}"
-        if reason is not None:
-            raise BackendError(f"backend {name!r} was forced but cannot run {op}: {reason}")
-        return name
-    if device.type == "cuda" and _faster_in_cuda(op, device.index) and why_not("cuda") is None:
-        return "cuda"
-    return without_cuda(op, device)
+    if name == "auto" or (name == "cuda" and not cuda):
+        return _preferred(op, device.type, cuda)
+    reason = why_not(name)
+    if reason is None and name not in implementations(op):
+        reason = f"it has no kernel for {op}"
+    if reason is None and not runs_on(name, device):
+        reason = f"it runs on {_DEVICE[name]} tensors and these are on {device.type}"
+    if reason is not None:
+        raise BackendError(f"backend {name!r} was forced but cannot run {op}: {reason}")
+    return name
 
 
-def without_cuda(op: str, device: torch.device) -> str:
-    """The backend of ``op`` where nothing is forced, or for a call that its CUDA C++ kernel does not take."""
-    for candidate in KERNELS[op]:
-        if candidate != "cuda" and _DEVICE[candidate] == device.type:
-            if why_not(candidate) is None:
-                return candidate
-            _warn_once(candidate, device.type)
+def _preferred(op: str, device: str, cuda: bool) -> str:
+    candidates = CHOICE[op].get(device, ())
+    for candidate in candidates:
+        if (cuda or candidate != "cuda") and why_not(candidate) is None:
+            return candidate
+    if candidates:
+        _warn_once(candidates[-1], device)
     return "reference"
 
 
 @_constant_when_traced
-def _faster_in_cuda(op: str, index: int | None) -> bool:
-    measured = FASTER_IN_CUDA.get(op, frozenset())
-    return bool(measured) and torch.cuda.get_device_capability(index) in measured
-
-
-def op_backend_missing(op: str, backend: str) -> bool:
-    return backend not in KERNELS[op]
+def implementations(op: str) -> tuple[str, ...]:
+    """The backends that have a kernel for ``op``."""
+    return next(o.backends for o in OPERATORS if o.name in (op, f"{op}_forward"))
 
 
 def runs_on(backend: str, device: torch.device) -> bool:
@@ -246,7 +250,7 @@ def backend_info() -> dict[str, Any]:
     Returns:
         ``{"requested": name, "backends": {name: {"available": bool, "reason": str | None, "detail": str}},
         "operators": {op: {"kernels": [...], "cpu": chosen on CPU, "cuda": chosen on CUDA or None without a GPU,
-        "cuda_kernel": where the CUDA C++ kernel is chosen, only for operators that have one}}}``.
+        "cuda_order": the order of preference on CUDA}}}``.
     """
     backends: dict[str, dict[str, Any]] = {
         "reference": {"available": True, "reason": None, "detail": f"plain PyTorch {torch.__version__}"}
@@ -260,12 +264,12 @@ def backend_info() -> dict[str, Any]:
         "backends": backends,
         "operators": {
             op: {
-                "kernels": list(kernels),
+                "kernels": list(implementations(op)),
                 "cpu": _chosen(op, torch.device("cpu")),
                 "cuda": _chosen(op, torch.device("cuda")) if cuda else None,
-                **({"cuda_kernel": _cuda_kernel(op)} if "cuda" in kernels else {}),
+                "cuda_order": list(order["cuda"]),
             }
-            for op, kernels in KERNELS.items()
+            for op, order in CHOICE.items()
         },
     }
 
@@ -275,14 +279,6 @@ def _chosen(op: str, device: torch.device) -> str:
         return choose(op, device)
     except BackendError as error:
         return f"error: {error}"
-
-
-def _cuda_kernel(op: str) -> str:
-    measured = FASTER_IN_CUDA.get(op)
-    if not measured:
-        return 'off by default: not yet measured; use_backend("cuda") or FASTKD_BACKEND=cuda forces it'
-    chips = ", ".join(f"sm_{major}{minor}" for major, minor in sorted(measured))
-    return f"chosen on {chips}, where it was measured to be faster than Triton's"
 
 
 def _detail(name: str) -> str:

@@ -31,22 +31,36 @@ from ._arguments import (
     check_target,
     check_teacher,
     check_word,
+    dense,
     dense_each,
     dense_together,
 )
-from .ops.cwd import cwd as _cwd
-from .ops.kd import kd as _kd
-from .ops.nfd import nfd as _nfd
-from .ops.rdd import difficulty_mask as _difficulty_mask
-from .ops.rdd import kd_with_confidence as _kd_with_confidence
-from .ops.rdd import teacher_confidence as _teacher_confidence
-from .ops.resized_cross_entropy import resized_cross_entropy as _resized_cross_entropy
-from .ops.resized_cross_entropy import resized_cross_entropy_per_pixel as _resized_cross_entropy_per_pixel
-from .ops.resized_kd import resized_kd as _resized_kd
+from .ops import accumulator, evaluate, operator
+from .ops.cwd import CWD
+from .ops.kd import KD
+from .ops.nfd import DIMS, NFD, fits_cuda
+from .ops.rdd import DIRECTIONS, KD_CONFIDENCE, SELECTIONS
+from .ops.resized_cross_entropy import RESIZED_CROSS_ENTROPY
+from .ops.resized_kd import RESIZED_KD
 
 PIXEL_REDUCTIONS = ("mean", "mean_all", "sum", "batchmean", "none")
 FEATURE_REDUCTIONS = ("mean", "sum", "batchmean", "none")
-SELECTIONS = ("xor", "or", "and", "student", "student_only")
+
+
+def reduction_of(word: str, terms: int, batch: int, *, counted: bool = False, weight: float = 1.0) -> tuple[str, float]:
+    """A reduction in the words of the operators (:class:`fastkd.ops.Loss`): "sum", "mean" or "none", and a scale.
+
+    Args:
+        word: of :data:`PIXEL_REDUCTIONS`.
+        terms: how many there are. batch: N.
+        counted: whether the labels decide which terms count.
+        weight: ``loss_weight`` of a module.
+    """
+    if word == "mean" and counted:
+        return "mean", weight
+    if word in ("mean", "mean_all"):
+        return "sum", weight / max(terms, 1)
+    return ("none" if word == "none" else "sum"), weight / max(batch, 1) if word == "batchmean" else weight
 
 
 class RDDOutput(NamedTuple):
@@ -95,19 +109,28 @@ def nfd_loss(
         reduction: ``"mean"`` over all elements, ``"sum"``, ``"batchmean"``, or ``"none"``: one mean per group, of shape
             (N, C), (C,), (N, H, W), (N,) in the order of ``dims`` above.
     """
+    return _nfd_loss(student, teacher, dims, eps, reduction, 1.0)
+
+
+def _nfd_loss(student: Tensor, teacher: Tensor, dims: str, eps: float, reduction: str, loss_weight: float) -> Tensor:
     check_pair(student, teacher)
-    check_word("dims", dims, ("hw", "nhw", "c", "chw"))
+    check_word("dims", dims, DIMS)
     check_word("reduction", reduction, FEATURE_REDUCTIONS)
     check_number("eps", eps, minimum=0)
-    backend = backends.choose("nfd", student.device)
+    n, c, h, w = student.shape
+    groups = {"hw": n * c, "nhw": c, "c": n * h * w, "chw": n}[dims]
+    # A term is the mean of a group, so "sum" and "batchmean" have as many terms as elements.
+    elements = student.numel() / max(groups, 1)
+    share = loss_weight if reduction in ("mean", "none") else loss_weight * elements
+    how = reduction_of(reduction, groups, n, weight=share)
+    backend = backends.choose("nfd", student.device, fits_cuda(student, teacher, dims))
     if backend == "reference" or student.numel() == 0:
-        loss = reference.nfd(student, _constant(teacher), dims, eps)
+        terms = reference.nfd(student, _constant(teacher), dims, eps)
         if student.numel() == 0:
-            loss = torch.where(torch.isfinite(loss), loss, 0)
-    else:
-        student, teacher = dense_together(student, teacher)
-        loss = _nfd(student, teacher, dims, eps, backend)
-    return _reduce_groups(loss, student, reduction)
+            terms = torch.where(torch.isfinite(terms), terms, 0)
+        return reference.reduce(terms, *how)
+    student, teacher = dense_together(student, teacher)
+    return evaluate(NFD, backend, *how, student, teacher, dims, eps)
 
 
 def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, reduction: str = "mean") -> Tensor:
@@ -118,16 +141,20 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, redu
         temperature: tau > 0.
         reduction: ``"mean"`` over (N, C), ``"sum"``, ``"batchmean"``, or ``"none"``: (N, C).
     """
+    return _cwd_loss(student, teacher, temperature, reduction, 1.0)
+
+
+def _cwd_loss(student: Tensor, teacher: Tensor, temperature: float, reduction: str, loss_weight: float) -> Tensor:
     check_pair(student, teacher)
     check_word("reduction", reduction, FEATURE_REDUCTIONS)
     check_number("temperature", temperature, above=0)
+    n, c, _, _ = student.shape
+    how = reduction_of(reduction, n * c, n, weight=loss_weight)
     backend = backends.choose("cwd", student.device)
     if backend == "reference" or student.numel() == 0:
-        loss = reference.cwd(student, _constant(teacher), temperature)
-    else:
-        student, teacher = dense_together(student, teacher)
-        loss = _cwd(student, teacher, temperature, backend)
-    return loss if reduction == "none" else _reduce_cwd(loss, reduction)
+        return reference.reduce(reference.cwd(student, _constant(teacher), temperature), *how)
+    student, teacher = dense_together(student, teacher)
+    return evaluate(CWD, backend, *how, student, teacher, temperature)
 
 
 def kd_loss(
@@ -149,21 +176,29 @@ def kd_loss(
         weight: (N, H, W), scales each pixel's term, never the count.
         reduction: ``"mean"`` over valid pixels, ``"mean_all"``, ``"sum"``, ``"batchmean"``, ``"none"``: (N, H, W).
     """
+    return _kd_loss(student, teacher, target, weight, temperature, ignore_index, reduction, 1.0)
+
+
+def _kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    reduction: str,
+    loss_weight: float,
+) -> Tensor:
     check_pair(student, teacher)
     check_word("reduction", reduction, PIXEL_REDUCTIONS)
     check_number("temperature", temperature, above=0)
-    n, classes, h, w = student.shape
+    n, _, h, w = student.shape
     if target is not None:
         check_target(target, student, (n, h, w), ignore_index)
     if weight is not None:
         check_pixel_weight("weight", weight, student, (n, h, w))
-    backend = backends.choose("kd", student.device)
-    if backend == "reference" or student.numel() == 0:
-        loss = reference.kd(student, _constant(teacher), temperature)
-        return _reduce_reference(loss, target, weight, classes, ignore_index, reduction)
-    student, teacher = dense_together(student, teacher)
-    target, weight = _dense(target), _dense(weight, reference.accumulate_in(student))
-    return _kd(student, teacher, target, weight, temperature, ignore_index, reduction, backend)
+    how = reduction_of(reduction, n * h * w, n, counted=target is not None, weight=loss_weight)
+    return _kd(student, teacher, target, weight, temperature, ignore_index, how)
 
 
 def resized_cross_entropy(
@@ -186,16 +221,31 @@ def resized_cross_entropy(
         align_corners: the convention of the resize (True in CIRKD and RDD, False in torchvision).
         reduction: ``"mean"`` over valid pixels, ``"mean_all"``, ``"sum"``, ``"batchmean"``, ``"none"``: (N, H, W).
     """
+    labels = Labels(target, class_weight, ignore_index, align_corners)
+    return _resized_cross_entropy(logits, labels, pixel_weight, reduction, 1.0)
+
+
+class Labels(NamedTuple):
+    """The labels of a loss at their resolution, and how they count."""
+
+    target: Tensor
+    class_weight: Tensor | None
+    ignore_index: int
+    align_corners: bool
+
+
+def _resized_cross_entropy(
+    logits: Tensor, labels: Labels, pixel_weight: Tensor | None, reduction: str, loss_weight: float
+) -> Tensor:
     check_float("logits", logits)
     n = logits.shape[0]
     check_word("reduction", reduction, PIXEL_REDUCTIONS)
-    check_target(target, logits, (n, None, None), ignore_index)
-    if class_weight is not None:
-        check_class_weight(class_weight, logits)
+    check_target(labels.target, logits, (n, None, None), labels.ignore_index)
+    if labels.class_weight is not None:
+        check_class_weight(labels.class_weight, logits)
     if pixel_weight is not None:
         check_pixel_weight("pixel_weight", pixel_weight, logits, (n, None, None))
-    loss, _ = _cross_entropy(logits, target, class_weight, pixel_weight, None, ignore_index, align_corners, reduction)
-    return loss
+    return _cross_entropy(logits, labels, pixel_weight, None, reduction, loss_weight)[0]
 
 
 def resized_kd_loss(
@@ -219,6 +269,21 @@ def resized_kd_loss(
         target: labels (N, H, W) or None; pixel_weight: (N, H, W), or of another size, which is resized the same way.
         temperature, ignore_index, align_corners, reduction: as in :func:`kd_loss` and :func:`resized_cross_entropy`.
     """
+    options = (temperature, ignore_index, align_corners)
+    return _resized_kd_loss(student, teacher, target, pixel_weight, size, options, reduction, 1.0)
+
+
+def _resized_kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    pixel_weight: Tensor | None,
+    size: tuple[int, int],
+    options: tuple[float, int, bool],
+    reduction: str,
+    loss_weight: float,
+) -> Tensor:
+    temperature, ignore_index, align_corners = options
     check_pair(student, teacher, same_size=False)
     check_word("reduction", reduction, PIXEL_REDUCTIONS)
     check_number("temperature", temperature, above=0)
@@ -228,32 +293,21 @@ def resized_kd_loss(
         check_target(target, student, (n, *size), ignore_index)
     if pixel_weight is not None:
         check_pixel_weight("pixel_weight", pixel_weight, student, (n, None, None))
+    pixels = n * size[0] * size[1]
+    how = reduction_of(reduction, pixels, n, counted=target is not None, weight=loss_weight)
     backend = backends.choose("resized_kd", student.device)
-    if backend == "cuda" and student.shape != teacher.shape:
-        # CUDA C++ holds rows of both networks that lie between the same label rows
-        backend = backends.without_cuda("resized_kd", student.device)
-    if student.numel() == 0 or teacher.numel() == 0 or size[0] * size[1] == 0:
+    if student.numel() == 0 or teacher.numel() == 0 or pixels == 0:
         return _nothing(student, (n, *size), reduction)
-    pixel_weight = _dense(pixel_weight, reference.accumulate_in(student, teacher))
+    pixel_weight = dense(pixel_weight, accumulator(student, teacher))
     if pixel_weight is not None and (reduction == "none" or backend == "reference"):
         pixel_weight = reference.resize(pixel_weight, size, align_corners)
     if backend == "reference":
         student, teacher = (reference.resize(x, size, align_corners) for x in (student, _constant(teacher)))
-        loss = reference.kd(student, teacher, temperature)
-        return _reduce_reference(loss, target, pixel_weight, classes, ignore_index, reduction)
+        terms = reference.kd(student, teacher, temperature)
+        terms, count = reference.count_pixels(terms, target, pixel_weight, classes, ignore_index)
+        return reference.reduce(terms, *how, count)
     student, teacher = dense_each(student, teacher)
-    return _resized_kd(
-        student,
-        teacher,
-        _dense(target),
-        pixel_weight,
-        size,
-        temperature,
-        ignore_index,
-        align_corners,
-        reduction,
-        backend,
-    )
+    return evaluate(RESIZED_KD, backend, *how, student, teacher, dense(target), pixel_weight, size, *options)
 
 
 @torch.no_grad()
@@ -272,7 +326,7 @@ def teacher_confidence(main: Tensor, aux: Tensor, *, direction: str = "aux_main"
     check_same("aux", aux, "main", main)
     check_teacher("main", main)
     check_teacher("aux", aux)
-    check_word("direction", direction, ("aux_main", "main_aux"))
+    check_word("direction", direction, DIRECTIONS)
     return _confidence(main, aux, direction)
 
 
@@ -304,14 +358,13 @@ def difficulty_mask(
         bool (N, H, W), False where ignored, without gradient.
     """
     check_pair(student, teacher, same_size=False)
-    n, _, _, _ = student.shape
-    check_target(target, student, (n, None, None), ignore_index)
+    check_target(target, student, (student.shape[0], None, None), ignore_index)
     check_number("threshold", threshold, minimum=0)
     check_number("min_kept", min_kept, minimum=0)
     check_word("confidence", confidence, ("max", "label"))
     check_word("select", select, SELECTIONS)
-    mask, _ = _mask(student, teacher, target, threshold, min_kept, confidence, select, ignore_index, align_corners)
-    return mask
+    labels = Labels(target, None, ignore_index, align_corners)
+    return _difficulty(student, teacher, labels, _Hard(threshold, min_kept, confidence, select), keep_lse=False)[0]
 
 
 def rdd_loss(
@@ -352,180 +405,248 @@ def rdd_loss(
     Raises:
         ValueError: as in this module, and: TFE without ``teacher_aux``; an auxiliary term without both auxiliary heads.
     """
+    options = RDDOptions(preset, kd_weight, temperature, threshold, min_kept, select, aux_weight, align_corners)
+    heads = Heads(student, teacher, student_aux, teacher_aux)
+    return _rdd_loss(heads, target, class_weight, ignore_index, options, stage, blend)
+
+
+class Heads(NamedTuple):
+    """The logits RDD compares; an auxiliary head may be missing."""
+
+    student: Tensor
+    teacher: Tensor
+    student_aux: Tensor | None
+    teacher_aux: Tensor | None
+
+
+class RDDOptions(NamedTuple):
+    """The options of :func:`rdd_loss`; None is the preset's value."""
+
+    preset: str
+    kd_weight: float
+    temperature: float
+    threshold: float | None
+    min_kept: int | None
+    select: str
+    aux_weight: float | None
+    align_corners: bool | None
+    loss_weight: float = 1.0
+
+
+class _Hard(NamedTuple):
+    """Which pixels :func:`difficulty_mask` selects."""
+
+    threshold: float
+    min_kept: int
+    confidence: str
+    select: str
+
+
+def _rdd_loss(
+    heads: Heads,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    options: RDDOptions,
+    stage: str,
+    blend: float | None,
+) -> RDDOutput:
     check_word("stage", stage, ("tfe", "tse"))
-    check_word("preset", preset, tuple(PRESETS))
-    check_word("select", select, SELECTIONS)
-    p = PRESETS[preset]
-    align = p.align_corners if align_corners is None else align_corners
+    check_word("preset", options.preset, tuple(PRESETS))
+    check_word("select", options.select, SELECTIONS)
+    p = PRESETS[options.preset]
+    aux_weight = options.aux_weight
     if aux_weight is None:
-        aux_weight = p.aux_weight if student_aux is not None else 0.0
-    check_number("aux_weight", aux_weight, minimum=0)
-    check_number("kd_weight", kd_weight, minimum=0)
-    if blend is not None:
-        check_number("blend", blend, minimum=0, maximum=1)
-    if aux_weight > 0 and student_aux is None:
-        raise ValueError(
-            f"rdd_loss: aux_weight is {aux_weight} but student_aux is None; pass the student's auxiliary logits or "
-            "aux_weight=0"
-        )
+        aux_weight = p.aux_weight if heads.student_aux is not None else 0.0
+    align = p.align_corners if options.align_corners is None else options.align_corners
+    labels = Labels(target, class_weight, ignore_index, align)
+    _check_rdd(heads, labels, options, aux_weight, blend)
+    threshold = p.threshold if options.threshold is None else options.threshold
+    min_kept = p.min_kept if options.min_kept is None else options.min_kept
+    hard = _Hard(threshold, min_kept, p.confidence, options.select)
 
-    check_pair(student, teacher)
-    check_target(target, student, (student.shape[0], None, None), ignore_index)
-    if class_weight is not None:
-        check_class_weight(class_weight, student)
-    if student_aux is not None:
-        check_float("student_aux", student_aux)
-        check_same("student_aux", student_aux, "student", student, same_size=False)
-    if teacher_aux is not None:
-        check_float("teacher_aux", teacher_aux)
-        check_same("teacher_aux", teacher_aux, "teacher", teacher, same_size=False)
-        check_teacher("teacher_aux", teacher_aux)
+    def tfe(confidence: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        plain = labels._replace(class_weight=None)
+        task, count = _cross_entropy(heads.student, plain, confidence, None, "mean_all", share)
+        if heads.student_aux is not None and aux_weight > 0:
+            task = task + _cross_entropy(heads.student_aux, plain, confidence, None, "mean_all", share * aux_weight)[0]
+        return task, count.clamp(max=1)  # every valid pixel carries task loss
 
-    def tfe(weight: Tensor) -> tuple[Tensor, Tensor]:
-        def term(logits: Tensor) -> tuple[Tensor, Tensor]:
-            return _cross_entropy(logits, target, None, weight, None, ignore_index, align, "mean_all")
-
-        task, count = term(student)
-        if student_aux is not None and aux_weight > 0:
-            task = task + aux_weight * term(student_aux)[0]
-        return task, (count > 0).to(task.dtype)
-
-    def tse() -> tuple[Tensor, Tensor]:
-        def term(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            limit = p.threshold if threshold is None else threshold
-            kept = p.min_kept if min_kept is None else min_kept
-            mask, counts = _mask(s, t, target, limit, kept, p.confidence, select, ignore_index, align)
-            loss, _ = _cross_entropy(s, target, class_weight, None, mask, ignore_index, align, p.tse_reduction)
-            return loss, counts[0] / counts[1].clamp(min=1)
-
-        task, selected = term(student, teacher)
-        if student_aux is not None and aux_weight > 0:
-            if teacher_aux is None:
+    def tse(share: float) -> tuple[Tensor, Tensor]:
+        task, selected = _selected_cross_entropy(heads.student, heads.teacher, labels, hard, p.tse_reduction, share)
+        if heads.student_aux is not None and aux_weight > 0:
+            if heads.teacher_aux is None:
                 raise ValueError(
                     "rdd_loss: the mask of the auxiliary term compares both auxiliary heads, but teacher_aux is None; pass "
                     "it or aux_weight=0"
                 )
-            task = task + aux_weight * term(student_aux, teacher_aux)[0]
-        return task, selected.to(task.dtype)
+            aux = heads.student_aux, heads.teacher_aux
+            task = task + _selected_cross_entropy(*aux, labels, hard, p.tse_reduction, share * aux_weight)[0]
+        return task, selected
 
+    weight = options.loss_weight
     if stage == "tse" and blend is None:
-        kd = kd_loss(student, teacher, temperature=temperature)
-        task, selected = tse()
-        return RDDOutput(task + kd_weight * kd, task, kd, stage, selected)
-    if teacher_aux is None:
+        how = _mean_of(heads.student, weight)
+        kd = _kd(heads.student, heads.teacher, None, None, options.temperature, ignore_index, how)
+        return _rdd_output(*tse(weight), kd, options.kd_weight, stage)
+    if heads.teacher_aux is None:
         raise ValueError(
             "rdd_loss: the TFE stage compares the teacher's main and auxiliary logits, but teacher_aux is None; pass "
             'teacher_aux, or leave TFE out (tfe_steps=0 in RDDLoss, stage="tse" here)'
         )
-    check_same("teacher_aux", teacher_aux, "teacher", teacher)
-    kd, weight = _kd_and_confidence(student, teacher, teacher_aux, p.direction, temperature)
-    task, selected = tfe(weight)
-    if blend is not None and stage == "tse":
-        early = task
-        task, selected = tse()
-        task = (1 - blend) * task + blend * early
-    return RDDOutput(task + kd_weight * kd, task, kd, stage, selected)
+    check_same("teacher_aux", heads.teacher_aux, "teacher", heads.teacher)
+    kd, confidence = _kd_and_confidence(heads, p.direction, options.temperature, weight)
+    if blend is None or stage == "tfe":
+        return _rdd_output(*tfe(confidence, weight), kd, options.kd_weight, stage)
+    early, _ = tfe(confidence, weight)
+    task, selected = tse(weight)
+    # A tensor's factor and not the terms' scale: it is another number at every step, and would be compiled anew.
+    return _rdd_output((1 - blend) * task + blend * early, selected, kd, options.kd_weight, stage)
+
+
+def _check_rdd(heads: Heads, labels: Labels, options: RDDOptions, aux_weight: float, blend: float | None) -> None:
+    check_number("aux_weight", aux_weight, minimum=0)
+    check_number("kd_weight", options.kd_weight, minimum=0)
+    check_number("temperature", options.temperature, above=0)
+    if blend is not None:
+        check_number("blend", blend, minimum=0, maximum=1)
+    if aux_weight > 0 and heads.student_aux is None:
+        raise ValueError(
+            f"rdd_loss: aux_weight is {aux_weight} but student_aux is None; pass the student's auxiliary logits or "
+            "aux_weight=0"
+        )
+    check_pair(heads.student, heads.teacher)
+    check_target(labels.target, heads.student, (heads.student.shape[0], None, None), labels.ignore_index)
+    if labels.class_weight is not None:
+        check_class_weight(labels.class_weight, heads.student)
+    if heads.student_aux is not None:
+        check_float("student_aux", heads.student_aux)
+        check_same("student_aux", heads.student_aux, "student", heads.student, same_size=False)
+    if heads.teacher_aux is not None:
+        check_float("teacher_aux", heads.teacher_aux)
+        check_same("teacher_aux", heads.teacher_aux, "teacher", heads.teacher, same_size=False)
+        check_teacher("teacher_aux", heads.teacher_aux)
+
+
+def _rdd_output(task: Tensor, selected: Tensor, kd: Tensor, kd_weight: float, stage: str) -> RDDOutput:
+    return RDDOutput(task + (kd if kd_weight == 1 else kd_weight * kd), task, kd, stage, selected)
 
 
 # The rest of the operators without their checks, so that RDD, which needs several on the same arguments, makes them once.
 
 
+def _kd(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    how: tuple[str, float],
+) -> Tensor:
+    backend = backends.choose("kd", student.device)
+    if backend == "reference" or student.numel() == 0:
+        terms = reference.kd(student, _constant(teacher), temperature)
+        terms, count = reference.count_pixels(terms, target, weight, student.shape[1], ignore_index)
+        return reference.reduce(terms, *how, count)
+    student, teacher = dense_together(student, teacher)
+    weight = dense(weight, accumulator(student))
+    return evaluate(KD, backend, *how, student, teacher, dense(target), weight, temperature, ignore_index)
+
+
 def _cross_entropy(
     logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
+    labels: Labels,
     pixel_weight: Tensor | None,
-    mask: Tensor | None,
-    ignore_index: int,
-    align_corners: bool,
+    selected: Tensor | None,
     reduction: str,
+    loss_weight: float,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`resized_cross_entropy` over the pixels where ``mask`` is True, and the summed class weights of those."""
-    size = (target.shape[-2], target.shape[-1])
+    """:func:`resized_cross_entropy` over the selected pixels, and their number or summed class weights.
+
+    Args:
+        selected: bool (N, H, W); or their log-sum-exp, NaN where a pixel is not selected (:func:`_difficulty`).
+    """
+    target, class_weight, ignore_index, align_corners = labels
+    n, height, width = target.shape
+    how = reduction_of(reduction, n * height * width, n, counted=True, weight=loss_weight)
     backend = backends.choose("resized_cross_entropy", logits.device)
     if logits.numel() == 0 or target.numel() == 0:
-        loss = _nothing(logits, (logits.shape[0], *size), reduction)
+        loss = _nothing(logits, target.shape, reduction)
         return loss, loss.new_zeros(())
-    acc = reference.accumulate_in(logits)
-    pixel_weight = _dense(pixel_weight, acc)
+    acc = accumulator(logits)
+    pixel_weight = dense(pixel_weight, acc)
     if pixel_weight is not None and (reduction == "none" or backend == "reference"):
-        pixel_weight = reference.resize(pixel_weight, size, align_corners)
+        pixel_weight = reference.resize(pixel_weight, (height, width), align_corners)
     if backend == "reference":
-        if mask is not None:
-            target = torch.where(mask, target.long(), ignore_index)
-        resized = reference.resize(logits, size, align_corners)
-        loss, valid, weight = reference.cross_entropy(resized, target, class_weight, ignore_index)
+        if selected is not None:
+            target = torch.where(selected, target.long(), ignore_index)
+        resized = reference.resize(logits, (height, width), align_corners)
+        terms, valid, weight = reference.cross_entropy(resized, target, class_weight, ignore_index)
         if pixel_weight is not None:
-            loss = loss * torch.where(valid, pixel_weight.to(loss.dtype), 0)
-        return reference.reduce_pixels(loss, weight, reduction), weight.sum()
+            terms = terms * torch.where(valid, pixel_weight.to(terms.dtype), 0)
+        count = weight.sum()
+        return reference.reduce(terms, *how, count), count
     (logits,) = dense_each(logits)
-    tensors = (logits, target.contiguous(), _dense(class_weight, acc), _dense(pixel_weight), mask)
-    if reduction == "none":
-        loss = _resized_cross_entropy_per_pixel(*tensors, ignore_index, align_corners, backend)
-        return loss, loss.new_zeros(())
-    return _resized_cross_entropy(*tensors, ignore_index, align_corners, reduction, backend)
+    tensors = (logits, dense(target), dense(class_weight, acc), pixel_weight, selected)
+    return evaluate(RESIZED_CROSS_ENTROPY, backend, *how, *tensors, ignore_index, align_corners)
+
+
+def _selected_cross_entropy(
+    student: Tensor, teacher: Tensor, labels: Labels, hard: _Hard, reduction: str, loss_weight: float
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy over the pixels of relative difficulty, and the share of valid pixels they are."""
+    # The student's log-sum-exp costs the cross-entropy a pass of its own on a GPU, nothing on a CPU.
+    selected, share = _difficulty(student, teacher, labels, hard, keep_lse=student.device.type != "cpu")
+    return _cross_entropy(student, labels, None, selected, reduction, loss_weight)[0], share
 
 
 def _confidence(main: Tensor, aux: Tensor, direction: str) -> Tensor:
     backend = backends.choose("teacher_confidence", main.device)
     if backend == "reference" or main.numel() == 0:
         return reference.teacher_confidence(main, aux, direction)
-    main, aux = dense_together(main, aux)
-    return _teacher_confidence(main, aux, direction, backend)
+    return operator(backend, "teacher_confidence")(*dense_together(main, aux), direction)
 
 
-def _kd_and_confidence(
-    student: Tensor, teacher: Tensor, teacher_aux: Tensor, direction: str, temperature: float
-) -> tuple[Tensor, Tensor]:
+def _kd_and_confidence(heads: Heads, direction: str, temperature: float, loss_weight: float) -> tuple[Tensor, Tensor]:
     """KD and TFE's map; at temperature 1, which RDD has unless told otherwise, from one read."""
-    backend = backends.choose("teacher_confidence", student.device)
+    student, teacher, _, teacher_aux = heads
+    assert teacher_aux is not None
+    backend = backends.choose("kd_confidence", student.device)
     if backend == "reference" or temperature != 1 or student.numel() == 0:
         with torch.no_grad():
             confidence = _confidence(teacher, teacher_aux, direction)
-        return kd_loss(student, teacher, temperature=temperature), confidence
-    student, teacher, teacher_aux = dense_together(student, teacher, teacher_aux)
-    return _kd_with_confidence(student, teacher, teacher_aux, direction, backend)
+        return _kd(student, teacher, None, None, temperature, 255, _mean_of(student, loss_weight)), confidence
+    how = _mean_of(student, loss_weight)
+    return evaluate(KD_CONFIDENCE, backend, *how, *dense_together(student, teacher, teacher_aux), direction)
+
+
+def _mean_of(logits: Tensor, loss_weight: float) -> tuple[str, float]:
+    """The mean over all pixels of ``logits``."""
+    n, _, h, w = logits.shape
+    return reduction_of("mean", n * h * w, n, weight=loss_weight)
 
 
 @torch.no_grad()
-def _mask(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    threshold: float,
-    min_kept: int,
-    confidence: str,
-    select: str,
-    ignore_index: int,
-    align_corners: bool,
-) -> tuple[Tensor, Tensor]:
-    """:func:`difficulty_mask`, and the number of selected and of valid pixels."""
+def _difficulty(student: Tensor, teacher: Tensor, labels: Labels, hard: _Hard, keep_lse: bool) -> tuple[Tensor, Tensor]:
+    """:func:`difficulty_mask`, and the share of valid pixels that are selected.
+
+    Args:
+        keep_lse: where the backend can, the student's log-sum-exp is kept as well: the mask is then a map of it, NaN where a
+            pixel is not selected.
+    """
+    target, _, ignore_index, align_corners = labels
     backend = backends.choose("difficulty_mask", student.device)
+    acc = accumulator(student, teacher)
     if student.numel() == 0 or target.numel() == 0:
-        return torch.zeros_like(target, dtype=torch.bool), target.new_zeros(2, dtype=torch.int64)
+        return torch.zeros_like(target, dtype=torch.bool), student.new_zeros((), dtype=acc)
     if backend == "reference":
-        mask = reference.difficulty_mask(
-            student, teacher, target, threshold, min_kept, confidence, select, ignore_index, align_corners
-        )
+        mask = reference.difficulty_mask(student, teacher, target, *hard, ignore_index, align_corners)
         valid = reference.valid_pixels(target, student.shape[1], ignore_index)
-        return mask, torch.stack([mask.sum(), valid.sum()])
-    student, teacher = dense_each(student, teacher)
-    return _difficulty_mask(
-        student,
-        teacher,
-        target.contiguous(),
-        threshold,
-        min_kept,
-        confidence,
-        select,
-        ignore_index,
-        align_corners,
-        backend,
-    )
-
-
-def _dense(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    return None if x is None else x.to(dtype or x.dtype).contiguous()
+        return mask, (mask.sum() / valid.sum().clamp(min=1)).to(acc)
+    name = "difficulty_lse" if keep_lse and backend in backends.implementations("difficulty_lse") else "difficulty_mask"
+    student, teacher = dense_each(student.detach(), teacher)
+    return operator(backend, name)(student, teacher, dense(target), *hard, ignore_index, align_corners)
 
 
 def _constant(teacher: Tensor) -> Tensor:
@@ -545,39 +666,5 @@ def _size(size: tuple[int, int]) -> tuple[int, int]:
 
 def _nothing(logits: Tensor, pixels: tuple[int, ...], reduction: str) -> Tensor:
     """The loss where there is nothing to count: 0, with a gradient of 0."""
-    zero = (logits * 0).nan_to_num(0).to(reference.accumulate_in(logits)).sum()
+    zero = (logits * 0).nan_to_num(0).to(accumulator(logits)).sum()
     return zero.expand(pixels) if reduction == "none" else zero
-
-
-def _reduce_groups(loss: Tensor, student: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return loss
-    if loss.numel() == 0:
-        return loss.sum()
-    if reduction == "mean":
-        return loss.mean()
-    elements = student.numel() // loss.numel()
-    return loss.sum() * (elements if reduction == "sum" else elements / student.shape[0])
-
-
-def _reduce_cwd(loss: Tensor, reduction: str) -> Tensor:
-    if reduction == "sum" or loss.numel() == 0:
-        return loss.sum()
-    return loss.mean() if reduction == "mean" else loss.sum() / loss.shape[0]
-
-
-def _reduce_reference(
-    loss: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    classes: int,
-    ignore_index: int,
-    reduction: str,
-) -> Tensor:
-    valid = None if target is None else reference.valid_pixels(target, classes, ignore_index)
-    if weight is not None:
-        weight = weight.to(loss.dtype)
-        loss = loss * (weight if valid is None else torch.where(valid, weight, 0))
-    if valid is not None:
-        loss = torch.where(valid, loss, 0)
-    return reference.reduce_pixels(loss, valid, reduction)

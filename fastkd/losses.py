@@ -10,7 +10,9 @@ from torch import Tensor, nn, tensor
 
 from . import functional
 from ._arguments import check_number, check_word
-from .functional import FEATURE_REDUCTIONS, PIXEL_REDUCTIONS, PRESETS, SELECTIONS, RDDOutput
+from .functional import FEATURE_REDUCTIONS, PIXEL_REDUCTIONS, PRESETS, Heads, Labels, RDDOptions, RDDOutput
+from .ops.nfd import DIMS
+from .ops.rdd import SELECTIONS
 
 CITYSCAPES_CLASS_WEIGHTS = (
     0.8373, 0.918, 0.866, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023, 0.9539, 0.9843, 1.1116, 0.9037, 1.0865,
@@ -43,7 +45,7 @@ class NFDLoss(nn.Module):
                 f"NFDLoss: got in_channels={in_channels}, teacher_channels={teacher_channels}; give both for an adapter, or "
                 "neither"
             )
-        check_word("dims", dims, ("hw", "nhw", "c", "chw"))
+        check_word("dims", dims, DIMS)
         check_word("reduction", reduction, FEATURE_REDUCTIONS)
         check_number("eps", eps, minimum=0)
         self.adapter: nn.Module = nn.Identity()
@@ -55,9 +57,7 @@ class NFDLoss(nn.Module):
         student = self.adapter(student)
         if teacher.dim() == 4 and student.dim() == 4 and teacher.shape[2:] != student.shape[2:]:
             teacher = F.interpolate(teacher, student.shape[2:], mode="bilinear", align_corners=False)
-        return self.loss_weight * functional.nfd_loss(
-            student, teacher, dims=self.dims, eps=self.eps, reduction=self.reduction
-        )
+        return functional._nfd_loss(student, teacher, self.dims, self.eps, self.reduction, self.loss_weight)
 
     def extra_repr(self) -> str:
         return f"dims={self.dims!r}, eps={self.eps}, reduction={self.reduction!r}, loss_weight={self.loss_weight}"
@@ -73,9 +73,7 @@ class CWDLoss(nn.Module):
         self.temperature, self.reduction, self.loss_weight = temperature, reduction, loss_weight
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return self.loss_weight * functional.cwd_loss(
-            student, teacher, temperature=self.temperature, reduction=self.reduction
-        )
+        return functional._cwd_loss(student, teacher, self.temperature, self.reduction, self.loss_weight)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, reduction={self.reduction!r}, loss_weight={self.loss_weight}"
@@ -96,15 +94,8 @@ class KDLoss(nn.Module):
     def forward(
         self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, weight: Tensor | None = None
     ) -> Tensor:
-        return self.loss_weight * functional.kd_loss(
-            student,
-            teacher,
-            temperature=self.temperature,
-            target=target,
-            weight=weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
+        options = (self.temperature, self.ignore_index, self.reduction, self.loss_weight)
+        return functional._kd_loss(student, teacher, target, weight, *options)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, reduction={self.reduction!r}, loss_weight={self.loss_weight}"
@@ -131,15 +122,8 @@ class ResizedCrossEntropyLoss(nn.Module):
         self.reduction, self.loss_weight = reduction, loss_weight
 
     def forward(self, logits: Tensor, target: Tensor, *, pixel_weight: Tensor | None = None) -> Tensor:
-        return self.loss_weight * functional.resized_cross_entropy(
-            logits,
-            target,
-            class_weight=self.class_weight,
-            pixel_weight=pixel_weight,
-            ignore_index=self.ignore_index,
-            align_corners=self.align_corners,
-            reduction=self.reduction,
-        )
+        labels = Labels(target, self.class_weight, self.ignore_index, self.align_corners)
+        return functional._resized_cross_entropy(logits, labels, pixel_weight, self.reduction, self.loss_weight)
 
     def extra_repr(self) -> str:
         return f"align_corners={self.align_corners}, reduction={self.reduction!r}, loss_weight={self.loss_weight}"
@@ -174,16 +158,9 @@ class ResizedKDLoss(nn.Module):
                     "ResizedKDLoss: got neither size nor target; pass size=(H, W) to the constructor or labels"
                 )
             size = (target.shape[-2], target.shape[-1])
-        return self.loss_weight * functional.resized_kd_loss(
-            student,
-            teacher,
-            size=size,
-            temperature=self.temperature,
-            target=target,
-            pixel_weight=pixel_weight,
-            ignore_index=self.ignore_index,
-            align_corners=self.align_corners,
-            reduction=self.reduction,
+        options = (self.temperature, self.ignore_index, self.align_corners)
+        return functional._resized_kd_loss(
+            student, teacher, target, pixel_weight, size, options, self.reduction, self.loss_weight
         )
 
     def extra_repr(self) -> str:
@@ -259,29 +236,19 @@ class RDDLoss(nn.Module):
         blend = None
         if self.blend and stage == "tse":
             blend = max(0.0, (self.total_steps - step) / max(self.total_steps - self.tfe_steps, 1))
-        out = functional.rdd_loss(
-            student,
-            teacher,
-            target,
-            stage=stage,
-            teacher_aux=teacher_aux,
-            student_aux=student_aux,
-            preset=self.preset,
-            kd_weight=self.kd_weight,
-            temperature=self.temperature,
-            threshold=self.threshold,
-            min_kept=self.min_kept,
-            select=self.select,
-            class_weight=self.class_weight,
-            aux_weight=self.aux_weight,
-            ignore_index=self.ignore_index,
-            align_corners=self.align_corners,
-            blend=blend,
+        heads = Heads(student, teacher, student_aux, teacher_aux)
+        options = RDDOptions(
+            self.preset,
+            self.kd_weight,
+            self.temperature,
+            self.threshold,
+            self.min_kept,
+            self.select,
+            self.aux_weight,
+            self.align_corners,
+            self.loss_weight,
         )
-        if self.loss_weight == 1.0:
-            return out
-        w = self.loss_weight
-        return RDDOutput(w * out.loss, w * out.task, w * out.kd, out.stage, out.selected)
+        return functional._rdd_loss(heads, target, self.class_weight, self.ignore_index, options, stage, blend)
 
     def extra_repr(self) -> str:
         return (

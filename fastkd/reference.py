@@ -2,7 +2,7 @@
 
 Shapes and words are those of :mod:`fastkd.functional`; arguments are taken as checked. Arithmetic is fp32 (fp64 for
 fp64 inputs); everything is differentiable with respect to the student by autograd. Pixel losses come back per pixel,
-with the map of valid pixels; :func:`reduce_pixels` turns them into one number.
+with what is counted; :func:`reduce` turns terms into one number.
 """
 
 from __future__ import annotations
@@ -11,17 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ops import accumulator
+
 _GROUP_DIMS = {"hw": (2, 3), "nhw": (0, 2, 3), "c": (1,), "chw": (1, 2, 3)}
-
-
-def accumulate_in(*tensors: Tensor) -> torch.dtype:
-    """fp64 if any tensor is fp64, otherwise fp32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def nfd(student: Tensor, teacher: Tensor, dims: str, eps: float) -> Tensor:
     """NFD (arXiv 2207.05256): per group, mean of (z(S) - z(T))^2 with z(x) = (x - mean) / sqrt(var + eps)."""
-    acc, dim = accumulate_in(student, teacher), _GROUP_DIMS[dims]
+    acc, dim = accumulator(student, teacher), _GROUP_DIMS[dims]
 
     def standardise(x: Tensor) -> Tensor:
         x = x.to(acc)
@@ -33,7 +30,7 @@ def nfd(student: Tensor, teacher: Tensor, dims: str, eps: float) -> Tensor:
 
 def kl(student: Tensor, teacher: Tensor, temperature: float, dim: int) -> Tensor:
     """tau^2 * KL(softmax(T / tau) || softmax(S / tau)) over ``dim``; a teacher logit of -inf adds 0."""
-    acc = accumulate_in(student, teacher)
+    acc = accumulator(student, teacher)
     log_s = F.log_softmax(student.to(acc) / temperature, dim)
     log_t = F.log_softmax(teacher.to(acc) / temperature, dim)
     p = log_t.exp()
@@ -52,7 +49,7 @@ def cwd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 def resize(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
     """Bilinear interpolation of (N, C, h, w) or (N, h, w) to ``size``, without antialiasing; fp32 or better."""
-    x = x.to(accumulate_in(x))
+    x = x.to(accumulator(x))
     if x.shape[-2:] == size:
         return x
     if x.dim() == 3:
@@ -78,23 +75,24 @@ def cross_entropy(
     return torch.where(valid, loss * weight, 0), valid, weight
 
 
-def reduce_pixels(loss: Tensor, counted: Tensor | None, reduction: str) -> Tensor:
-    """Reduces per-pixel losses (N, H, W), which are 0 where ignored.
+def count_pixels(
+    terms: Tensor, target: Tensor | None, weight: Tensor | None, classes: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Terms (N, H, W) times ``weight``, 0 where the label does not count, and how many pixels count."""
+    if target is None:
+        return terms if weight is None else terms * weight.to(terms.dtype), terms.new_tensor(terms.numel())
+    valid = valid_pixels(target, classes, ignore_index)
+    if weight is not None:
+        terms = terms * torch.where(valid, weight.to(terms.dtype), 0)
+    return torch.where(valid, terms, 0), valid.sum()
 
-    Args:
-        counted: what ``"mean"`` divides by the sum of: the valid map or the class weight of each valid pixel; None: all.
-    """
+
+def reduce(terms: Tensor, reduction: str, scale: float, count: Tensor | None = None) -> Tensor:
+    """Terms of pixels or groups, 0 where ignored, reduced as every operator does it (:class:`fastkd.ops.Loss`)."""
     if reduction == "none":
-        return loss
-    total = loss.sum()
-    if reduction == "sum":
-        return total
-    if reduction == "batchmean":
-        return total / max(loss.shape[0], 1)
-    if reduction == "mean_all" or counted is None:
-        return total / max(loss.numel(), 1)
-    count = counted.sum().to(loss.dtype)
-    return total / torch.where(count == 0, 1, count)
+        return terms * scale
+    total = terms.sum() * scale
+    return total / torch.where(count == 0, 1, count) if reduction == "mean" and count is not None else total
 
 
 def teacher_confidence(main: Tensor, aux: Tensor, direction: str) -> Tensor:

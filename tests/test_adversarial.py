@@ -343,11 +343,11 @@ def test_operators_ignore_labels_out_of_range(backend, dtype):
             continue
         bad[0, i], good[0, i] = value, 255
     assert backends.why_not(backend) is None
-    op = fastkd.ops._registry.operators(backend)
+    op = getattr(torch.ops, f"fastkd_{backend}")
     for call in (
-        lambda y: op.resized_cross_entropy_gradient(student, y, None, None, None, 255, False),
-        lambda y: op.resized_kd_gradient(student, teacher, y, None, 13, 20, 1.0, 255, False),
-        lambda y: op.kd_forward(student, teacher, y[:, :6, :7].contiguous(), None, 1.0, 255, True),
+        lambda y: op.resized_cross_entropy_gradient(student, y, None, None, None, 255, False, "mean", 1.0),
+        lambda y: op.resized_kd_gradient(student, teacher, y, None, [13, 20], 1.0, 255, False, "mean", 1.0),
+        lambda y: op.kd_gradient(student, teacher, y[:, :6, :7].contiguous(), None, 1.0, 255, "mean", 1.0),
         lambda y: op.difficulty_mask(student, teacher, y, 0.7, 30, "label", "or", 255, False),
     ):
         assert all(torch.equal(a, b) for a, b in zip(call(bad), call(good), strict=True))
@@ -438,7 +438,9 @@ def test_rdd_maps_of_extreme_logits(backend, shape, kinds, powers, bad, size, ke
 
 CONVERSIONS = """
 import sys, torch
+from fastkd import backends
 torch.ops.load_library(sys.argv[1])
+backends.define("cpu")
 op = torch.ops.fastkd_cpu
 every = torch.arange(-(2**15), 2**15).to(torch.int16)
 edges = (every.view(torch.bfloat16).float().view(torch.int32)[:, None] + torch.tensor([0, 1, 0x7fff, 0x8000, 0x8001, 0xffff]))
@@ -446,7 +448,7 @@ for dtype in (torch.float16, torch.bfloat16):
     # Read: the mean of a group of one element is the element, whatever vector or tail it is loaded by.
     x = every.view(dtype)
     for shape in ((1, 65536, 1, 1), (65536, 1, 1, 1)):
-        _, stats = op.nfd_forward(x.view(shape), x.view(shape), "hw", 1.0)
+        _, stats = op.nfd_forward(x.view(shape), x.view(shape), "hw", 1.0, "sum", 1.0)
         mean, want = stats.view(-1, 6)[:, 0], x.float()
         assert torch.equal(mean[x.isfinite()], want[x.isfinite()]), (dtype, "read")
         assert not mean[~x.isfinite()].isfinite().any(), (dtype, "read")
@@ -456,7 +458,7 @@ for dtype in (torch.float16, torch.bfloat16):
     stats = torch.tensor([0.0, 0, 0, 0, 1, 1]).expand(1, grad.numel(), 6).contiguous()
     for form in (torch.contiguous_format, torch.channels_last):
         one = torch.ones(1, grad.numel(), 1, 3, dtype=dtype).contiguous(memory_format=form)
-        out = op.nfd_backward(grad[None], one, one * 0, stats, "hw")
+        out = op.nfd_backward(grad[None], one, one * 0, "hw", 1.0, "none", 1.0, stats)
         want = grad.to(dtype)[None, :, None, None].expand_as(out)
         assert torch.equal(out.isnan(), want.isnan()), (dtype, "NaN")
         assert torch.equal(out.nan_to_num(7.0, 8.0, -8.0), want.nan_to_num(7.0, 8.0, -8.0)), (dtype, "write")

@@ -10,7 +10,6 @@ import torch
 
 import fastkd
 from fastkd import backends
-from fastkd.ops._registry import families, operators
 
 S, T = torch.randn(2, 2, 4, 6, 6)
 
@@ -25,14 +24,6 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess:
 def test_cpu_kernels_are_built():
     """Everything else skips without them, so their absence must fail somewhere."""
     assert backends.why_not("cpu") is None
-
-
-def test_schemas_are_the_same_everywhere():
-    assert backends.why_not("cpu") is None
-    for family in families():
-        for schema, _ in (*family.OPERATORS, *getattr(family, "CPU_OPERATORS", ())):
-            name = schema.partition("(")[0]
-            assert str(getattr(operators("cpu"), name).default._schema) == f"fastkd_cpu::{schema}"
 
 
 def test_import_is_light():
@@ -103,25 +94,26 @@ def test_info():
         assert backend["available"] == (backend["reason"] is None), name
     assert info["operators"]["nfd"]["cpu"] == "cpu"
     assert info["operators"]["resized_kd"]["kernels"] == ["cpu", "triton", "cuda"]
-    assert info["operators"]["nfd"]["cuda_kernel"].startswith("off by default: not yet measured")
+    assert info["operators"]["nfd"]["cuda_order"] == ["cuda", "triton"]
 
 
-def test_cuda_kernels_are_chosen_where_they_were_measured(monkeypatch):
-    """The table decides, for CUDA tensors alone; empty, it chooses Triton's."""
+def test_the_table_chooses(monkeypatch):
+    """The first backend of a device's list that is there and takes the call."""
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
     monkeypatch.setattr(backends, "_why_not", {"cpu": None, "triton": None, "cuda": None})
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    gpu = torch.device("cuda", 0)
+    assert [backends.choose("nfd", gpu, cuda) for cuda in (True, False)] == ["cuda", "triton"]
+    assert backends.choose("cwd", gpu) == "triton"
+    assert backends.choose("nfd", cpu) == "cpu"
+    monkeypatch.setitem(backends.CHOICE["nfd"], "cuda", ("triton", "cuda"))
     assert backends.choose("nfd", gpu) == "triton"
-    monkeypatch.setitem(backends.FASTER_IN_CUDA, "nfd", frozenset({(10, 0)}))
-    assert backends.choose("nfd", gpu) == "triton"
-    monkeypatch.setitem(backends.FASTER_IN_CUDA, "nfd", frozenset({(9, 0), (10, 0)}))
-    assert backends.choose("nfd", gpu) == "cuda"
-    assert backends.choose("nfd", torch.device("cpu")) == "cpu"
+    monkeypatch.setattr(backends, "_why_not", {"cpu": None, "triton": None, "cuda": "not built"})
     assert backends.choose("kd", gpu) == "triton"
-    assert (
-        fastkd.backends._cuda_kernel("nfd")
-        == "chosen on sm_90, sm_100, where it was measured to be faster than Triton's"
-    )
+
+
+def test_the_table_names_kernels_that_exist():
+    for op, devices in backends.CHOICE.items():
+        for device, names in devices.items():
+            assert set(names) <= set(backends.implementations(op)), (op, device)
 
 
 def test_says_once_what_is_missing():

@@ -11,11 +11,11 @@ from fractions import Fraction
 
 import pytest
 import torch
+from fastkd.ops._registry import Guess
 from torch import Tensor
 
 import fastkd
 from fastkd import backends, reference
-from fastkd.ops._registry import Guess
 
 from . import emulation
 

@@ -4,10 +4,8 @@ import inspect
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import fastkd
-from fastkd import backends
 from fastkd.functional import PIXEL_REDUCTIONS
 
 from .support import DEVICE, LAYOUTS, each_backend, each_kernel, lay_out, loss_and_gradient
@@ -234,12 +232,3 @@ def test_every_reduction_of_one_number_is_that_number(backend):
                 lambda **o: fastkd.resized_kd_loss(student, teacher, size=(1, 1), **o),
             ):
                 torch.testing.assert_close(loss(reduction=reduction).sum(), loss(reduction="none").sum())
-
-
-def test_cuda_takes_maps_of_one_size_alone(monkeypatch):
-    """resized_kd_loss asks for another backend where the teacher's map has another size."""
-    asked = []
-    monkeypatch.setattr(backends, "choose", lambda op, device: "cuda")
-    monkeypatch.setattr(backends, "without_cuda", lambda op, device: asked.append(op) or "reference")
-    fastkd.resized_kd_loss(S, F.avg_pool2d(T, 2), size=(8, 8))
-    assert asked == ["resized_kd"]

@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 import fastkd
 from fastkd import backends
-from fastkd.ops._registry import families, operators
 
 from .support import DEVICE, each_backend, each_kernel, loss_and_gradient
 from .test_compile import LOSSES, pair
@@ -51,56 +50,6 @@ def call_of(name: str, student: Tensor, teacher: Tensor, target: Tensor, step: i
 
 def scalar(out: Tensor | fastkd.RDDOutput) -> Tensor:
     return out.loss if isinstance(out, tuple) else out
-
-
-# ---- operators ------------------------------------------------------------------------------------------------------
-
-
-def operator_calls(layout: torch.memory_format) -> dict[str, list[tuple]]:
-    """Arguments for every operator that the backends share."""
-    s, t, a = (x.to(memory_format=layout) for x in torch.randn(3, 2, 4, 5, 6, device=DEVICE))
-    y, z = labels((2, 9, 11), 4, 0.3, torch.uint8, 0), labels((2, 5, 6), 4, 0.3, torch.int64, 0)
-    w, small = torch.rand(2, 9, 11, device=DEVICE), torch.rand(2, 5, 6, device=DEVICE)
-    one, groups = torch.ones((), device=DEVICE), torch.ones(2, 4, device=DEVICE)
-    ce = (s.bfloat16(), y, torch.ones(4, device=DEVICE), small, w > 0.5, 255, False)
-    kd = (s.bfloat16(), t, y, w, 9, 11, 2.0, 255, True)
-    return {
-        "nfd_forward": [(s, t, dims, 1e-5) for dims in ("hw", "nhw", "c", "chw")],
-        "nfd_backward": [(groups, s, t, torch.ones(2, 4, 6, device=DEVICE), "hw")],
-        "cwd_forward": [(s, t, 4.0)],
-        "cwd_backward": [(groups, s, t, torch.ones(2, 4, 4, device=DEVICE), 4.0)],
-        "kd_forward": [(s, t, z, small, 2.0, 255, False), (s, t, None, None, 2.0, 255, True)],
-        "kd_backward": [(one, s, t, z, small, 2.0, 255), (small, s, t, None, None, 2.0, 255)],
-        "kd_with_gradient": [(s, t, z, small, 2.0, 255, 0.5)],
-        "resized_cross_entropy_forward": [(*ce, False), (*ce, True)],
-        "resized_cross_entropy_gradient": [ce, (s, y.long(), None, None, None, 255, True)],
-        "resized_kd_forward": [(*kd, False), (*kd, True)],
-        "resized_kd_gradient": [kd, (s, t[..., :3].contiguous(), None, None, 9, 11, 1.0, 255, False)],
-        "teacher_confidence": [(s, t, "aux_main")],
-        "kd_with_confidence": [(s.bfloat16(), t, a, "main_aux")],
-        "difficulty_mask": [(s, t, y, 0.7, kept, "label", "xor", 255, False) for kept in (0, 20)],
-        "kth_smallest": [(small, 7)],
-    }
-
-
-@each_kernel
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_every_operator_passes_opcheck(backend, layout):
-    """Schema, no aliasing, fake tensors with the strides of the real ones, dynamic shapes."""
-    assert backends.why_not(backend) is None
-    calls = operator_calls(layout)
-    schemas = [
-        schema.partition("(")[0]
-        for family in families()
-        for schema, _ in (*family.OPERATORS, *(getattr(family, "CPU_OPERATORS", ()) if backend == "cpu" else ()))
-    ]
-    assert set(schemas) == set(calls) - (set() if backend == "cpu" else {"kd_with_gradient"})
-    for name in schemas:
-        for args in calls[name]:
-            operator = getattr(operators(backend), name).default
-            torch.library.opcheck(
-                operator, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-            )
 
 
 # ---- compile and export ---------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 //
 // Forward reads S and T once (online softmax over tiles, merged in fp64), backward reads each once and writes the
 // gradient from four numbers a channel.
+#include "reduce.h"
 #include "softmax.h"
-#include "tile.h"
 
 namespace fastkd::FASTKD_ISA {
 namespace {
@@ -29,13 +29,15 @@ void finish(const SoftmaxPair& m, double tau, Acc* loss, Acc* stats) {
 // Merges the work items of each channel in order; partial is (n * c, items).
 template <class Acc>
 void finish_groups(const CwdForward& a, const SoftmaxPair* partial, int64_t items) {
-    parallel_items(a.in.parallel_for, a.in.n * a.in.c, items * 64, [&](int64_t begin, int64_t end) {
-        for (int64_t g = begin; g < end; ++g) {
+    const Terms<Acc> terms(a.out, a.in.n * a.in.c);
+    parallel_items(a.in.parallel_for, a.in.n * a.in.c, items * 64, [&](const Items& mine) {
+        for (const int64_t g : mine) {
             SoftmaxPair m = partial[g * items];
             for (int64_t i = 1; i < items; ++i) merge(m, partial[g * items + i], 1 / a.temperature);
-            finish(m, a.temperature, static_cast<Acc*>(a.loss) + g, static_cast<Acc*>(a.stats) + g * kStats);
+            finish(m, a.temperature, terms.data() + g, static_cast<Acc*>(a.stats) + g * kStats);
         }
     });
+    terms.finish();
 }
 
 template <class Acc>
@@ -43,9 +45,9 @@ void forward_runs(const CwdForward& a) {
     const Pair& in = a.in;
     const int64_t items = ceil_div(in.hw, kItem);
     const Scratch<SoftmaxPair> partial(in.n * in.c * items);
-    parallel_items(in.parallel_for, in.n * in.c * items, min(in.hw, kItem), [&](int64_t begin, int64_t end) {
+    parallel_items(in.parallel_for, in.n * in.c * items, min(in.hw, kItem), [&](const Items& mine) {
         alignas(64) Acc s_scratch[kSpan], t_scratch[kSpan];
-        for (int64_t item = begin; item < end; ++item) {
+        for (const int64_t item : mine) {
             const int64_t g = item / items, first = item % items * kItem, last = min(in.hw, first + kItem);
             SoftmaxPair m;
             for (int64_t i = first; i < last; i += kSpan) {
@@ -71,9 +73,9 @@ void forward_channels(const CwdForward& a) {
     const int64_t items = ceil_div(in.hw, kPixels), blocks = ceil_div(in.c, kChannels);
     const Scratch<SoftmaxPair> partial(in.n * in.c * items);
     parallel_items(in.parallel_for, in.n * items * blocks, min(in.hw, kPixels) * min(in.c, kChannels),
-                   [&](int64_t begin, int64_t end) {
+                   [&](const Items& mine) {
         const Scratch<Acc> s_tile(kRows * kChannels), t_tile(kRows * kChannels);
-        for (int64_t item = begin; item < end; ++item) {
+        for (const int64_t item : mine) {
             const int64_t n = item / blocks / items, i = item / blocks % items;
             const int64_t first = item % blocks * kChannels, lanes = min(kChannels, in.c - first);
             LaneSoftmax<Acc> softmax[kChannels / W];
@@ -104,7 +106,7 @@ template <class Acc>
 inline Coefficients<Acc> coefficients(const CwdBackward& a, int64_t group) {
     const Acc* stats = static_cast<const Acc*>(a.stats) + group * kStats;
     return {stats[0], stats[1], stats[2], stats[3],
-            static_cast<const Acc*>(a.grad)[group] * static_cast<Acc>(a.temperature)};
+            gradient_scale<Acc>(a.upstream, group) * static_cast<Acc>(a.temperature)};
 }
 
 template <class V, class Acc>
@@ -118,9 +120,9 @@ void backward_runs(const CwdBackward& a) {
     const Pair& in = a.in;
     const Acc inv_tau = static_cast<Acc>(1 / a.temperature);
     const int64_t items = ceil_div(in.hw, kSpan);
-    parallel_items(in.parallel_for, in.n * in.c * items, min(in.hw, kSpan), [&](int64_t begin, int64_t end) {
+    parallel_items(in.parallel_for, in.n * in.c * items, min(in.hw, kSpan), [&](const Items& mine) {
         alignas(64) Acc s_scratch[kSpan], t_scratch[kSpan], out_scratch[kSpan];
-        for (int64_t item = begin; item < end; ++item) {
+        for (const int64_t item : mine) {
             const int64_t g = item / items, first = item % items * kSpan, n = min(kSpan, in.hw - first);
             const int64_t offset = g * in.hw + first;
             const Coefficients<Acc> c = coefficients<Acc>(a, g);
@@ -146,10 +148,10 @@ void backward_channels(const CwdBackward& a) {
     const int64_t rows = min(in.hw, max(64, kItem / in.c)), items = ceil_div(in.hw, rows);
     const int64_t padded = tile_size<Acc>(1, in.c);
     const int64_t chunk = max(1, kSpan / in.c);  // rows converted at a time
-    parallel_items(in.parallel_for, in.n * items, rows * in.c, [&](int64_t begin, int64_t end) {
+    parallel_items(in.parallel_for, in.n * items, rows * in.c, [&](const Items& mine) {
         const Scratch<Acc> k(5 * padded);
         const Scratch<Acc> s_scratch(chunk * in.c), t_scratch(chunk * in.c), out_scratch(chunk * in.c);
-        for (int64_t item = begin; item < end; ++item) {
+        for (const int64_t item : mine) {
             const int64_t n = item / items, last = min(in.hw, (item % items + 1) * rows);
             for (int64_t l = 0; l < padded; ++l) {
                 const Coefficients<Acc> c = l < in.c ? coefficients<Acc>(a, n * in.c + l) : Coefficients<Acc>{};

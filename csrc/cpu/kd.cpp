@@ -1,11 +1,9 @@
 // KD: per pixel tau^2 KL(softmax(T/tau) || softmax(S/tau)) over the channels; gradient tau (p_s - p_t).
 //
-// Forward reads S and T once, backward reads each once and writes the gradient; nothing is saved in between. Backward
-// can give the loss on the way, so that a step that knows it needs a gradient reads S and T once in all. A tile of
-// pixels is loaded into cache with one pixel per vector lane (channels_last: transposed on the way), so the softmax
+// The loss and its gradient come from one read of S and T. A tile of pixels is loaded into cache with one pixel per vector lane (channels_last: transposed on the way), so the softmax
 // needs no horizontal operation and each exponential is computed once per direction.
+#include "reduce.h"
 #include "softmax.h"
-#include "tile.h"
 
 namespace fastkd::FASTKD_ISA {
 namespace {
@@ -57,100 +55,51 @@ inline Vec<Acc> pixel_loss(const SoftmaxSums<Acc>& sums, Vec<Acc> factor, Vec<Ac
     return valid == 0 ? Vec<Acc>{} : weighted;
 }
 
-// Sums of the tiles in order, whatever thread had them.
-struct Totals {
-    explicit Totals(int64_t tiles) : loss(tiles), count(tiles), tiles(tiles) {}
+// How many pixels count; before the gradient, which is divided by it.
+double count_pixels(const Kd& a) {
+    const Pair& in = a.in;
+    if (a.pixels.label == Label::none) return static_cast<double>(in.n * in.hw);
+    constexpr int64_t kSpan = 256;
+    const int64_t items = ceil_div(in.n * in.hw, kSpan);
+    const Scratch<int64_t> counts(items);
+    const Pixels labels{a.pixels.target, a.pixels.label, a.pixels.ignore_index, nullptr};
+    parallel_items(in.parallel_for, items, kSpan, [&](const Items& mine) {
+        float factor[kSpan], valid[kSpan];
+        for (const int64_t item : mine)
+            counts[item] = pixel_factors(labels, in.c, item * kSpan, min(kSpan, in.n * in.hw - item * kSpan), 1.0f, factor, valid);
+    });
+    int64_t count = 0;
+    for (int64_t i = 0; i < items; ++i) count += counts[i];
+    return static_cast<double>(count);
+}
 
-    template <class Acc>
-    void finish(void* total, int64_t* counted) const {
-        double sum = 0;
-        int64_t n = 0;
-        for (int64_t i = 0; i < tiles; ++i) {
-            sum += loss[i];
-            n += count[i];
-        }
-        if (total) *static_cast<Acc*>(total) = static_cast<Acc>(sum);
-        *counted = n;
-    }
-
-    const Scratch<double> loss;
-    const Scratch<int64_t> count;
-    const int64_t tiles;
-};
-
-template <class Acc>
-void forward(const KdForward& a) {
+// kGradient: exponentials stay in the tile and become tau (p_s - p_t) times the pixel's factor.
+template <class Acc, bool kGradient>
+void run(const Kd& a) {
     constexpr int W = kLanes<Acc>;
     const Pair& in = a.in;
     const int64_t lanes = pixel_lanes(in.c), tiles = ceil_div(in.hw, lanes);
-    const Acc inv_tau = static_cast<Acc>(1 / a.temperature);
+    const Acc inv_tau = static_cast<Acc>(1 / a.temperature), tau = static_cast<Acc>(a.temperature);
+    const bool per_pixel = a.out.reduce == Reduce::none;
+    const Vec<Acc> scale = set1(per_pixel ? static_cast<Acc>(a.out.scale) : Acc(1));
+    [[maybe_unused]] Vec<Acc> slope{};
+    if constexpr (kGradient)
+        slope = set1(gradient_scale<Acc>(a.out, a.out.reduce == Reduce::mean ? count_pixels(a) : 0));
     const Totals totals(in.n * tiles);
-    parallel_items(in.parallel_for, in.n * tiles, lanes * in.c, [&](int64_t begin, int64_t end) {
+    parallel_items(in.parallel_for, in.n * tiles, lanes * in.c, [&](const Items& mine) {
         const int64_t size = tile_size<Acc>(in.c, lanes);
         const Scratch<Acc> s_tile(size), t_tile(size), scratch(in.channels_last ? size : 0);
         Acc factor[256], valid[256], loss[256];
-        for (int64_t item = begin; item < end; ++item) {
+        for (const int64_t item : mine) {
             const int64_t n = item / tiles, first = item % tiles * lanes, count = min(lanes, in.hw - first);
-            totals.count[item] = pixel_factors(a.pixels, in.c, n * in.hw + first, count,
-                                               static_cast<Acc>(a.temperature * a.temperature), factor, valid);
+            totals.count[item] =
+                static_cast<double>(pixel_factors(a.pixels, in.c, n * in.hw + first, count, tau, factor, valid));
             const TileAddress next_s(in, in.student, in.student_type, n, first + lanes, W);
             const TileAddress next_t(in, in.teacher, in.teacher_type, n, first + lanes, W);
+            const TileAddress out(in, kGradient ? a.gradient : in.student, in.student_type, n, first, W);
             load_pixels<Acc>(in, in.student, in.student_type, n, first, count, s_tile, scratch);
             load_pixels<Acc>(in, in.teacher, in.teacher_type, n, first, count, t_tile, scratch);
             Vec<Acc> sum{};
-            for (int64_t l = 0; l < count; l += W) {
-                const Acc *s = s_tile + l * in.c, *t = t_tile + l * in.c;
-                Vec<Acc> max_s, max_t;
-                maxima(s, t, in.c, max_s, max_t);
-                SoftmaxSums<Acc> sums;
-                for (int64_t first_row = 0; first_row < in.c; first_row += kRows) {
-                    SoftmaxSums<Acc> part;
-                    for (int64_t r = first_row; r < min(in.c, first_row + kRows); ++r) {
-                        next_s.fetch(r, l);
-                        next_t.fetch(r, l);
-                        part.add((load(s + r * W) - max_s) * inv_tau, (load(t + r * W) - max_t) * inv_tau);
-                    }
-                    sums.add(part);
-                }
-                const Vec<Acc> value = pixel_loss(sums, load(factor + l), load(valid + l));
-                store(loss + l, value);
-                sum += value;
-            }
-            totals.loss[item] = sum_lanes<Acc>(sum);
-            if (a.per_pixel)
-                __builtin_memcpy(static_cast<Acc*>(a.loss) + n * in.hw + first, loss, count * sizeof(Acc));
-        }
-    });
-    totals.finish<Acc>(a.per_pixel ? nullptr : a.loss, a.count);
-}
-
-// kLoss: the loss as well, which has its sums on the way. grad is then one number.
-template <class Acc, bool kLoss>
-void backward(const KdBackward& a) {
-    constexpr int W = kLanes<Acc>;
-    const Pair& in = a.in;
-    const int64_t lanes = pixel_lanes(in.c), tiles = ceil_div(in.hw, lanes);
-    const Acc inv_tau = static_cast<Acc>(1 / a.temperature);
-    const Acc* grad = static_cast<const Acc*>(a.grad);
-    const Totals totals(kLoss ? in.n * tiles : 0);
-    parallel_items(in.parallel_for, in.n * tiles, lanes * in.c, [&](int64_t begin, int64_t end) {
-        const int64_t size = tile_size<Acc>(in.c, lanes);
-        const Scratch<Acc> s_tile(size), t_tile(size), scratch(in.channels_last ? size : 0);
-        Acc factor[256], valid[256];
-        for (int64_t item = begin; item < end; ++item) {
-            const int64_t n = item / tiles, first = item % tiles * lanes, count = min(lanes, in.hw - first);
-            [[maybe_unused]] const int64_t counted = pixel_factors(a.pixels, in.c, n * in.hw + first, count,
-                                                                   static_cast<Acc>(a.temperature), factor, valid);
-            const Vec<Acc> scale = set1(a.per_pixel ? Acc(1) : grad[0]);
-            [[maybe_unused]] const Vec<Acc> tau = set1(static_cast<Acc>(a.temperature));
-            [[maybe_unused]] Vec<Acc> loss{};
-            if (a.per_pixel)
-                for (int64_t i = 0; i < count; ++i) factor[i] *= grad[n * in.hw + first + i];
-            const TileAddress next_s(in, in.student, in.student_type, n, first + lanes, W);
-            const TileAddress next_t(in, in.teacher, in.teacher_type, n, first + lanes, W);
-            const TileAddress out(in, a.out, in.student_type, n, first, W);
-            load_pixels<Acc>(in, in.student, in.student_type, n, first, count, s_tile, scratch);
-            load_pixels<Acc>(in, in.teacher, in.teacher_type, n, first, count, t_tile, scratch);
             for (int64_t l = 0; l < count; l += W) {
                 Acc *s = s_tile + l * in.c, *t = t_tile + l * in.c;
                 Vec<Acc> max_s, max_t;
@@ -161,45 +110,48 @@ void backward(const KdBackward& a) {
                     for (int64_t r = first_row; r < min(in.c, first_row + kRows); ++r) {
                         next_s.fetch(r, l);
                         next_t.fetch(r, l);
-                        out.fetch(r, l);
                         const Vec<Acc> ds = (load(s + r * W) - max_s) * inv_tau, es = exp(ds);
                         const Vec<Acc> dt = (load(t + r * W) - max_t) * inv_tau, et = exp(dt);
                         part.s += es;
                         part.t += et;
-                        if constexpr (kLoss) part.dot += et == 0 ? Vec<Acc>{} : et * (dt - ds);
-                        store(s + r * W, es);
-                        store(t + r * W, et);
+                        part.dot += et == 0 ? Vec<Acc>{} : et * (dt - ds);  // probability 0 adds 0, even at -inf
+                        if constexpr (kGradient) {
+                            out.fetch(r, l);
+                            store(s + r * W, es);
+                            store(t + r * W, et);
+                        }
                     }
                     sums.add(part);
                 }
-                if constexpr (kLoss) loss += pixel_loss(sums, tau * load(factor + l), load(valid + l));
-                // p_s - p_t as (es - et * ratio) / sum_s: exactly 0 where student and teacher agree.
-                const Vec<Acc> ratio = sums.s / sums.t, f = scale * load(factor + l) / sums.s;
-                const auto counts = load(valid + l) != 0;
-                for (int64_t r = 0; r < in.c; ++r) {
-                    const Vec<Acc> g = f * (load(s + r * W) - load(t + r * W) * ratio);
-                    store(s + r * W, counts ? g : Vec<Acc>{});
+                const Vec<Acc> weight = load(factor + l);  // tau times the pixel's
+                const Vec<Acc> value = pixel_loss(sums, set1(tau) * weight, load(valid + l));
+                store(loss + l, value * scale);
+                sum += value;
+                if constexpr (kGradient) {
+                    // p_s - p_t as (es - et * ratio) / sum_s: exactly 0 where student and teacher agree.
+                    const Vec<Acc> ratio = sums.s / sums.t, f = slope * weight / sums.s;
+                    const auto counts = load(valid + l) != 0;
+                    for (int64_t r = 0; r < in.c; ++r) {
+                        const Vec<Acc> g = f * (load(s + r * W) - load(t + r * W) * ratio);
+                        store(s + r * W, counts ? g : Vec<Acc>{});
+                    }
                 }
             }
-            store_pixels<Acc>(in, a.out, in.student_type, n, first, count, s_tile, scratch);
-            if constexpr (kLoss) {
-                totals.loss[item] = sum_lanes<Acc>(loss);
-                totals.count[item] = counted;
-            }
+            totals.loss[item] = sum_lanes<Acc>(sum);
+            if (per_pixel) __builtin_memcpy(static_cast<Acc*>(a.out.loss) + n * in.hw + first, loss, count * sizeof(Acc));
+            if constexpr (kGradient)
+                store_pixels<Acc>(in, a.gradient, in.student_type, n, first, count, s_tile, scratch);
         }
     });
-    if constexpr (kLoss) totals.finish<Acc>(a.loss, a.count);
+    totals.finish<Acc>(a.out);
 }
 
 }  // namespace
 
-void kd_forward(const KdForward& a) {
-    with_acc(a.in, [&](auto t) { forward<typename decltype(t)::type>(a); });
-}
-void kd_backward(const KdBackward& a) {
+void kd(const Kd& a) {
     with_acc(a.in, [&](auto t) {
         using Acc = typename decltype(t)::type;
-        a.loss ? backward<Acc, true>(a) : backward<Acc, false>(a);
+        a.gradient ? run<Acc, true>(a) : run<Acc, false>(a);
     });
 }
 

@@ -11,6 +11,7 @@ namespace fastkd {
 enum class DType { f32, f64, f16, bf16 };
 enum class Label { none, u8, i32, i64 };
 enum class Group { hw, nhw, c, chw };
+enum class Reduce { sum, mean, none };
 
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
@@ -27,18 +28,33 @@ struct Pair {
     ParallelFor parallel_for;
 };
 
+// What the terms of pixels or groups become: scale * sum, the same divided by what is counted, or scale * term each.
+struct Loss {
+    Reduce reduce;
+    double scale;
+    void* loss;   // acc, one number; Reduce::none: one a term
+    void* count;  // acc, one number, or null: how many pixels count, or their summed class weights
+};
+
+// What the gradient of a reduced loss is multiplied by.
+struct Upstream {
+    const void* grad;  // acc, one number; Reduce::none: one a group
+    Reduce reduce;
+    double scale;
+};
+
 struct NfdForward {
     Pair in;
     Group group;
     double eps;
-    void* loss;   // acc (groups,)
+    Loss out;
     void* stats;  // acc (groups, 6)
 };
 
 struct NfdBackward {
     Pair in;
     Group group;
-    const void* grad;   // acc (groups,)
+    Upstream upstream;
     const void* stats;  // acc (groups, 6)
     void* out;          // dtype and layout of student
 };
@@ -51,37 +67,25 @@ struct Pixels {
     const void* weight;  // acc (n, hw) or null
 };
 
-struct KdForward {
+struct Kd {
     Pair in;
     Pixels pixels;
     double temperature;
-    bool per_pixel;
-    void* loss;      // acc (n, hw), or one number
-    int64_t* count;  // one number
-};
-
-struct KdBackward {
-    Pair in;
-    Pixels pixels;
-    double temperature;
-    const void* grad;  // acc (n, hw), or one number
-    bool per_pixel;
-    void* out;       // dtype and layout of student
-    void* loss;      // null, or one number: the loss is computed too
-    int64_t* count;  // null, or one number
+    Loss out;
+    void* gradient;  // null, or dtype and layout of student
 };
 
 struct CwdForward {
     Pair in;
     double temperature;
-    void* loss;   // acc (n, c)
+    Loss out;
     void* stats;  // acc (n, c, 4)
 };
 
 struct CwdBackward {
     Pair in;
     double temperature;
-    const void* grad;   // acc (n, c)
+    Upstream upstream;
     const void* stats;  // acc (n, c, 4)
     void* out;          // dtype and layout of student
 };
@@ -110,32 +114,30 @@ struct Resized {
     LabelPixels pixels;
     int64_t height, width;
     bool align_corners;
-    bool per_pixel;
-    void* loss;      // acc (n, height, width), or one number
-    void* count;     // acc, one number
-    void* gradient;  // null, or acc in the layout of the logits
+    Loss out;
+    void* gradient;  // null, or dtype and layout of the student's logits
     ParallelFor parallel_for;
 };
 
 struct ResizedCrossEntropy {
     Map logits;
-    Resized out;
+    Resized to;
 };
 
 struct ResizedKd {
     Map student, teacher;
     double temperature;
-    Resized out;
+    Resized to;
 };
 
 struct TeacherConfidence {
     Pair in;             // main, aux
-    const void* student;  // null, or a third map of the same shape and layout
+    bool aux_main;        // KL(aux || main), else KL(main || aux)
+    void* confidence;     // acc (n, hw)
+    const void* student;  // null, or a third map of the same shape and layout: its KD with main, at temperature 1
     DType student_type;
-    bool aux_main;      // KL(aux || main), else KL(main || aux)
-    void* confidence;   // acc (n, hw)
-    void* loss;         // acc, one number, if student
-    void* gradient;     // acc in the layout of student, if student
+    Loss out;
+    void* gradient;  // null, or dtype and layout of student
 };
 
 enum class Select { exclusive, either, both, student, student_only };
@@ -149,8 +151,24 @@ struct DifficultyMask {
     int64_t min_kept;
     bool by_label;  // confidence in the labelled class, else in the largest
     Select select;
-    uint8_t* mask;    // (n, height, width)
-    int64_t* counts;  // selected, valid
+    uint8_t* mask;  // (n, height, width)
+    void* share;    // acc, one number: selected of the valid pixels
+    ParallelFor parallel_for;
+};
+
+// gradient *= factor, and nothing where that is exactly 1.
+struct Rescale {
+    void* gradient;
+    DType type;
+    int64_t n;
+    const void* factor;  // acc, one number
+    ParallelFor parallel_for;
+};
+
+struct Labels {
+    const void* labels;  // contiguous
+    Label type;
+    int64_t n, classes, ignore_index;
     ParallelFor parallel_for;
 };
 
@@ -158,8 +176,7 @@ struct Kernels {
     const char* isa;
     void (*nfd_forward)(const NfdForward&);
     void (*nfd_backward)(const NfdBackward&);
-    void (*kd_forward)(const KdForward&);
-    void (*kd_backward)(const KdBackward&);
+    void (*kd)(const Kd&);
     void (*cwd_forward)(const CwdForward&);
     void (*cwd_backward)(const CwdBackward&);
     void (*resized_cross_entropy)(const ResizedCrossEntropy&);
@@ -167,6 +184,8 @@ struct Kernels {
     void (*teacher_confidence)(const TeacherConfidence&);
     void (*difficulty_mask)(const DifficultyMask&);
     void (*kth_smallest)(const void* in, DType type, int64_t n, int64_t k, void* out, ParallelFor parallel_for);
+    void (*rescale)(const Rescale&);
+    int64_t (*first_bad_label)(const Labels&);
     void (*exp)(const float* in, float* out, int64_t n, ParallelFor parallel_for);
 };
 

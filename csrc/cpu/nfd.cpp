@@ -6,7 +6,7 @@
 // Forward reads S and T once, backward reads each once and writes the gradient from six numbers a group. A mean is
 // kept as shift + remainder, since one fp32 number is not enough of it where |mean| >> std.
 #include "moments.h"
-#include "tile.h"
+#include "reduce.h"
 
 namespace fastkd::FASTKD_ISA {
 namespace {
@@ -50,28 +50,28 @@ inline void finish(const Moments& m, double eps, Acc* loss, Acc* stats) {
 
 // Merges the work items of each group in order; partial is (groups, items).
 template <class Acc>
-void finish_groups(const NfdForward& a, const Moments* partial, int64_t groups, int64_t items) {
-    parallel_items(a.in.parallel_for, groups, items * 16, [&](int64_t begin, int64_t end) {
-        for (int64_t g = begin; g < end; ++g) {
+void finish_groups(const NfdForward& a, Acc* terms, const Moments* partial, int64_t groups, int64_t items) {
+    parallel_items(a.in.parallel_for, groups, items * 16, [&](const Items& mine) {
+        for (const int64_t g : mine) {
             Moments m = partial[g * items];
             for (int64_t i = 1; i < items; ++i) merge(m, partial[g * items + i]);
-            finish(m, a.eps, static_cast<Acc*>(a.loss) + g, static_cast<Acc*>(a.stats) + g * kStats);
+            finish(m, a.eps, terms + g, static_cast<Acc*>(a.stats) + g * kStats);
         }
     });
 }
 
 // A group is `runs` contiguous runs; a work item is kItem elements of them, seen end to end.
 template <class Acc>
-void forward_runs(const NfdForward& a) {
+void forward_runs(const NfdForward& a, Acc* terms) {
     const Pair& in = a.in;
     const bool whole = a.group == Group::chw, batch = a.group == Group::nhw;
     const int64_t length = whole ? in.c * in.hw : in.hw, runs = batch ? in.n : 1;
     const int64_t groups = whole ? in.n : batch ? in.c : in.n * in.c;
     const int64_t total = runs * length, items = ceil_div(total, kItem);
     const Scratch<Moments> partial(items > 1 ? groups * items : 0);
-    parallel_items(in.parallel_for, groups * items, min(total, kItem), [&](int64_t begin, int64_t end) {
+    parallel_items(in.parallel_for, groups * items, min(total, kItem), [&](const Items& mine) {
         alignas(64) Acc s_scratch[kSpan], t_scratch[kSpan];
-        for (int64_t item = begin; item < end; ++item) {
+        for (const int64_t item : mine) {
             const int64_t g = item / items, first = item % items * kItem, last = min(total, first + kItem);
             Moments m;
             for (int64_t i = first, n; i < last; i += n) {
@@ -83,15 +83,15 @@ void forward_runs(const NfdForward& a) {
             if (items > 1)
                 partial[item] = m;
             else
-                finish(m, a.eps, static_cast<Acc*>(a.loss) + g, static_cast<Acc*>(a.stats) + g * kStats);
+                finish(m, a.eps, terms + g, static_cast<Acc*>(a.stats) + g * kStats);
         }
     });
-    if (items > 1) finish_groups<Acc>(a, partial, groups, items);
+    if (items > 1) finish_groups<Acc>(a, terms, partial, groups, items);
 }
 
 // channels_last, a group per channel: lanes are channels, reduced over pixels.
 template <class Acc>
-void forward_channels(const NfdForward& a) {
+void forward_channels(const NfdForward& a, Acc* terms) {
     constexpr int W = kLanes<Acc>;
     constexpr int64_t kRows = 32;
     const Pair& in = a.in;
@@ -99,9 +99,9 @@ void forward_channels(const NfdForward& a) {
     const int64_t items = ceil_div(pixels, kPixels), blocks = ceil_div(in.c, kChannels);
     const Scratch<Moments> partial(outer * in.c * items);
     parallel_items(in.parallel_for, outer * items * blocks, min(pixels, kPixels) * min(in.c, kChannels),
-                   [&](int64_t begin, int64_t end) {
+                   [&](const Items& mine) {
         const Scratch<Acc> s_tile(kRows * kChannels), t_tile(kRows * kChannels);
-        for (int64_t item = begin; item < end; ++item) {
+        for (const int64_t item : mine) {
             const int64_t o = item / blocks / items, i = item / blocks % items;
             const int64_t first = item % blocks * kChannels, lanes = min(kChannels, in.c - first);
             LaneMoments<Acc> moments[kChannels / W];
@@ -116,20 +116,20 @@ void forward_channels(const NfdForward& a) {
                 partial[(o * in.c + first + l) * items + i] = moments[l / W].lane(static_cast<int>(l % W));
         }
     });
-    finish_groups<Acc>(a, partial, outer * in.c, items);
+    finish_groups<Acc>(a, terms, partial, outer * in.c, items);
 }
 
 // A group per pixel: lanes are pixels, reduced over channels.
 template <class Acc>
-void forward_pixels(const NfdForward& a) {
+void forward_pixels(const NfdForward& a, Acc* terms) {
     constexpr int W = kLanes<Acc>;
     constexpr int64_t kRows = 32;  // merged in fp64 after that many, so that fp32 sums stay short
     const Pair& in = a.in;
     const int64_t lanes = pixel_lanes(in.c), tiles = ceil_div(in.hw, lanes);
-    parallel_items(in.parallel_for, in.n * tiles, lanes * in.c, [&](int64_t begin, int64_t end) {
+    parallel_items(in.parallel_for, in.n * tiles, lanes * in.c, [&](const Items& mine) {
         const int64_t size = tile_size<Acc>(in.c, lanes);
         const Scratch<Acc> s_tile(size), t_tile(size), scratch(in.channels_last ? size : 0);
-        for (int64_t item = begin; item < end; ++item) {
+        for (const int64_t item : mine) {
             const int64_t n = item / tiles, first = item % tiles * lanes, count = min(lanes, in.hw - first);
             load_pixels<Acc>(in, in.student, in.student_type, n, first, count, s_tile, scratch);
             load_pixels<Acc>(in, in.teacher, in.teacher_type, n, first, count, t_tile, scratch);
@@ -146,8 +146,7 @@ void forward_pixels(const NfdForward& a) {
                 }
                 for (int i = 0; i < min(W, count - l); ++i) {
                     const int64_t g = n * in.hw + first + l + i;
-                    save(m.lane(i), {loss[i], slope_s[i], slope_t[i]}, static_cast<Acc*>(a.loss) + g,
-                         static_cast<Acc*>(a.stats) + g * kStats);
+                    save(m.lane(i), {loss[i], slope_s[i], slope_t[i]}, terms + g, static_cast<Acc*>(a.stats) + g * kStats);
                 }
             }
         }
@@ -165,7 +164,7 @@ struct Coefficients {
 template <class Acc>
 inline Coefficients<Acc> coefficients(const NfdBackward& a, int64_t group) {
     const Acc* stats = static_cast<const Acc*>(a.stats) + group * kStats;
-    const Acc grad = static_cast<const Acc*>(a.grad)[group];
+    const Acc grad = gradient_scale<Acc>(a.upstream, group);
     return {stats[0], stats[1], stats[2], stats[3], stats[4] / stats[5], grad * stats[5]};
 }
 
@@ -190,9 +189,9 @@ template <class Acc>
 void backward_runs(const NfdBackward& a, int64_t length) {
     const Pair& in = a.in;
     const int64_t total = in.n * in.c * in.hw;
-    parallel_items(in.parallel_for, ceil_div(total, kSpan), kSpan, [&](int64_t begin, int64_t end) {
+    parallel_items(in.parallel_for, ceil_div(total, kSpan), kSpan, [&](const Items& mine) {
         alignas(64) Acc s_scratch[kSpan], t_scratch[kSpan], out_scratch[kSpan];
-        for (int64_t item = begin; item < end; ++item) {
+        for (const int64_t item : mine) {
             const int64_t offset = item * kSpan, count = min(kSpan, total - offset);
             const Acc* s = view(in.student, in.student_type, offset, count, s_scratch);
             const Acc* t = view(in.teacher, in.teacher_type, offset, count, t_scratch);
@@ -250,10 +249,10 @@ void backward_channels(const NfdBackward& a) {
     const Pair& in = a.in;
     const int64_t rows = min(in.hw, max(64, kItem / in.c)), items = ceil_div(in.hw, rows);
     const int64_t chunk = max(1, kSpan / in.c);  // rows converted at a time
-    parallel_items(in.parallel_for, in.n * items, in.c * rows, [&](int64_t begin, int64_t end) {
+    parallel_items(in.parallel_for, in.n * items, in.c * rows, [&](const Items& mine) {
         LaneCoefficients<Acc> k(in.c);
         const Scratch<Acc> s_scratch(chunk * in.c), t_scratch(chunk * in.c), out_scratch(chunk * in.c);
-        for (int64_t item = begin; item < end; ++item) {
+        for (const int64_t item : mine) {
             const int64_t n = item / items, last = min(in.hw, (item % items + 1) * rows);
             k.set(a, a.group == Group::hw ? n * in.c : 0, in.c);
             for (int64_t p = item % items * rows, count; p < last; p += count) {
@@ -274,10 +273,10 @@ template <class Acc>
 void backward_pixels(const NfdBackward& a) {
     const Pair& in = a.in;
     const int64_t lanes = min(in.hw, 512), items = ceil_div(in.hw, lanes);
-    parallel_items(in.parallel_for, in.n * items, in.c * lanes, [&](int64_t begin, int64_t end) {
+    parallel_items(in.parallel_for, in.n * items, in.c * lanes, [&](const Items& mine) {
         LaneCoefficients<Acc> k(lanes);
         const Scratch<Acc> s_scratch(lanes), t_scratch(lanes), out_scratch(lanes);
-        for (int64_t item = begin; item < end; ++item) {
+        for (const int64_t item : mine) {
             const int64_t n = item / items, first = item % items * lanes, count = min(lanes, in.hw - first);
             k.set(a, n * in.hw + first, count);
             for (int64_t c = 0; c < in.c; ++c) {
@@ -296,12 +295,19 @@ void backward_pixels(const NfdBackward& a) {
 void nfd_forward(const NfdForward& a) {
     with_acc(a.in, [&](auto t) {
         using Acc = typename decltype(t)::type;
+        const Pair& in = a.in;
+        const int64_t groups = a.group == Group::hw    ? in.n * in.c
+                               : a.group == Group::nhw ? in.c
+                               : a.group == Group::c   ? in.n * in.hw
+                                                       : in.n;
+        const Terms<Acc> terms(a.out, groups);
         if (a.group == Group::c)
-            forward_pixels<Acc>(a);
-        else if (a.in.channels_last && a.group != Group::chw)
-            forward_channels<Acc>(a);
+            forward_pixels<Acc>(a, terms.data());
+        else if (in.channels_last && a.group != Group::chw)
+            forward_channels<Acc>(a, terms.data());
         else
-            forward_runs<Acc>(a);
+            forward_runs<Acc>(a, terms.data());
+        terms.finish();
     });
 }
 

@@ -42,12 +42,13 @@ void confidence(const TeacherConfidence& a) {
     constexpr int W = kLanes<Acc>;
     const Pair& in = a.in;
     const int64_t lanes = pixel_lanes(in.c), tiles = ceil_div(in.hw, lanes), items = in.n * tiles;
-    const Scratch<double> totals(items);
-    parallel_items(in.parallel_for, items, lanes * in.c, [&](int64_t begin, int64_t end) {
+    const Totals totals(items);
+    [[maybe_unused]] const Vec<Acc> slope = set1(kStudent ? gradient_scale<Acc>(a.out, 0) : Acc(0));
+    parallel_items(in.parallel_for, items, lanes * in.c, [&](const Items& mine) {
         const int64_t size = tile_size<Acc>(in.c, lanes);
         const Scratch<Acc> main(size), aux(size), student(kStudent ? size : 0), scratch(in.channels_last ? size : 0);
         Acc map[256];
-        for (int64_t item = begin; item < end; ++item) {
+        for (const int64_t item : mine) {
             const int64_t n = item / tiles, first = item % tiles * lanes, count = min(lanes, in.hw - first);
             load_pixels<Acc>(in, in.student, in.student_type, n, first, count, main, scratch);
             load_pixels<Acc>(in, in.teacher, in.teacher_type, n, first, count, aux, scratch);
@@ -84,22 +85,19 @@ void confidence(const TeacherConfidence& a) {
                     Acc kl[W];
                     store(kl, divergence<Acc>(sums.kd, sums.main, sums.student));
                     for (int64_t i = 0; i < min(W, count - l); ++i) total += kl[i];
-                    const Vec<Acc> ratio = sums.student / sums.main, scale = 1 / sums.student;
+                    const Vec<Acc> ratio = sums.student / sums.main, scale = slope / sums.student;
                     for (int64_t r = 0; r < in.c; ++r)  // exactly 0 where student and teacher agree
                         store(s + r * W, scale * (load(s + r * W) - load(m + r * W) * ratio));
                 }
             }
             __builtin_memcpy(static_cast<Acc*>(a.confidence) + n * in.hw + first, map, count * sizeof(Acc));
-            totals[item] = total;
+            totals.loss[item] = total;
+            totals.count[item] = static_cast<double>(count);
             if constexpr (kStudent)
-                store_pixels<Acc>(in, a.gradient, sizeof(Acc) == sizeof(double) ? DType::f64 : DType::f32, n, first, count,
-                                  student, scratch);
+                if (a.gradient) store_pixels<Acc>(in, a.gradient, a.student_type, n, first, count, student, scratch);
         }
     });
-    if constexpr (!kStudent) return;
-    double total = 0;
-    for (int64_t i = 0; i < items; ++i) total += totals[i];
-    *static_cast<Acc*>(a.loss) = static_cast<Acc>(total);
+    if constexpr (kStudent) totals.finish<Acc>(a.out);
 }
 
 // ---- k-th smallest --------------------------------------------------------------------------------------------------
@@ -150,13 +148,13 @@ Acc kth(const Acc* x, int64_t n, int64_t k, ParallelFor parallel_for) {
         const int above = shift;
         shift = static_cast<int>(max(0, shift - kBits));
         const Key digit = (Key{1} << (above - shift)) - 1;
-        parallel_items(parallel_for, chunks, chunk, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) {
-                int64_t* mine = bins + i * kBins;
-                for (int b = 0; b < kBins; ++b) mine[b] = 0;
+        parallel_items(parallel_for, chunks, chunk, [&](const Items& mine) {
+            for (const int64_t i : mine) {
+                int64_t* counts = bins + i * kBins;
+                for (int b = 0; b < kBins; ++b) counts[b] = 0;
                 for (int64_t j = i * chunk; j < min(n, (i + 1) * chunk); ++j) {
                     const Key key = key_of(x[j]);
-                    if (above == kKeyBits || key >> above == prefix) ++mine[(key >> shift) & digit];
+                    if (above == kKeyBits || key >> above == prefix) ++counts[(key >> shift) & digit];
                 }
             }
         });
@@ -272,10 +270,10 @@ void mask(const DifficultyMask& a) {
     const Acc threshold = static_cast<Acc>(a.threshold);
     const Scratch<Acc> student_map(keep ? pixels : 0), teacher_map(keep ? pixels : 0);
     const Scratch<int64_t> valid(items), chosen(items), student_hard(items), teacher_hard(items);
-    parallel_items(a.parallel_for, items, int64_t{1} << 40, [&](int64_t begin, int64_t end) {
+    parallel_items(a.parallel_for, items, int64_t{1} << 40, [&](const Items& mine) {
         Confidence<Acc> student(a, a.student, student_columns), teacher(a, a.teacher, teacher_columns);
         const Scratch<Acc> student_row(keep ? 0 : a.width), teacher_row(keep ? 0 : a.width);
-        for (int64_t item = begin; item < end; ++item) {
+        for (const int64_t item : mine) {
             const int64_t n = item / chunks, first = item % chunks * kRowsAtATime;
             valid[item] = chosen[item] = student_hard[item] = teacher_hard[item] = 0;
             for (int64_t y = first; y < min(a.height, first + kRowsAtATime); ++y) {
@@ -301,7 +299,7 @@ void mask(const DifficultyMask& a) {
         for (int64_t i = 0; i < items; ++i) total += x[i];
         return total;
     };
-    a.counts[1] = sum(valid);
+    double selected = 0;
     if (keep) {
         const auto limit = [&](const Acc* map, int64_t hard) {
             if (hard >= k) return threshold;
@@ -311,18 +309,19 @@ void mask(const DifficultyMask& a) {
         const Acc student_limit = limit(student_map, sum(student_hard)), teacher_limit = limit(teacher_map, sum(teacher_hard));
         const int64_t per_item = a.width * kRowsAtATime, each = ceil_div(pixels, per_item);
         const Scratch<int64_t> counts(each);
-        parallel_items(a.parallel_for, each, per_item, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) {
+        parallel_items(a.parallel_for, each, per_item, [&](const Items& mine) {
+            for (const int64_t i : mine) {
                 const int64_t at = i * per_item;
                 counts[i] = select_row<Acc>(a.select, student_map + at, teacher_map + at, student_limit, teacher_limit,
                                             min(per_item, pixels - at), a.mask + at);
             }
         });
-        a.counts[0] = 0;
-        for (int64_t i = 0; i < each; ++i) a.counts[0] += counts[i];
+        for (int64_t i = 0; i < each; ++i) selected += static_cast<double>(counts[i]);
     } else {
-        a.counts[0] = sum(chosen);
+        selected = static_cast<double>(sum(chosen));
     }
+    const double all = static_cast<double>(sum(valid));
+    *static_cast<Acc*>(a.share) = static_cast<Acc>(all == 0 ? 0 : selected / all);
 }
 
 }  // namespace

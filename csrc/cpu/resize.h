@@ -6,7 +6,7 @@
 // permutation, no atomic. A ratio that is no whole number leaves some phases of some cells empty; they weigh 0.
 #pragma once
 
-#include "tile.h"
+#include "reduce.h"
 
 namespace fastkd::FASTKD_ISA {
 
@@ -341,16 +341,21 @@ struct RowGradient {
     const Scratch<Acc> left, right;
 };
 
-// The gradient at logit size, or a band's last row that the next band's first has to be added to.
+// The gradient at logit size, in the type it is computed in until its scale is known; and the last row of each band, which
+// is added to the next band's first.
 template <class Acc>
 class GradientRows {
 public:
     GradientRows(void* out, const Map& map, int64_t items)
-        : out_(static_cast<Acc*>(out)), map_(map), spill_(out ? items * map.c * map.w : 0) {}
+        : map_(map),
+          result_(out),
+          own_(out && !in_place<Acc>(map.type) ? size() : 0),
+          rows_(out && !in_place<Acc>(map.type) ? static_cast<Acc*>(own_) : static_cast<Acc*>(out)),
+          spill_(out ? items * map.c * map.w : 0) {}
 
     void write(int64_t n, int64_t y, const RowGradient<Acc>& row) const {
         for (int64_t c = 0; c < map_.c; ++c)
-            for (int64_t x = 0; x < map_.w; ++x) out_[offset(n, c, y) + x * step()] = row.at(c, x, map_.w);
+            for (int64_t x = 0; x < map_.w; ++x) rows_[offset(n, c, y) + x * step()] = row.at(c, x, map_.w);
     }
     void spill(int64_t item, const RowGradient<Acc>& row) const {
         for (int64_t c = 0; c < map_.c; ++c)
@@ -359,17 +364,32 @@ public:
     void add_spill(int64_t item, int64_t n, int64_t y) const {
         for (int64_t c = 0; c < map_.c; ++c)
             for (int64_t x = 0; x < map_.w; ++x)
-                out_[offset(n, c, y) + x * step()] += spill_[(item * map_.c + c) * map_.w + x];
+                rows_[offset(n, c, y) + x * step()] += spill_[(item * map_.c + c) * map_.w + x];
+    }
+    // Scales all of it, and converts it to the type of the logits.
+    void finish(Acc scale, ParallelFor parallel_for) const {
+        if (scale == 1 && in_place<Acc>(map_.type)) return;
+        constexpr int64_t kSpan = 16384;
+        parallel_items(parallel_for, ceil_div(size(), kSpan), kSpan, [&](const Items& mine) {
+            for (const int64_t item : mine) {
+                const int64_t first = item * kSpan, n = min(kSpan, size() - first);
+                for (int64_t i = 0; i < n; ++i) rows_[first + i] *= scale;
+                commit(result_, map_.type, first, n, rows_ + first);
+            }
+        });
     }
 
 private:
+    int64_t size() const { return map_.n * map_.c * map_.h * map_.w; }
     int64_t step() const { return map_.channels_last ? map_.c : 1; }
     int64_t offset(int64_t n, int64_t c, int64_t y) const {
         return map_.channels_last ? (n * map_.h + y) * map_.w * map_.c + c : ((n * map_.c + c) * map_.h + y) * map_.w;
     }
 
-    Acc* const out_;
     const Map map_;
+    void* const result_;
+    const Scratch<Acc> own_;
+    Acc* const rows_;
     const Scratch<Acc> spill_;  // (items, c, w)
 };
 
@@ -514,22 +534,23 @@ struct GradientShare {
 
 // Every label row once, by bands of logit rows. make_term() gives each thread its Term, and
 // term.row(n, label_y, pixels, share, losses) adds up one label row: it returns the loss in lanes, adds the gradient to
-// `share` unless out.gradient is null, and writes the loss of each pixel to `losses` (phases, padded) unless that is null.
+// `share` unless to.gradient is null, and writes the loss of each pixel to `losses` (phases, padded) unless that is null.
 template <class Acc, class MakeTerm>
-inline void each_label_row(const Map& map, const Resized& out, const Columns<Acc>& columns, const MakeTerm& make_term) {
-    const Axis rows(map.h, out.height, out.align_corners);
+inline void each_label_row(const Map& map, const Resized& to, const Columns<Acc>& columns, const MakeTerm& make_term) {
+    const Axis rows(map.h, to.height, to.align_corners);
     const Scratch<int64_t> first(map.h + 1);
     rows.starts(first);
     const Bands bands(map.n, map.h);
     const int64_t items = map.n * bands.per_sample;
-    const GradientRows<Acc> gradient(out.gradient, map, items);
-    const Scratch<double> totals(items), counts(items);
-    parallel_items(out.parallel_for, items, int64_t{1} << 40, [&](int64_t begin, int64_t end) {
+    const GradientRows<Acc> gradient(to.gradient, map, items);
+    const Totals totals(items);
+    const bool per_pixel = to.out.reduce == Reduce::none;
+    parallel_items(to.parallel_for, items, int64_t{1} << 40, [&](const Items& mine) {
         auto term = make_term();
-        const PixelRow<Acc> pixels(out.pixels, map.c, rows, columns, out.align_corners);
-        const Scratch<Acc> losses(out.per_pixel ? columns.phases * columns.padded : 0);
-        RowGradient<Acc> one(out.gradient ? map.c : 0, columns.padded), two(out.gradient ? map.c : 0, columns.padded);
-        for (int64_t item = begin; item < end; ++item) {
+        const PixelRow<Acc> pixels(to.pixels, map.c, rows, columns, to.align_corners);
+        const Scratch<Acc> losses(per_pixel ? columns.phases * columns.padded : 0);
+        RowGradient<Acc> one(to.gradient ? map.c : 0, columns.padded), two(to.gradient ? map.c : 0, columns.padded);
+        for (const int64_t item : mine) {
             const int64_t n = item / bands.per_sample, band = item % bands.per_sample;
             RowGradient<Acc>*top = &one, *bottom = &two;
             double total = 0, count = 0;
@@ -542,35 +563,31 @@ inline void each_label_row(const Map& map, const Resized& out, const Columns<Acc
                     const GradientShare<Acc> share{top, bottom, set1(static_cast<Acc>(1 - tap.weight)),
                                                    set1(static_cast<Acc>(tap.weight)), tap.weight != 0};
                     total += static_cast<double>(
-                        sum_lanes<Acc>(term.row(n, label_y, pixels, share, out.per_pixel ? static_cast<Acc*>(losses) : nullptr)));
-                    if (!out.per_pixel) continue;
-                    Acc* to = static_cast<Acc*>(out.loss) + (n * out.height + label_y) * out.width;
-                    for (int64_t x = 0; x < out.width; ++x) to[x] = losses[columns.slot[x]];
+                        sum_lanes<Acc>(term.row(n, label_y, pixels, share, per_pixel ? static_cast<Acc*>(losses) : nullptr)));
+                    if (!per_pixel) continue;
+                    Acc* row = static_cast<Acc*>(to.out.loss) + (n * to.height + label_y) * to.width;
+                    const Acc scale = static_cast<Acc>(to.out.scale);
+                    for (int64_t x = 0; x < to.width; ++x) row[x] = losses[columns.slot[x]] * scale;
                 }
-                if (!out.gradient) continue;
+                if (!to.gradient) continue;
                 if (y == map.h - 1) top->add(*bottom);
                 gradient.write(n, y, *top);
                 RowGradient<Acc>* next = bottom;
                 bottom = top;
                 top = next;
             }
-            if (out.gradient && bands.first(band + 1) < map.h) gradient.spill(item, *top);
-            totals[item] = total;
-            counts[item] = count;
+            if (to.gradient && bands.first(band + 1) < map.h) gradient.spill(item, *top);
+            totals.loss[item] = total;
+            totals.count[item] = count;
         }
     });
-    // In order, whatever thread had them.
-    double total = 0, count = 0;
-    for (int64_t i = 0; i < items; ++i) {
-        total += totals[i];
-        count += counts[i];
-    }
-    if (!out.per_pixel) *static_cast<Acc*>(out.loss) = static_cast<Acc>(total);
-    *static_cast<Acc*>(out.count) = static_cast<Acc>(count);
-    for (int64_t item = 0; out.gradient && item < items; ++item) {
+    totals.finish<Acc>(to.out);
+    if (!to.gradient) return;
+    for (int64_t item = 0; item < items; ++item) {
         const int64_t next = item % bands.per_sample + 1;
         if (next < bands.per_sample) gradient.add_spill(item, item / bands.per_sample, bands.first(next));
     }
+    gradient.finish(gradient_scale<Acc>(to.out, totals.counted()), to.parallel_for);
 }
 
 }  // namespace fastkd::FASTKD_ISA

@@ -17,11 +17,11 @@ public:
     Term(const ResizedCrossEntropy& a, const Columns<Acc>& columns)
         : classes_(a.logits.c),
           columns_(columns),
-          rows_(a.logits.h, a.out.height, a.out.align_corners),
+          rows_(a.logits.h, a.to.height, a.to.align_corners),
           logits_(a.logits, columns.padded),
           kept_(phases_kept<Acc>(columns.phases, classes_)),
-          e_(a.out.gradient ? classes_ * kept_ * W : 0),
-          gradient_(a.out.gradient != nullptr) {}
+          e_(a.to.gradient ? classes_ * kept_ * W : 0),
+          gradient_(a.to.gradient != nullptr) {}
 
     Vec<Acc> row(int64_t n, int64_t label_y, const PixelRow<Acc>& pixels, const GradientShare<Acc>& share, Acc* losses) {
         logits_.load(n, rows_.tap(label_y), 1);
@@ -97,8 +97,8 @@ private:
 
 template <class Acc, bool kBlend>
 void run(const ResizedCrossEntropy& a) {
-    const Columns<Acc> columns(Axis(a.logits.w, a.out.width, a.out.align_corners));
-    each_label_row<Acc>(a.logits, a.out, columns, [&] { return Term<Acc, kBlend>(a, columns); });
+    const Columns<Acc> columns(Axis(a.logits.w, a.to.width, a.to.align_corners));
+    each_label_row<Acc>(a.logits, a.to, columns, [&] { return Term<Acc, kBlend>(a, columns); });
 }
 
 }  // namespace
@@ -106,7 +106,7 @@ void run(const ResizedCrossEntropy& a) {
 void resized_cross_entropy(const ResizedCrossEntropy& a) {
     with_acc(a.logits.type, [&](auto t) {
         using Acc = typename decltype(t)::type;
-        a.logits.w == a.out.width ? run<Acc, false>(a) : run<Acc, true>(a);
+        a.logits.w == a.to.width ? run<Acc, false>(a) : run<Acc, true>(a);
     });
 }
 

@@ -15,9 +15,9 @@ public:
     Term(const ResizedKd& a, const Columns<Acc>& columns)
         : classes_(a.student.c),
           columns_(columns),
-          student_rows_(a.student.h, a.out.height, a.out.align_corners),
-          teacher_rows_(a.teacher.h, a.out.height, a.out.align_corners),
-          teacher_columns_(a.teacher.w, a.out.width, a.out.align_corners),
+          student_rows_(a.student.h, a.to.height, a.to.align_corners),
+          teacher_rows_(a.teacher.h, a.to.height, a.to.align_corners),
+          teacher_columns_(a.teacher.w, a.to.width, a.to.align_corners),
           student_(a.student, columns.padded),
           teacher_(a.teacher, ceil_div(a.teacher.w, W) * W),
           ahead_(kAhead ? classes_ * columns.phases * columns.padded : 0),
@@ -27,7 +27,7 @@ public:
           kept_(phases_kept<Acc>(columns.phases, 2 * classes_)),
           e_s_(classes_ * kept_ * W),
           e_t_(classes_ * kept_ * W),
-          gradient_(a.out.gradient != nullptr) {
+          gradient_(a.to.gradient != nullptr) {
         for (int64_t i = 0; kAhead && i < classes_ * columns.phases * columns.padded; ++i) ahead_[i] = plain_ahead_[i] = 0;
     }
 
@@ -148,8 +148,8 @@ private:
 
 template <class Acc, bool kBlend, bool kAhead>
 void run(const ResizedKd& a) {
-    const Columns<Acc> columns(Axis(a.student.w, a.out.width, a.out.align_corners));
-    each_label_row<Acc>(a.student, a.out, columns, [&] { return Term<Acc, kBlend, kAhead>(a, columns); });
+    const Columns<Acc> columns(Axis(a.student.w, a.to.width, a.to.align_corners));
+    each_label_row<Acc>(a.student, a.to, columns, [&] { return Term<Acc, kBlend, kAhead>(a, columns); });
 }
 
 }  // namespace
@@ -157,7 +157,7 @@ void run(const ResizedKd& a) {
 void resized_kd(const ResizedKd& a) {
     with_acc(a.student.type, [&](auto t) {
         using Acc = typename decltype(t)::type;
-        const bool blend = a.student.w != a.out.width;
+        const bool blend = a.student.w != a.to.width;
         if (a.student.w == a.teacher.w)
             blend ? run<Acc, true, false>(a) : run<Acc, false, false>(a);
         else

@@ -52,15 +52,50 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- threads -------------------------------------------------------------------------------------------------------
 
-// body(begin, end) for ranges of the items [0, items), each item of about `cost` elements. Items are independent and
-// fixed by the shape alone, so the result does not depend on the number of threads.
+// The items of one thread: it takes the next block of them when it has done one, so that none waits for a thread that
+// another process holds up.
+class Items {
+public:
+    Items(int64_t* next, int64_t items, int64_t block) : next_(next), items_(items), block_(block) {}
+
+    struct End {};
+    struct Iterator {
+        int64_t operator*() const { return item; }
+        void operator++() {
+            if (++item == end) take();
+        }
+        bool operator!=(End) const { return item < items->items_; }
+        void take() {
+            item = __atomic_fetch_add(items->next_, items->block_, __ATOMIC_RELAXED);
+            end = min(items->items_, item + items->block_);
+        }
+        const Items* items;
+        int64_t item = 0, end = 0;
+    };
+    Iterator begin() const {
+        Iterator first{this};
+        first.take();
+        return first;
+    }
+    End end() const { return {}; }
+
+private:
+    int64_t* const next_;
+    const int64_t items_, block_;
+};
+
+// body(items) on each thread, `for (int64_t item : items)`, for items [0, count), each of about `cost` elements. Items are
+// independent and fixed by the shape alone, so the result does not depend on which thread has which.
 template <class F>
-inline void parallel_items(ParallelFor parallel_for, int64_t items, int64_t cost, const F& body) {
+inline void parallel_items(ParallelFor parallel_for, int64_t count, int64_t cost, const F& body) {
     const int64_t grain = cost >= 32768 ? 1 : 32768 / (cost > 0 ? cost : 1);
+    int64_t next = 0;
+    // Neighbouring items share pages and prefetched lines, hence blocks; 64 of them leave little to wait for at the end.
+    const Items items(&next, count, max(1, count / 64));
+    const auto run = [&] { body(items); };
     parallel_for(
-        0, items, grain,
-        [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
-        const_cast<void*>(static_cast<const void*>(&body)));
+        0, count, grain, [](int64_t, int64_t, void* context) { (*static_cast<decltype(run)*>(context))(); },
+        const_cast<void*>(static_cast<const void*>(&run)));
 }
 
 inline int64_t bytes_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }

@@ -1,5 +1,22 @@
-"""One file per operator family: its schema, its fake and its autograd Function.
+"""The operators, one file per family: schema, fake and sample inputs of each, in one table that everything enumerates.
 
-Every kernel backend registers the same schemas in a namespace of its own (``fastkd_cpu``, ``fastkd_triton``), so that a
-backend can be chosen per call and compared with another in one process.
+:func:`evaluate` makes any of the losses differentiable.
 """
+
+from . import cwd, exp, kd, labels, nfd, rdd, rescale, resized_cross_entropy, resized_kd
+from ._autograd import evaluate, operator
+from ._operator import Draw, Loss, Operator, accumulator
+
+OPERATORS: tuple[Operator, ...] = (
+    *nfd.OPERATORS,
+    *kd.OPERATORS,
+    *cwd.OPERATORS,
+    *resized_cross_entropy.OPERATORS,
+    *resized_kd.OPERATORS,
+    *rdd.OPERATORS,
+    *rescale.OPERATORS,
+    *labels.OPERATORS,
+    *exp.OPERATORS,
+)
+
+__all__ = ["OPERATORS", "Draw", "Loss", "Operator", "accumulator", "evaluate", "operator"]

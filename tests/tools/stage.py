@@ -15,7 +15,7 @@ import torch
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parents[2]
-KERNELS = ("nfd", "kd", "cwd", "resized_cross_entropy", "resized_kd", "rdd", "exp")
+KERNELS = tuple(sorted(path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if path.stem != "dispatch"))
 FLAGS = ("-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-w")
 ISA_FLAGS = {
     "baseline": (),

@@ -1,0 +1,141 @@
+"""The autograd Function of every loss.
+
+An early gradient is made by the forward, from the read the loss needs anyway, at the scale that is known by then: the
+reduction's and the module's ``loss_weight``. The backward multiplies it by the upstream gradient on the device, in a
+kernel that returns at once where that is exactly 1. A late gradient is made by the backward.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._operator import Loss
+
+
+def operator(backend: str, name: str) -> Any:
+    """The callable of an operator: Triton's launcher itself in eager mode, else the operator, which can be traced."""
+    if backend == "triton" and not torch.compiler.is_compiling():
+        return sys.modules["fastkd.kernels"].LAUNCHERS[name]
+    return getattr(getattr(torch.ops, "fastkd_" + backend), name).default
+
+
+def evaluate(loss: Loss, backend: str, reduction: str, scale: float, *args: Any) -> Any:
+    """The reduced loss, differentiable with respect to ``args[0]``; if ``loss.returns_kept``, with what it keeps.
+
+    Args:
+        reduction, scale: as in :class:`Loss`.
+        args: the loss's arguments, tensors dense and checked.
+    """
+    if args[0].requires_grad and torch.is_grad_enabled():
+        return _Loss.apply(loss, backend, reduction, scale, *args)
+    value, kept = operator(backend, loss.name + "_forward")(*args, reduction, scale)
+    return (value, kept) if loss.returns_kept else value
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss: Loss, backend: str, reduction: str, scale: float, *args):
+        rest = gradient = None
+        half = args[0].dtype == torch.float16
+        early = backend in loss.early and reduction != "none" and not (half and loss.any_weight(*args))
+        if not early:
+            value, kept = operator(backend, loss.name + "_forward")(*args, reduction, scale)
+        elif not half:
+            value, kept, gradient = operator(backend, loss.name + "_gradient")(*args, reduction, scale)
+        else:
+            # fp16 ends where a gradient divided by the number of pixels begins: it is stored at a scale of about 1.
+            unit = loss.unit(*args)
+            value, kept, gradient = operator(backend, loss.name + "_gradient")(*args, "sum", unit)
+            rest = value.new_full((), scale / unit)
+            if reduction == "mean":
+                rest = rest / torch.where(kept == 0, 1, kept)
+            value = value * rest
+        traced = torch.compiler.is_compiling()
+        ctx.call = loss, backend, reduction, scale, args[loss.tensors :], early, traced, rest
+        if early and traced:  # a traced graph must not change what it has saved
+            ctx.save_for_backward(gradient)
+        else:
+            ctx.gradient = gradient
+            _save(ctx, *args[: loss.tensors], kept)
+        if not loss.returns_kept:
+            return value
+        ctx.mark_non_differentiable(kept)
+        return value, kept
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_):
+        loss, backend, reduction, scale, options, early, traced, rest = ctx.call
+        factor = grad if rest is None else grad * rest
+        nothing = (None,) * (loss.tensors + len(options) - 1)
+        if early and traced:
+            (gradient,) = ctx.saved_tensors
+            return None, None, None, None, (gradient * factor).to(gradient.dtype), *nothing
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "fastkd: double backward (create_graph=True) is not implemented by the kernels; use "
+                '`with fastkd.use_backend("reference"):` around the forward of this loss'
+            )
+        *tensors, kept = _saved(ctx)  # also where they are not needed: autograd notices that one was overwritten
+        if not early:
+            gradient = _late(loss, backend, (reduction, scale), tensors, options, kept, grad)
+        else:
+            gradient, ctx.gradient = ctx.gradient, None
+            if gradient is None:  # handed out by the first backward over this graph
+                how = (reduction, scale) if rest is None else ("sum", loss.unit(*tensors, *options))
+                gradient = operator(backend, loss.name + "_gradient")(*tensors, *options, *how)[2]
+            operator(backend, "rescale_")(gradient, factor)
+        return None, None, None, None, gradient, *nothing
+
+
+def _late(
+    loss: Loss,
+    backend: str,
+    how: tuple[str, float],
+    tensors: list[Tensor | None],
+    options: tuple[Any, ...],
+    kept: Tensor,
+    grad: Tensor,
+) -> Tensor:
+    """A gradient from the upstream one: by the loss's own backward, or with the upstream gradient as pixel weight."""
+    if backend in loss.late:
+        return operator(backend, loss.name + "_backward")(grad.contiguous(), *tensors, *options, *how, kept)
+    assert loss.pixel_weight is not None
+    if how[0] == "mean":
+        grad = grad / torch.where(kept == 0, 1, kept)
+    if grad.dim() == 0:  # a map of one pixel a sample, or of all pixels
+        grad = grad.expand(_weight_shape(loss, tensors, options))
+    own = tensors[loss.pixel_weight]
+    tensors[loss.pixel_weight] = (grad if own is None else grad * own).contiguous()
+    return operator(backend, loss.name + "_gradient")(*tensors, *options, "sum", how[1])[2]
+
+
+def _weight_shape(loss: Loss, tensors: list[Tensor | None], options: tuple[Any, ...]) -> tuple[int, ...]:
+    """A shape that a pixel weight of one number can take: that of the given one, else of the loss of each pixel."""
+    own = tensors[loss.pixel_weight]
+    return own.shape if own is not None else loss.fake(*tensors, *options, "none", 1.0)[0].shape
+
+
+def _save(ctx, *tensors: Tensor | None) -> None:
+    """Keeps tensors for the backward.
+
+    Autograd refuses to save inference tensors, which is what a teacher run under ``torch.inference_mode`` gives. They
+    are constants, so holding them is enough; all others go through ``save_for_backward`` and its checks.
+    """
+    ctx.held = None
+    if not torch.compiler.is_compiling():  # tracing has no is_inference()
+        for t in tensors:
+            if t is not None and t.is_inference():
+                ctx.held = [t if t is not None and t.is_inference() else None for t in tensors]
+                tensors = tuple(None if h is not None else t for h, t in zip(ctx.held, tensors, strict=True))
+                break
+    ctx.save_for_backward(*tensors)
+
+
+def _saved(ctx) -> Any:
+    if ctx.held is None:
+        return ctx.saved_tensors
+    return [s if h is None else h for h, s in zip(ctx.held, ctx.saved_tensors, strict=True)]

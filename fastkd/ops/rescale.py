@@ -1,0 +1,22 @@
+"""An early gradient times what its backward brings: in place, on the device, at once where that is exactly 1."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from ._operator import Draw, Operator
+
+
+def _fake(gradient: Tensor, factor: Tensor) -> None:
+    return None
+
+
+def _samples(draw: Draw) -> Iterator[tuple[Any, ...]]:
+    for factor in (1.0, 0.3):
+        yield draw.map(0), draw.weight(1)[0] * 0 + factor
+
+
+OPERATORS = (
+    Operator("rescale_(Tensor(a!) gradient, Tensor factor) -> ()", _fake, _samples, ("cpu", "triton", "cuda")),
+)

@@ -1,0 +1,107 @@
+"""What holds for every row of the table of operators: its schema everywhere, opcheck, names of arguments, deterministic bits."""
+
+import inspect
+
+import pytest
+import torch
+
+from fastkd import backends
+from fastkd.ops import OPERATORS, Draw, operator
+
+from .support import DEVICE, each_kernel
+
+NAMES = {row.name: row for row in OPERATORS}
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+each_operator = pytest.mark.parametrize("name", NAMES)
+
+
+def calls(name: str, draw: Draw) -> list[tuple]:
+    return list(NAMES[name].samples(draw._replace(device=DEVICE)))
+
+
+def implemented(name: str, backend: str):
+    if backend not in NAMES[name].backends:
+        pytest.skip(f"{backend} has no {name}")
+    assert backends.why_not(backend) is None
+    return getattr(getattr(torch.ops, f"fastkd_{backend}"), name).default
+
+
+def test_names_are_unique():
+    assert len(NAMES) == len(OPERATORS)
+
+
+@each_kernel
+@each_operator
+def test_schema_is_the_tables(backend, name):
+    op = implemented(name, backend)
+    assert str(op._schema) == f"fastkd_{backend}::{NAMES[name].schema}"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"fastkd_{backend}::{name}", "CompositeExplicitAutograd" if name == "isa" else DEVICE.upper()
+    )
+
+
+@each_operator
+def test_at_most_ten_arguments(name):
+    """Backward operators take the upstream gradient and what was kept beside the forward's."""
+    arguments = NAMES[name].schema.partition(" ->")[0].count(",") + 1
+    assert arguments <= 10
+
+
+@each_kernel
+@each_operator
+@pytest.mark.parametrize(
+    ("layout", "dtype"), [("nchw", torch.float32), ("channels_last", torch.bfloat16)], ids=["nchw-fp32", "nhwc-bf16"]
+)
+def test_opcheck(backend, name, layout, dtype):
+    """Schema, no aliasing, fake tensors with the strides of the real ones, dynamic shapes."""
+    op = implemented(name, backend)
+    tests = ("test_schema", "test_faketensor")
+    samples = calls(name, Draw(dtype=dtype, layout=LAYOUTS[layout]))
+    for i, args in enumerate(samples):
+        last = i == len(samples) - 1  # dynamic shapes trace the operator, which takes a second
+        traced = ("test_aot_dispatch_dynamic",) if last and not name != "isa" else ()
+        torch.library.opcheck(op, args, test_utils=(*tests, *traced))
+
+
+@each_kernel
+@each_operator
+def test_same_bits_every_time(backend, name):
+    if name == "isa":
+        pytest.skip("no tensor")
+    implemented(name, backend)
+    op = operator(backend, name)
+    for args in calls(name, Draw()):
+        runs = []
+        for _ in range(3):
+            copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+            out = op(*copies)
+            out = copies[0] if out is None else out
+            runs.append(
+                [x.nan_to_num(7.0) for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor)]
+            )
+        for other in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@each_kernel
+@each_operator
+def test_inputs_are_left_alone(backend, name):
+    if name in ("isa", "rescale_"):
+        pytest.skip("rescale_ writes its argument by name" if name == "rescale_" else "no tensor")
+    implemented(name, backend)
+    for args in calls(name, Draw(layout=torch.channels_last)):
+        before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+        operator(backend, name)(*args)
+        for a, b in zip(args, before, strict=True):
+            assert not isinstance(a, torch.Tensor) or torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
+@each_operator
+def test_fakes_take_the_schemas_arguments(name):
+    """A fake with a misspelt argument is found where it is called by keyword."""
+    row = NAMES[name]
+    parameters = list(inspect.signature(row.fake).parameters.values())
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return
+    schema = row.schema.partition("(")[2].partition(") ->")[0]
+    assert [p.name for p in parameters] == [a.split()[-1] for a in schema.split(", ") if a]
