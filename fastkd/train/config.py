@@ -16,6 +16,7 @@ import sys
 import types
 import typing
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +56,11 @@ class DataConfig:
         flip: probability of a horizontal flip.
         jitter: strength of the colour jitter, 0 for none.
         workers: loader processes; 0 loads in the training process.
+        labelled: share of the training images whose labels are used, e.g. 1/8.
+        labelled_seed: which images those are; the same for every seed of a run.
+        unlabelled: images for the distillation losses alone: "rest" for the training images whose labels are not used, or a
+            folder; None for none.
+        unlabelled_share: of each batch.
     """
 
     name: str = "street_scenes"
@@ -68,6 +74,10 @@ class DataConfig:
     flip: Share = 0.5
     jitter: ShareBelowOne = 0.0
     workers: CountOrZero = 0
+    labelled: PositiveShare | str = 1.0
+    labelled_seed: Seed = 0
+    unlabelled: str | None = None
+    unlabelled_share: InnerShare = 0.5
 
 
 @dataclass
@@ -259,6 +269,36 @@ def check(config: Config) -> None:
         raise ValueError(
             f"data.scale_step must be at most high - low = {high - low:g} of data.scale, got {config.data.scale_step}"
         )
+    labelled_share(config.data)
+    if config.data.unlabelled is not None:
+        if not parse_method(config.method):
+            raise ValueError(
+                "data.unlabelled: method none has no loss that could learn from an image without a label; leave it out"
+            )
+        if not 0 < unlabelled_size(config) < config.train.batch_size:
+            raise ValueError(
+                f"data.unlabelled_share {config.data.unlabelled_share} of train.batch_size {config.train.batch_size} must leave "
+                "room for labelled and unlabelled images"
+            )
+
+
+def labelled_share(data: DataConfig) -> Fraction:
+    """data.labelled, "1/8" or 0.125, as a number in (0, 1]; ValueError for any other."""
+    try:
+        share = Fraction(str(data.labelled))
+    except (ValueError, ZeroDivisionError):
+        share = Fraction(0)
+    if not 0 < share <= 1:
+        raise ValueError(
+            f"data.labelled is a share of the training images above 0 and up to 1, e.g. 1/8; got {data.labelled!r}"
+        )
+    return share
+
+
+def unlabelled_size(config: Config) -> int:
+    """Images of a batch that have no label."""
+    data = config.data
+    return 0 if data.unlabelled is None else round(data.unlabelled_share * config.train.batch_size)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -27,8 +27,12 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import Tensor
 
 from fastkd.train import checkpoint
-from fastkd.train.config import Config, DataConfig, TrainConfig, check, differences, to_dict, write_yaml
+
+from fastkd.train.config import (  # isort: skip
+    Config, DataConfig, TrainConfig, check, differences, labelled_share, to_dict, unlabelled_size, write_yaml,
+)  # fmt: skip
 from fastkd.train.data import build_dataset, eval_transform, train_transform
+from fastkd.train.data.unlabelled import split
 from fastkd.train.evaluation import Scores, SegmentationSet, evaluate
 from fastkd.train.files import write_json
 from fastkd.train.gradients import Latest, cut, gradient_statistics, send_back
@@ -122,6 +126,10 @@ class Run:
         self.show = show and self.main
         self.train_set, self.val_set = datasets or build_datasets(config.data)
         self.classes = list(self.train_set.classes)
+        data = config.data
+        self.labelled, self.unlabelled = split(
+            self.train_set, labelled=labelled_share(data), seed=data.labelled_seed, unlabelled=data.unlabelled
+        )
 
         set_seed(config.seed)
         network = build_model(config.model, len(self.classes))
@@ -237,7 +245,7 @@ class Run:
     def _batches(self) -> Iterator[list[Tensor]]:
         return iter(
             train_loader(
-                self.train_set,
+                self.labelled,
                 batch_size=self.config.train.batch_size,
                 steps=range(self.step, self.config.train.steps),
                 seed=self.config.seed,
@@ -246,6 +254,8 @@ class Run:
                 world=self.world,
                 parts=self.config.train.accumulate,
                 pin_memory=self.device.type == "cuda",
+                unlabelled=self.unlabelled,
+                unlabelled_size=unlabelled_size(self.config),
             )
         )
 
@@ -437,6 +447,7 @@ class Run:
             "model": f"{model.arch} {model.encoder}" if model.library == "smp" else model.arch,
             "params": self.parameters,
             "steps": self.step,
+            "images": self._images(),
             "miou": scores.miou,
             "pixel_accuracy": scores.pixel_accuracy,
             "class_iou": scores.class_iou,
@@ -448,6 +459,13 @@ class Run:
             "processes": self.world,
             "versions": versions(),
         }
+
+    def _images(self) -> dict[str, dict[str, int]]:
+        """How many images of each kind there were, and how many crops of them the run saw."""
+        without = unlabelled_size(self.config)
+        sizes = {"labelled": self.config.train.batch_size - without, "unlabelled": without}
+        counts = {"labelled": len(self.labelled), "unlabelled": len(self.unlabelled or ())}
+        return {kind: {"images": counts[kind], "crops": self.step * size} for kind, size in sizes.items()}
 
     def _loss_cost(self) -> dict[str, Any] | None:
         if self.shapes is None or not self.main:

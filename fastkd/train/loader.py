@@ -1,62 +1,84 @@
-"""Batches of an endless, shuffled pass over a data set, each sample drawn under its own seed."""
+"""Batches of an endless, shuffled pass over a data set, each sample drawn under its own seed.
+
+Where there are images without labels, each batch, and each share of it, has the same number of them: they stand last, and the
+labels are fewer than the images.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, default_collate
 
+from fastkd.train.data.unlabelled import Unlabelled
 from fastkd.train.evaluation import SegmentationSet
 
 
 class StepSampler(Sampler):
     """For each step, this process's share of the batch in `parts` lists of (index, number of the sample in the run).
 
-    Sample k is item k mod n of the permutation of epoch k div n; a batch may span two epochs. The order depends on the seed
-    alone, not on where the run starts or how many processes and parts share a batch.
+    Sample k of a pass is item k mod n of the permutation of epoch k div n; a batch may span two epochs. The order depends on the
+    seed alone, not on where the run starts or how many processes and parts share a batch. Images without labels have a pass
+    of their own; their indices go on where those of the labelled ones end.
     """
 
     def __init__(
-        self, length: int, batch_size: int, steps: range, seed: int, rank: int = 0, world: int = 1, parts: int = 1
+        self,
+        length: int,
+        batch_size: int,
+        steps: range,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        parts: int = 1,
+        *,
+        unlabelled: int = 0,
+        unlabelled_size: int = 0,
     ):
+        """batch_size counts all images of a step, `unlabelled_size` those of them that come from `unlabelled` others."""
         if length < 1:
             raise ValueError("the training set is empty")
-        if batch_size % (world * parts):
-            raise ValueError(
-                f"train.batch_size {batch_size} cannot be shared by {world} processes with train.accumulate {parts}; "
-                f"take a multiple of {world * parts}"
-            )
-        self.length, self.batch_size, self.steps, self.seed = length, batch_size, steps, seed
+        # Items in a pass, how many of them a step takes, and the index and the place in a batch of the first.
+        labelled = batch_size - unlabelled_size
+        self.passes = [(length, labelled, 0, 0), (unlabelled, unlabelled_size, length, labelled)]
+        for what, size in (("train.batch_size", batch_size), ("the unlabelled share of a batch,", unlabelled_size)):
+            if size % (world * parts):
+                raise ValueError(
+                    f"{what} {size} cannot be shared by {world} processes with train.accumulate {parts}; "
+                    f"take a multiple of {world * parts}"
+                )
+        self.batch_size, self.steps, self.seed = batch_size, steps, seed
         self.rank, self.world, self.parts = rank, world, parts
 
     def __len__(self) -> int:
         return len(self.steps) * self.parts
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order, epoch = torch.empty(0), -1
-        share = self.batch_size // self.world
+        orders = [(torch.empty(0), -1)] * 2
         for step in self.steps:
-            batch = []
-            for place in range(self.rank * share, (self.rank + 1) * share):
-                number = step * self.batch_size + place
-                if number // self.length != epoch:
-                    epoch = number // self.length
-                    order = torch.randperm(
-                        self.length, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                    )
-                batch.append((int(order[number % self.length]), number))
-            size = share // self.parts
-            yield from (batch[start : start + size] for start in range(0, share, size))
+            batch: list[list[tuple[int, int]]] = [[] for _ in range(self.parts)]
+            for kind, (length, size, first, start) in enumerate(self.passes):
+                share = size // self.world
+                for own in range(share):
+                    place = self.rank * share + own
+                    epoch, item = divmod(step * size + place, length)
+                    if epoch != orders[kind][1]:
+                        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                        orders[kind] = torch.randperm(length, generator=generator), epoch
+                    key = first + int(orders[kind][0][item]), step * self.batch_size + start + place
+                    batch[own * self.parts // share].append(key)
+            yield from batch
 
 
 class Seeded(Dataset):
     """Gives item (index, number) with torch's CPU generator seeded by (seed, number), and restores the generator."""
 
-    def __init__(self, dataset: SegmentationSet, seed: int):
+    def __init__(self, dataset: Dataset, seed: int):
         self.dataset, self.seed = dataset, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> Any:
         index, number = key
         state = torch.get_rng_state()
         torch.default_generator.manual_seed(
@@ -79,7 +101,27 @@ def train_loader(
     world: int = 1,
     parts: int = 1,
     pin_memory: bool = False,
+    unlabelled: Unlabelled | None = None,
+    unlabelled_size: int = 0,
 ) -> DataLoader:
-    """Batches for `steps` of a run, `parts` for each step; batch_size counts all processes and parts."""
-    sampler = StepSampler(len(dataset), batch_size, steps, seed, rank, world, parts)
-    return DataLoader(Seeded(dataset, seed), batch_sampler=sampler, num_workers=workers, pin_memory=pin_memory)
+    """Batches (images, labels of the first of them) for `steps` of a run, `parts` for each step.
+
+    batch_size counts the images of all processes and parts, `unlabelled_size` those of them from `unlabelled`.
+    """
+    others = 0 if unlabelled is None else len(unlabelled)
+    sampler = StepSampler(
+        len(dataset), batch_size, steps, seed, rank, world, parts, unlabelled=others, unlabelled_size=unlabelled_size
+    )
+    both: Any = dataset if unlabelled is None else ConcatDataset([cast(Dataset, dataset), unlabelled])
+    return DataLoader(
+        Seeded(both, seed), batch_sampler=sampler, num_workers=workers, pin_memory=pin_memory, collate_fn=_batch
+    )
+
+
+def _batch(items: list[Any]) -> list[torch.Tensor]:
+    """Images (N, 3, H, W) and the labels (L, H, W) of the first L of them; the others are images alone."""
+    pairs = [item for item in items if isinstance(item, (tuple, list))]
+    return [
+        default_collate([*(pair[0] for pair in pairs), *items[len(pairs) :]]),
+        default_collate([label for _, label in pairs]),
+    ]

@@ -59,7 +59,7 @@ def loss_cost(objective: Objective, shapes: Shapes, *, step: int, device: torch.
     }
     gc.collect()
     try:
-        images = shapes.labels.shape[0]
+        images = shapes.student.logits.shape[0]
         found["ours"] = _measure(objective, shapes, images, step, device)
         need = TENSORS_OF_EAGER * 4 * shapes.student.logits.shape[1] * shapes.labels[0].numel()
         if need > (free := _free(device)):

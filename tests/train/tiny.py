@@ -16,6 +16,7 @@ CROP = (64, 64)
 class Patches:
     """Squares of colour on noise: three classes that a network learns at once; void rows, another number in each item."""
 
+    transform = None
     classes = ("ground", "red", "blue")
     palette = ((60, 60, 60), (220, 40, 40), (40, 40, 220))
     ignore_index = 255
@@ -25,6 +26,9 @@ class Patches:
 
     def __len__(self) -> int:
         return self.length
+
+    def image(self, index: int):
+        return self[index][0]
 
     def __getitem__(self, index: int):
         rng = torch.Generator().manual_seed(index)

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from fastkd.train.data.images import SUFFIXES, DataError, open_mode
+from fastkd.train.data.images import SUFFIXES, DataError, open_mode, rgb
 
 IGNORE = 255
 
@@ -176,6 +176,10 @@ class LabelledImages(Dataset):
             raise DataError(f"{self.layout.name}: {error}") from error.__cause__
         item = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), tv_tensors.Mask(torch.from_numpy(label))
         return item if self.transform is None else self.transform(*item)
+
+    def image(self, index: int) -> tv_tensors.Image:
+        """The image of an item, without its label and before `transform`."""
+        return rgb(self.items[index][0])
 
     def _load(self, image_path: Path, label_path: Path) -> tuple[np.ndarray, np.ndarray]:
         image = open_mode(image_path, ("RGB", "L"), "convert it to 8-bit RGB")

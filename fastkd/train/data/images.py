@@ -6,7 +6,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torchvision import tv_tensors
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # Pillow's other decoders are not for files of unknown origin
@@ -50,6 +53,12 @@ def open_mode(path: Path, modes: Sequence[str], remedy: str) -> Image.Image:
     if picture.mode not in modes:
         raise DataError(f"{path} has mode {picture.mode}, expected {' or '.join(modes)}; {remedy}")
     return picture
+
+
+def rgb(path: Path) -> tv_tensors.Image:
+    """An RGB or grey image as uint8 (3, H, W)."""
+    picture = open_mode(path, ("RGB", "L"), "convert it to 8-bit RGB").convert("RGB")
+    return tv_tensors.Image(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
 
 
 def upright(picture: Image.Image) -> Image.Image:

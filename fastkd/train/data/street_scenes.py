@@ -357,10 +357,15 @@ class StreetScenes(Dataset):
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         if not -self.length <= index < self.length:
             raise IndexError(f"StreetScenes: item {index} of {self.length}")
-        number = index % self.length
+        item = self._item(index % self.length)
+        return item if self.transform is None else self.transform(*item)
+
+    def image(self, index: int) -> tv_tensors.Image:
+        """The image of an item, without its label and before `transform`."""
+        return self._item(index)[0]
+
+    def _item(self, number: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         pair = self.generate(number) if self.cache is None or number not in self.cache else self.cache[number]
         if self.cache is not None:
             self.cache[number] = pair
-        # Copies, as a transform may write in place.
-        item = tv_tensors.Image(torch.tensor(pair[0])), tv_tensors.Mask(torch.tensor(pair[1]))
-        return item if self.transform is None else self.transform(*item)
+        return tv_tensors.Image(torch.tensor(pair[0])), tv_tensors.Mask(torch.tensor(pair[1]))  # may be written to

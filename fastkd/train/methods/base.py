@@ -74,7 +74,7 @@ class OnFeatures(Distiller):
     """Mean over the compared features of `loss(student, teacher)`, or of `loss(student, teacher, labels)` with `labelled`.
 
     `adapt`: name of a method whose student features pass a trained 1x1 convolution where the teacher has other channels.
-    A teacher's feature of another size is resized bilinearly to the student's.
+    A teacher's feature of another size is resized bilinearly to the student's. With `labelled`, only images with labels count.
     """
 
     def __init__(
@@ -93,8 +93,10 @@ class OnFeatures(Distiller):
     def forward(self, student: Output, teacher: Output, labels: Tensor) -> Tensor:
         terms = []
         for name, key in self.keys.items():
-            s = student.features[key]
-            pair = s, resize(teacher.features[name], s)
+            s, t = student.features[key], teacher.features[name]
+            if self.labelled:
+                s, t = s[: labels.shape[0]], t[: labels.shape[0]]
+            pair = s, resize(t, s)
             terms.append(self.loss(*pair, labels) if self.labelled else self.loss(*pair))
         return torch.stack(terms).mean()
 
@@ -115,6 +117,13 @@ def compared_features(pair: Pair, names: tuple[str, ...] | None = None) -> tuple
             "common; tap what is to be compared under one name (model.features)"
         )
     return shared if names is None else tuple(names)
+
+
+def first(out: Output, count: int) -> Output:
+    """The logits of the first `count` images of a batch; itself where there are no others."""
+    if out.logits.shape[0] == count:
+        return out
+    return Output(out.logits[:count], {}, None if out.aux is None else out.aux[:count])
 
 
 def resize(x: Tensor, like: Tensor) -> Tensor:

@@ -2,6 +2,10 @@
 
 Without RDD the task is cross-entropy at label resolution, plus `aux_weight` times the same on the student's auxiliary head.
 With RDD the task term is RDD's own (its auxiliary term included). The other terms stand beside it.
+
+Labels may be fewer than the images: the last images of a batch then have none. The task terms see the images that have labels
+and nothing of the others, so whatever they divide by (valid pixels, all pixels, class weights) is that of the labelled images.
+The terms that compare with the teacher see all images.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fastkd
-from fastkd.train.methods.base import Distiller, Pair, resize
+from fastkd.train.methods.base import Distiller, Pair, first, resize
 from fastkd.train.methods.registry import LossConfig, parse_method
 from fastkd.train.models import Feature, Output, SegmentationModel
 
@@ -67,26 +71,36 @@ class Objective(nn.Module):
         elif "rdd" in words:
             pair = _pair(config, student, teacher, ignore_index)
             self.rdd = config.rdd.build(pair, total_steps, self.aux_weight)
+            self.rdd_kd = fastkd.KDLoss(temperature=config.rdd.temperature, loss_weight=config.rdd.weight)
         self.distillers = nn.ModuleDict(_distillers(method, config, student, teacher, ignore_index))
 
     def forward(self, student: Output, teacher: Output | None, labels: Tensor, step: int) -> Terms:
-        """Loss of one batch; labels (N, H, W); step counts from 0."""
+        """Loss of one batch; labels (L, H, W) of its first L images; step counts from 0."""
         info: dict[str, Tensor] = {}
         if teacher is not None:
             aux = None if teacher.aux is None else resize(teacher.aux, student.logits)
             teacher = Output(resize(teacher.logits, student.logits), teacher.features, aux)
+        count = labels.shape[0]
+        s = first(student, count)
         if self.ce is not None:
-            total = self.ce(student.logits, labels)
+            total = self.ce(s.logits, labels)
             terms = {"task": total}
             if self.aux_weight > 0:
-                terms["aux"] = self.aux_weight * self.ce(student.aux, labels)
+                terms["aux"] = self.aux_weight * self.ce(s.aux, labels)
                 total = total + terms["aux"]
         elif self.rdd is not None and teacher is not None:
-            aux = student.aux if self.aux_weight > 0 else None
-            out = self.rdd(student.logits, teacher.logits, labels, step=step, teacher_aux=teacher.aux, student_aux=aux)
+            t = first(teacher, count)
+            aux = s.aux if self.aux_weight > 0 else None
+            out = self.rdd(s.logits, t.logits, labels, step=step, teacher_aux=t.aux, student_aux=aux)
             total = out.loss
             terms = {"rdd_task": out.task, "rdd_kd": self.rdd.kd_weight * out.kd}
             info["rdd_selected"] = out.selected.detach()
+            if (
+                images := student.logits.shape[0]
+            ) > count:  # RDD's KD is a mean over all pixels: that of the other images
+                rest = self.rdd_kd(student.logits[count:], teacher.logits[count:])
+                terms["rdd_kd"] = self.rdd.kd_weight * (count * out.kd + (images - count) * rest) / images
+                total = out.task + terms["rdd_kd"]
         if teacher is not None:
             for name, distil in self.distillers.items():
                 terms[name] = distil(student, teacher, labels)

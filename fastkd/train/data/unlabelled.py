@@ -1,0 +1,89 @@
+"""Few labels: a fixed part of a data set keeps its labels, and images without labels fill a share of each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastkd.train.data.images import SUFFIXES, rgb
+
+REST = "rest"  # the training images whose labels are not used
+
+
+class Part(Dataset):
+    """Some items of a data set."""
+
+    def __init__(self, dataset: Any, indices: Sequence[int]):
+        self.dataset, self.indices = dataset, indices
+        self.classes, self.palette, self.ignore_index = dataset.classes, dataset.palette, dataset.ignore_index
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[self.indices[index]]
+
+
+class Folder:
+    """The images in a folder and the folders in it, in the order of their paths."""
+
+    def __init__(self, folder: Path):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"data.unlabelled: no folder {folder}; name one with images, or {REST!r}")
+        self.files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        if not self.files:
+            raise FileNotFoundError(f"data.unlabelled: no images ({', '.join(SUFFIXES)}) in {folder}")
+
+    def image(self, index: int) -> Tensor:
+        return rgb(self.files[index])
+
+
+class Unlabelled(Dataset):
+    """`transform(image)` of some of the images of `source`. No label is read, so no augmentation can depend on one."""
+
+    def __init__(self, source: Any, indices: Sequence[int], transform: Callable[..., Any] | None):
+        self.source, self.indices, self.transform = source, indices, transform
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = self.source.image(self.indices[index])
+        return image if self.transform is None else self.transform(image)
+
+
+def split(dataset: Any, *, labelled: Fraction, seed: int, unlabelled: str | None) -> tuple[Any, Unlabelled | None]:
+    """The labelled part of a training set, and the images without labels, None without `unlabelled`.
+
+    Args:
+        labelled: share of the images whose labels are used; their number is rounded, and at least one.
+        seed: which they are.
+        unlabelled: "rest" for the other training images, or a folder of images.
+
+    Raises:
+        ValueError: nothing is left for "rest".
+        FileNotFoundError: the folder is not there or holds no images.
+    """
+    order = list(range(len(dataset)))
+    if labelled < 1:
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    count = max(1, round(labelled * len(dataset)))
+    part = dataset if labelled == 1 else Part(dataset, order[:count])
+    if unlabelled is None:
+        return part, None
+    if unlabelled != REST:
+        folder = Folder(Path(unlabelled).expanduser())
+        return part, Unlabelled(folder, range(len(folder.files)), dataset.transform)
+    rest = order[count:]
+    if not rest:
+        raise ValueError(
+            f"data.unlabelled {REST}: all {len(dataset)} training images are labelled; set data.labelled, e.g. 1/8, or name a "
+            "folder of images"
+        )
+    return part, Unlabelled(dataset, rest, dataset.transform)
