@@ -62,7 +62,7 @@ def difficulty(
         maps = [] if aux is None else [teacher_confidence(t, aux, direction="main_aux")[0]]
         maps.append(difficulty_mask(s, t, label[None].to(s.device))[0])
         seen = [_seen(network, image, palette, how) for network in (teacher, student)]
-        rows.append([image, colourise(label, palette), *seen, *(heatmap(values.float()) for values in maps)])
+        rows.append([image, colourise(label, palette), *seen, *(heatmap(values) for values in maps)])
     return panel(titles, rows, legend=dataset.classes, palette=palette)
 
 

@@ -53,6 +53,38 @@ class Run:
         found = (as_number(values.get("seed")) for values in (self.result, self.settings))
         return next((int(seed) for seed in found if seed is not None), "unknown")
 
+    @property
+    def images(self) -> str:
+        """Training images with a label and, where there are some, + without; "" if the run does not say."""
+        counts = self._images("images")
+        return " + ".join(f"{count:.0f}" for count in counts[: 2 if counts[1:] > [0] else 1])
+
+    @property
+    def about(self) -> str:
+        """Seed, network, images, processes: what a reader asks of one run."""
+        words = [f"seed {self.seed}" if self.seed != "unknown" else "", str(self.result.get("model", ""))]
+        images, crops = self._images("images"), self._images("crops")
+        if crops[1:] > [0]:
+            words.append(
+                f"{images[0]:.0f} labelled + {images[1]:.0f} unlabelled images, {crops[0]:.0f} + {crops[1]:.0f} crops"
+            )
+        elif crops:
+            words.append(f"{images[0]:.0f} labelled images, {crops[0]:.0f} crops")
+        if (processes := as_number(self.result.get("processes"))) and processes > 1:
+            words.append(f"{processes:.0f} processes")
+        return " · ".join(word for word in words if word)
+
+    @property
+    def versions(self) -> str:
+        found = self.result.get("versions")
+        return ", ".join(f"{k} {v}" for k, v in found.items()) if isinstance(found, dict) else ""
+
+    def _images(self, what: str) -> list[float]:
+        found = self.result.get("images")
+        kinds = [found.get(kind) for kind in ("labelled", "unlabelled")] if isinstance(found, dict) else []
+        numbers = [as_number(kind.get(what)) for kind in kinds if isinstance(kind, dict)]
+        return [number for number in numbers if number is not None]
+
     def number(self, key: str) -> float | None:
         """A finite number of result.json; for scores, else that of the last validation in the log."""
         value = as_number(self.result.get(key))
@@ -81,13 +113,15 @@ class Group:
 
     @property
     def model(self) -> str:
-        """The network and its options, so that a wide and a narrow one are told apart."""
+        """The network, its options and the share of the labels it saw: what a plain student must share with a distilled one."""
         run = next((run for run in self.runs if "model" in run.result), None)
         if run is None:
             return "?"
         chosen = run.settings.get("model")
         options = chosen.get("options") if isinstance(chosen, dict) else None
-        return f"{run.result['model']} {options}" if options else str(run.result["model"])
+        data = run.settings.get("data")
+        labelled = data.get("labelled", 1.0) if isinstance(data, dict) else 1.0
+        return f"{run.result['model']} {options or ''} {labelled}"
 
     @property
     def finished(self) -> bool:

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, for the tests: `python -m tests.train.child killed|shared OUT TEACHER`."""
+"""Runs in processes of their own, for the tests: `python -m tests.train.child killed|shared|few OUT TEACHER`."""
 
 import sys
 from pathlib import Path
@@ -11,15 +11,21 @@ STEPS = 12
 
 
 def killed(out, teacher):
-    """NFD+RDD with an auxiliary head and a moving average; a checkpoint after every step."""
+    """NFD+RDD with an auxiliary head, a moving average and unlabelled images; a checkpoint after every step."""
     train = {"steps": STEPS, "checkpoint_every": 1, "ema": 0.9, "panels": 0}
-    return tiny.config(out, method="nfd+rdd", teacher=teacher, aux=True, train=train)
+    return unlabelled(tiny.config(out, method="nfd+rdd", teacher=teacher, aux=True, train=train))
 
 
-def shared(out, teacher, *, accumulate=1):
+def unlabelled(config):
+    """The same run on half the labels, with half of each batch from the other images."""
+    config.data.labelled, config.data.unlabelled = "1/2", "rest"
+    return config
+
+
+def shared(out, teacher, *, accumulate=1, few=False):
     """KD and NFD beside the task, with nothing that depends on who shares the batch: no dropout, no batch statistics.
 
-    The auxiliary head is one that no loss reads.
+    The auxiliary head is one that no loss reads. few: with unlabelled images.
     """
     train = {"steps": 3, "accumulate": accumulate, "batch_norm": "frozen", "panels": 0, "checkpoint_every": 3}
     evaluation = EvalConfig(every=2, batch_size=2, limit=3)  # which two processes cannot share evenly
@@ -27,10 +33,13 @@ def shared(out, teacher, *, accumulate=1):
         out, method="kd+nfd", teacher=teacher, aux=True, options={"decoder_dropout": 0.0}, train=train, eval=evaluation
     )
     config.loss.aux_weight = 0.0
+    if few:
+        config.train.batch_size = 8
+        return unlabelled(config)
     return config
 
 
 if __name__ == "__main__":
     kind, out, teacher = sys.argv[1:]
-    config = killed(out, teacher) if kind == "killed" else shared(out, teacher, accumulate=2)
+    config = killed(out, teacher) if kind == "killed" else shared(out, teacher, accumulate=2, few=kind == "few")
     tiny.run(config, resume=checkpoint.exists(Path(out)))

@@ -21,12 +21,13 @@ ROOT = Path(__file__).parents[2]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def test_two_processes_train_as_one(teacher, tmp_path, quick):
+@pytest.mark.parametrize("kind", ["shared", "few"])
+def test_two_processes_train_as_one(kind, teacher, tmp_path, quick):
     """Each in two parts, of different numbers of valid pixels; and the evaluation has an image too many to share."""
     one, two = tmp_path / "one", tmp_path / "two"
-    tiny.run(child.shared(one, teacher))
+    tiny.run(child.shared(one, teacher, few=kind == "few"))
     done = subprocess.run(
-        [*LAUNCH, "-m", "tests.train.child", "shared", str(two), teacher],
+        [*LAUNCH, "-m", "tests.train.child", kind, str(two), teacher],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

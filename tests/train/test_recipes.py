@@ -16,7 +16,8 @@ from fastkd.train.models import build_model
 from tests.train import tiny, trees
 
 SETS = ("cityscapes", "camvid", "voc", "ade20k")
-PUBLISHED = ("baseline", "cirkd-v1", "cirkd-v2", "rdd-paper", "rdd-official", "nfd", "cwd", "segformer")
+PUBLISHED = ("baseline", "cirkd-v1", "cirkd-v2", "rdd-paper", "rdd-official", "nfd", "cwd", "segformer", "canonical-kd")
+OWN = {"camvid-lite0": "camvid", "street-scenes": "street_scenes"}  # of this project: the data set of each
 
 
 def resolve(name, *words):
@@ -75,9 +76,10 @@ def test_later_words_win(tmp_path):
 
 
 def test_recipes_of_the_package():
-    assert set(PUBLISHED) | {"camvid-lite0-teacher", "camvid-lite0-student"} == set(recipe.names())
+    own = {f"{name}-{role}": data for name, data in OWN.items() for role in ("teacher", "student")}
+    assert {*PUBLISHED, *own} == set(recipe.names())
     for name in recipe.names():
-        assert recipe.load(name)["data"]["name"] == ("camvid" if name.startswith("camvid") else "cityscapes")
+        assert recipe.load(name)["data"]["name"] == own.get(name, "cityscapes")
 
 
 def test_merge_changes_neither():
@@ -94,6 +96,7 @@ def test_merge_changes_neither():
         ("baseline", ["--model.encoder", "mobilenet_v2"], 8),
         ("baseline", ["--model.arch", "PSPNet"], 8),
         ("segformer", [], 4),
+        ("canonical-kd", [], 4),
     ],
 )
 def test_networks_of_the_recipes(name, words, stride):
@@ -129,19 +132,26 @@ def narrow(arch, width):
     return [f"--model.options.{NARROW[arch]}", str(width)]
 
 
-@pytest.mark.parametrize("data", SETS)
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_three_steps(name, data, place, tmp_path, monkeypatch):
-    """The recipe as it is, but for a small encoder and decoder, a small crop, a batch of two, and three steps."""
+@pytest.mark.parametrize(
+    ("name", "data", "few"),
+    [(name, data, False) for name in PUBLISHED for data in SETS] + [(name, "camvid", True) for name in PUBLISHED[1:]],
+)
+def test_three_steps(name, data, few, place, tmp_path, monkeypatch):
+    """The recipe as it is, but for a small encoder and decoder, a small crop, a batch of two, and three steps.
+
+    few: with half of the labels, and an image without in each batch.
+    """
     monkeypatch.setattr(engine, "write_report", lambda *args, **options: None)  # slow, and with tests of its own
     arch = recipe.load(name)["model"]["arch"]
     root, teacher = place(data, arch)
     words = ["--recipe", name, "--data.name", data, "--data.root", str(root), "--out", str(tmp_path / "run")]
     small = ["--data.crop", "[64, 64]", "--train.batch_size", "2", "--train.steps", "3", *SMALL, *narrow(arch, 32)]
     brief = ["--train.log_every", "1", "--eval.limit", "1", "--train.device", "cpu", "--data.workers", "0"]
+    brief += ["--data.labelled", "1/2", "--data.unlabelled", "rest"] if few else []
     config, flags = parse([*words, *small, *brief, *(["--teacher", str(teacher)] if name != "baseline" else [])])
     result = engine.train(config, show=False, **flags)
     assert result["steps"] == 3
+    assert result["images"]["unlabelled"]["crops"] == 3 * few
     assert result["method"] == recipe.load(name)["method"]
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3]
