@@ -66,9 +66,9 @@ def test_labels_of_the_rest_are_never_read():
     ("data", "words"),
     [
         ({"labelled": "1/0"}, "data.labelled is a share"),
-        ({"labelled": 1.5}, "above 0 and up to 1"),
+        ({"labelled": 1.5}, "data.labelled must be .* above 0 and at most 1"),
         ({"labelled": "half"}, "got 'half'"),
-        ({"labelled": "1/8", "unlabelled": "rest", "unlabelled_share": 1.0}, "must leave room"),
+        ({"labelled": "1/8", "unlabelled": "rest", "unlabelled_share": 1.0}, "above 0 and below 1"),
         ({"labelled": "1/8", "unlabelled": "rest", "unlabelled_share": 0.01}, "must leave room"),
     ],
 )
