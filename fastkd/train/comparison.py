@@ -42,7 +42,7 @@ def compare(
     Args:
         runs: directories of runs on one data set, in the order of the page. Runs that differ in their seed alone are one row; the
             pictures show the first of them. The TFE and TSE maps are drawn for the first teacher among them (a run with an
-            auxiliary head) and the last student distilled with RDD, if there are such.
+            auxiliary head) and the last student distilled, if there are such.
         root: folder of the data set, if it is not where it was in training.
         count: validation images in a panel, evenly spread.
 
@@ -64,7 +64,7 @@ def compare(
         seen = predictions(networks, samples, scenes, how)
         pictures.append(("predictions", "What the networks see in validation images.", seen))
         teacher = next((run for run in shown if run.network.has_aux), None)
-        student = next((run for run in reversed(shown) if "rdd" in run.config.method.split("+")), None)
+        student = next((run for run in reversed(shown) if run.config.teacher), None)
         if teacher and student:
             maps = difficulty(teacher.network, student.network, samples, scenes, how, name=student.name)
             pictures.append(("difficulty", MAPS.format(student.name), maps))

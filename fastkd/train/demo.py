@@ -1,7 +1,7 @@
-"""`fastkd demo`: a teacher, a plain student and four distilled ones on generated street scenes, compared in one page.
+"""`fastkd demo`: what distilling gives where labels are few, on generated street scenes.
 
-All values are in `demo.yaml`. The students start from the same weights and see the same crops; the page shows what came out,
-also where a method does not help.
+A teacher trains on all labels. Students have the labels of an eighth of the scenes; the distilled ones see the others without.
+All values are in `demo.yaml`. It ends in a table and a page that say what came out, also where distilling gives nothing.
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ from fastkd.train.comparison import compare
 from fastkd.train.config import Config, differences, from_dict, to_dict
 from fastkd.train.engine import build_datasets, train
 from fastkd.train.evaluation import SegmentationSet
+from fastkd.train.runs import grouped, load_runs, verdict
 
 SETTINGS = Path(__file__).with_name("demo.yaml")
 
 
 def configs(out: Path, settings: dict[str, Any]) -> dict[str, Config]:
-    """The runs in order: "teacher", then one per method; each has its directory under `out`."""
-    runs = {"teacher": _config(settings, "teacher", {}, out=str(out / "teacher"), name="teacher")}
+    """The runs in order, by name: the teacher, then each method with each seed; each has its directory under `out`."""
+    runs = {"teacher": _config(settings["teacher"], {}, out=str(out / "teacher"), name="teacher")}
     for method, values in settings["methods"].items():
-        name = "student" if method == "none" else f"student {method}"
         teacher = None if method == "none" else str(out / "teacher" / "last.pt")
-        own = {"out": str(out / name.replace(" ", "-")), "name": name, "method": method, "teacher": teacher}
-        runs[method] = _config(settings, "student", values, **own)
+        for seed in settings["seeds"]:
+            name = f"{'plain' if method == 'none' else method}-{seed}"
+            own = {"out": str(out / name), "name": name, "method": method, "teacher": teacher, "seed": seed}
+            runs[name] = _config(settings["student"], values, **own)
     return runs
 
 
-def _config(settings: dict[str, Any], role: str, values: dict[str, Any], **own: Any) -> Config:
-    merged: dict[str, Any] = {}
-    for layer in (settings["common"], settings[role], values, own):
+def _config(role: dict[str, Any], values: dict[str, Any], **own: Any) -> Config:
+    merged = recipe.load(role["recipe"])
+    for layer in ({key: value for key, value in role.items() if key != "recipe"}, values, own):
         merged = recipe.merge(merged, layer)
     return from_dict(Config, merged)
 
@@ -48,7 +50,8 @@ def demo(out: Path, settings: dict[str, Any] | None = None) -> Path:
     settings = settings or yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
     out = Path(out)
     runs = configs(out, settings)
-    expected = {name: float(settings["seconds"][name]) for name in runs}
+    seconds = settings["seconds"]
+    expected = {name: float(seconds["teacher" if name == "teacher" else c.method]) for name, c in runs.items()}
     datasets = None
     pace, taken, planned = 1.0, 0.0, 0.0  # pace: how many times as long as expected a run takes here
     for number, (name, config) in enumerate(runs.items(), 1):
@@ -100,15 +103,17 @@ def _minutes(seconds: float) -> str:
 
 
 def report(out: Path, runs: dict[str, Config]) -> Path:
-    """The page about all runs."""
-    student, teacher = runs["none"], runs["teacher"]
+    """The page about all runs, and its table on the terminal."""
+    teacher, student = runs["teacher"], next(c for c in runs.values() if c.teacher)
+    scenes = teacher.data.options["length"]
     notes = (
-        f"Street scenes painted by the package: {teacher.data.options['length']} for training, "
-        f"{teacher.data.val_options['length']} others for validation. "
-        f"Teacher: {teacher.model.arch} on {teacher.model.encoder}, {teacher.train.steps} steps; students: "
-        f"{student.model.arch} on {student.model.encoder}, {student.train.steps} steps each, all from random weights. "
-        "The students share their first weights and every crop.\n\n"
-        "This is a short run on a small data set: it shows that the parts work together and what they cost, not which "
-        "method is best."
+        f"Street scenes painted by the package. The teacher ({teacher.model.arch} on {teacher.model.encoder}, "
+        f"{teacher.train.steps} steps) has the labels of all {scenes} training scenes. The students ({student.model.encoder}, "
+        f"{student.train.steps} steps) have the labels of {student.data.labelled} of them; the distilled ones also see the "
+        f"others, without labels. {teacher.data.val_options['length']} other scenes are for validation; each score is that "
+        "of the last step. All networks start from random weights."
     )
-    return compare(out, [Path(config.out) for config in runs.values()], title="FastKD demo", notes=notes)
+    page = compare(out, [Path(config.out) for config in runs.values()], title="FastKD demo", notes=notes)
+    print((out / "table.md").read_text(encoding="utf-8").partition("## Each seed")[0].strip())
+    print(*verdict(grouped(load_runs([config.out for config in runs.values()]))), sep="\n")
+    return page
