@@ -77,7 +77,7 @@ def _paint(config: Config) -> tuple[SegmentationSet, SegmentationSet]:
     """The data sets, with every scene painted into their caches."""
     datasets = build_datasets(config.data)
     for dataset, what in zip(datasets, ("training", "validation"), strict=True):
-        for index in tqdm(range(len(dataset)), desc=f"painting {what} scenes", dynamic_ncols=True):
+        for index in tqdm(range(len(dataset)), desc=f"painting {what} scenes", dynamic_ncols=True, disable=None):
             dataset[index]
     return datasets
 

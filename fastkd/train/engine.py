@@ -43,7 +43,7 @@ from fastkd.train.methods import Objective, Terms, student_features, teacher_for
 from fastkd.train.models import Output, SegmentationModel, Student, build_model
 from fastkd.train.pictures import MAPS, difficulty, predictions, sample
 from fastkd.train.report import write_report
-from fastkd.train.schedule import build_optimizer, learning_rate
+from fastkd.train.schedule import build_optimizer, build_schedule
 from fastkd.train.student import Average, freeze_unused, set_batch_norm, train_mode
 
 RESULT = "result.json"
@@ -197,6 +197,7 @@ class Run:
         seconds = self._restore() if resume and checkpoint.exists(self.out) else 0.0
         if self.step == steps and (self.out / RESULT).exists():
             return json.loads((self.out / RESULT).read_text(encoding="utf-8"))
+        self.schedule = build_schedule(self.optimizer.optimizer, config.optim, steps, done=self.step)
         self.accelerator.wait_for_everyone()  # all have read what the first one writes from here on
         self.log = RunLog(self.out, enabled=self.main)
         progress = Progress(config.name or self.out.name, total=steps, done=self.step, show=self.show)
@@ -265,9 +266,7 @@ class Run:
         watch.begin()
         loaded = [next(batches) for _ in range(parts)]
         watch.data_ready()
-        rate = learning_rate(config.optim, self.step, config.train.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        rate = float(self.schedule.get_last_lr()[0])
         torch.manual_seed(step_seed(config.seed, self.step, self.accelerator.process_index))
         moved = [self._to_device(images, labels) for images, labels in loaded]
         shares = self._shares([labels for _, labels in moved])
@@ -282,6 +281,7 @@ class Run:
         if config.optim.clip is not None:
             self.accelerator.clip_grad_norm_(self.student.parameters(), config.optim.clip)
         self.optimizer.step()
+        self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.student.model)

@@ -12,21 +12,59 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.features import Tapped
+from fastkd.ranges import Finite, Positive
 from fastkd.train.weights import load_encoder_weights, load_network_weights
-
-if TYPE_CHECKING:
-    from fastkd.train.config import ModelConfig
 
 PROBE = (2, 3, 128, 128)  # images of the dummy forward that sizes heads and adapters
 TRUSTED = "FASTKD_FACTORIES"  # environment variable: factories that a checkpoint may name, separated by commas
+
+
+@dataclass
+class ModelConfig:
+    """One segmentation network.
+
+    Args:
+        library: "smp" (segmentation-models-pytorch) or "torchvision".
+        arch: class of smp (DeepLabV3, PSPNet, Segformer, FPN, ...), function of torchvision.models.segmentation, or
+            "package.module:factory", a callable that is given classes=... and `options` and returns the network.
+        encoder: smp encoder (resnet18, resnet101, mobilenet_v2, mit_b0, ...); "tu-<name>" is any timm model. Only for smp.
+        encoder_weights: file with the encoder's state dict (.safetensors, or a torch file); None: random start. Only for smp.
+        weights: file with the whole network's state dict, under its own names or those of CIRKD; None: random start.
+        options: further keywords of the architecture; with smp, encoder_output_stride: 8 gives dilated features.
+        logits: path of the module that returns the raw logits; None: the architecture's known one (of a factory: the network).
+        features: name -> path of the features that feature losses compare (see fastkd.features); None: {encoder: the encoder's
+            last} for a library's network, none for a factory's.
+        aux: path of the feature map that feeds an FCN auxiliary head, e.g. "encoder[-2]"; None: no such head.
+        aux_logits: path of the module that returns the logits of an auxiliary head that the network has itself.
+        channels: order in which the network takes the channels of an image.
+        max_value: of white in the images the network takes, 1 or 255; mean and std are in the same units and channel order.
+        mean: input mean.
+        std: input standard deviation.
+    """
+
+    library: Literal["smp", "torchvision"] = "smp"
+    arch: str = "DeepLabV3Plus"
+    encoder: str = "tu-mobilenetv3_small_100"
+    encoder_weights: str | None = None
+    weights: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    logits: str | None = None
+    features: dict[str, str] | None = None
+    aux: str | None = None
+    aux_logits: str | None = None
+    channels: Literal["rgb", "bgr"] = "rgb"
+    max_value: Positive = 1.0
+    mean: tuple[Finite, Finite, Finite] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
 
 
 class Output(NamedTuple):

@@ -1,22 +1,31 @@
-"""Optimiser and learning rate: the rate is a function of the step alone, so a resumed run needs no state of a scheduler."""
+"""Optimiser and learning rate. The rate is a function of the step alone, so a resumed run needs no state of a scheduler."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from fastkd.train.config import OptimConfig
 
 
-def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
-    """Rate of optimiser step `step` (from 0) of a run of `steps`."""
+def build_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, steps: int, *, done: int = 0) -> LambdaLR:
+    """The rates of a run of `steps`, of which `done` are done."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = optim.lr
+    return LambdaLR(optimizer, partial(_factor, optim, steps), last_epoch=done - 1)
+
+
+def _factor(optim: OptimConfig, steps: int, step: int) -> float:
+    """The rate of step `step` (from 0) over `optim.lr`."""
     if step < optim.warmup:
-        return optim.lr * (step + 1) / optim.warmup
-    done = step / steps
+        return (step + 1) / optim.warmup
+    done = min(step / steps, 1.0)
     factor = (1 - done) ** optim.power if optim.schedule == "poly" else 0.5 * (1 + math.cos(math.pi * done))
-    return max(optim.lr * factor, optim.min_lr)
+    return max(factor, optim.min_lr / optim.lr)
 
 
 def build_optimizer(optim: OptimConfig, student: nn.Module) -> torch.optim.Optimizer:

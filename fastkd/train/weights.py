@@ -7,13 +7,10 @@ import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from fastkd.train.models import SegmentationModel
 
 # Names of a CIRKD checkpoint -> names of `SegmentationModel` around smp's DeepLabV3. The backbone has torchvision's names. Those
 # of the heads are public in awesome-semantic-segmentation-pytorch, whose layout CIRKD follows; a PSPNet or MobileNetV2 of
@@ -87,7 +84,7 @@ def _timm_keys(name: str) -> frozenset[str]:
         return frozenset(timm.create_model(name, pretrained=False).state_dict())
 
 
-def load_network_weights(model: SegmentationModel, path: Path) -> None:
+def load_network_weights(model: Any, path: Path) -> None:
     """Loads `path` into a whole network, strictly but for an auxiliary head that the model does without.
 
     The file may have the names of the network itself, of this trainer's checkpoints, or of CIRKD's.

@@ -3,11 +3,25 @@
 import math
 
 import pytest
+import torch
 
 pytest.importorskip("accelerate")
 
 from fastkd.train.config import OptimConfig
-from fastkd.train.schedule import learning_rate
+from fastkd.train.schedule import build_optimizer, build_schedule
+
+
+def learning_rate(optim, step, steps):
+    """Of a run that goes on at this step; a run from the start comes to the same."""
+    optimizer = build_optimizer(optim, torch.nn.Linear(1, 1))
+    schedule = build_schedule(optimizer, optim, steps)
+    for _ in range(step):
+        optimizer.step()
+        schedule.step()
+    resumed = build_optimizer(optim, torch.nn.Linear(1, 1))
+    assert build_schedule(resumed, optim, steps, done=step).get_last_lr() == schedule.get_last_lr()
+    assert resumed.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    return optimizer.param_groups[0]["lr"]
 
 
 def test_poly():

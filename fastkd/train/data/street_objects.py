@@ -58,12 +58,8 @@ def building(scene: Scene, rng: Random, side: int, lateral: float, z0: float, z1
     """A block from z0 to z1 whose front is `lateral` metres from the street's centre line: its gable and its street wall."""
     (x, slope), depth, phase = scene.place(z0, side * lateral), rng.uniform(9, 16), rng.randrange(512)
     colour, glass, sign, tiles = (pick(rng, c) for c in (FACADES, [GLASS, *PAINTS[6:8]], PAINTS, PAINTS[:3] + HAIR))
-    storey, bay, left, right = (
-        rng.uniform(2.8, 3.8),
-        rng.uniform(1.8, 3.6),
-        rng.uniform(0.15, 0.3),
-        rng.uniform(0.6, 0.9),
-    )
+    storey, bay = rng.uniform(2.8, 3.8), rng.uniform(1.8, 3.6)
+    left, right = rng.uniform(0.15, 0.3), rng.uniform(0.6, 0.9)
     shop, blank, roof = rng.random() < 0.45, rng.random() < 0.15, rng.choice((0, 0.8, 2.2))
     panes, lit_share = np.random.default_rng(rng.getrandbits(32)).random((16, 16), FLOAT), rng.uniform(0.1, 0.45)
 
@@ -102,11 +98,8 @@ def building(scene: Scene, rng: Random, side: int, lateral: float, z0: float, z1
 def border(scene: Scene, rng: Random, side: int, lateral: float, z0: float, z1: float) -> None:
     """A hedge, or a fence of railings or boards; where the street shows through a fence, it is fence too."""
     (x, slope), hedge, height = scene.place(z0, side * lateral), rng.random() < 0.5, rng.uniform(0.9, 2.1)
-    colour, period, solid = (
-        pick(rng, scene.leaves if hedge else [BLACK, *METAL, *HAIR]),
-        rng.uniform(0.14, 0.3),
-        rng.choice((0.3, 0.85)),
-    )
+    colour = pick(rng, scene.leaves if hedge else [BLACK, *METAL, *HAIR])
+    period, solid = rng.uniform(0.14, 0.3), rng.choice((0.3, 0.85))
     if wall := scene.canvas.wall(x, slope, z0, z1, height + 0.4):
         rough = noise(0.6, wall.y * 18, wall.x * 18)
         top = height + 0.6 * hedge * (noise(1.5, wall.y * 6 + 90, wall.x * 6) - 0.5)
@@ -118,21 +111,15 @@ def border(scene: Scene, rng: Random, side: int, lateral: float, z0: float, z1: 
 
 
 def tree(scene: Scene, rng: Random, x: float, z: float) -> None:
-    radius, trunk, lean, phase = (
-        rng.uniform(1.3, 3.4),
-        rng.uniform(1.8, 3.2),
-        rng.uniform(-0.3, 0.3),
-        rng.randrange(512),
-    )
+    radius, trunk = rng.uniform(1.3, 3.4), rng.uniform(1.8, 3.2)
+    lean, phase = rng.uniform(-0.3, 0.3), rng.randrange(512)
     tall, colour, bark = radius * rng.uniform(0.9, 1.5), pick(rng, scene.leaves, 0.2), pick(rng, HAIR[1:3] + METAL[:1])
     if board := scene.canvas.board(x, z, radius * 1.3, trunk + 2.3 * tall):
         light, sun_x, up = scene.light.at(scene, x, z), scene.light.sun_way[0], (board.y - trunk - tall) / tall
         board.fill(bar(0, 0, lean, trunk + tall * 0.6, board.thin(0.18)), bark * light, VEGETATION)
         grain = min(36.0, 0.9 / board.dx)  # texels per metre: never finer than a pixel
-        leaf, clump = (
-            noise(0.6, board.y * grain + phase, board.x * grain),
-            noise(1.5, board.y * 22, board.x * 22 + phase),
-        )
+        leaf = noise(0.6, board.y * grain + phase, board.x * grain)
+        clump = noise(1.5, board.y * 22, board.x * 22 + phase)
         out = np.sqrt((board.x / radius) ** 2 + up**2)
         edge = np.maximum(out - 1 + (clump * 1.9 + leaf * 0.5 - 1.2) * 0.75, out - 1.1 - 0.18 * leaf) * radius
         # Lit from the sun's side and from above, dark inside and below.
@@ -188,9 +175,8 @@ def clutter(scene: Scene, rng: Random, x: float, z: float) -> None:
     """A bin, a box or a bollard: in no class, so ignored."""
     half, height, tone = rng.uniform(0.12, 0.5), rng.uniform(0.6, 1.3), pick(rng, PAINTS)
     if board := scene.canvas.board(x, z, half, height):
-        board.fill(
-            box(-half, half, 0, height), tone * scene.light.at(scene, x, z) * (0.75 + 0.3 * board.x / half), IGNORE
-        )
+        tone = tone * scene.light.at(scene, x, z) * (0.75 + 0.3 * board.x / half)
+        board.fill(box(-half, half, 0, height), tone, IGNORE)
 
 
 def vehicle(scene: Scene, rng: Random, lateral: float, z: float, *, kind: str, towards: bool, lit: bool) -> None:
@@ -198,11 +184,8 @@ def vehicle(scene: Scene, rng: Random, lateral: float, z: float, *, kind: str, t
     length, width, height, belt, outline = BODIES[kind]
     bus, half, brakes, (x, slope) = kind == "bus", width / 2, rng.random() < 0.4, scene.place(z, lateral)
     light, label, side = scene.light.at(scene, x, z), BUS if bus else CAR, (x > half) - (x < -half)
-    body, tyre, glass = (
-        pick(rng, LIVERIES if bus else PAINTS) * light,
-        BLACK * light,
-        GLASS * light + scene.light.mirror * 0.13,
-    )
+    body, tyre = pick(rng, LIVERIES if bus else PAINTS) * light, BLACK * light
+    glass = GLASS * light + scene.light.mirror * 0.13
     share, tops = (np.array(v, FLOAT) for v in zip(*outline, strict=True))
     if towards:
         share, tops = 1 - share[::-1], tops[::-1]
@@ -232,26 +215,20 @@ def vehicle(scene: Scene, rng: Random, lateral: float, z: float, *, kind: str, t
         board.fill(box(-half * 0.86, half * 0.86, belt + 0.05, height - (0.5 if bus else 0.2)), glass)
     glow = (scene.light.lamps > 0 or (brakes and not towards)) and lit
     front, back = WHITE * light * 0.9 + 3 * WARM * glow, rgb(168, 18, 20) * light + rgb(255, 30, 24) * 1.3 * glow
-    board.fill(
-        union(*(box(s - 0.19, s + 0.19, 0.68, 0.88) for s in (0.24 - half, half - 0.24))), front if towards else back
-    )
+    lamps = union(*(box(s - 0.19, s + 0.19, 0.68, 0.88) for s in (0.24 - half, half - 0.24)))
+    board.fill(lamps, front if towards else back)
     board.fill(box(-0.26, 0.26, 0.5, 0.61), WHITE * light * 0.8)
 
 
 def person(scene: Scene, rng: Random, x: float, z: float, *, height: float) -> None:
     """Someone who stands or walks."""
     h, stride, swing, bulk = height, rng.uniform(0.02, 0.16), rng.uniform(-0.1, 0.1), rng.uniform(0.085, 0.12)
-    hem, (coat, trousers, skin, hair) = (
-        rng.choice((0.36, 0.5, 0.5)),
-        (pick(rng, c) for c in (CLOTHES, CLOTHES, SKIN, HAIR)),
-    )
+    hem = rng.choice((0.36, 0.5, 0.5))
+    coat, trousers, skin, hair = (pick(rng, c) for c in (CLOTHES, CLOTHES, SKIN, HAIR))
     if board := scene.canvas.board(x, z, 0.45 * h, 1.04 * h):
         light, leg = scene.light.at(scene, x, z), board.thin(0.048 * h)
-        board.fill(
-            union(*(bar(s * 0.045 * h, h / 2, s * stride * h, 0.05 * h, leg) for s in (-1, 1))),
-            trousers * light,
-            PERSON,
-        )
+        legs = (bar(s * 0.045 * h, h / 2, s * stride * h, 0.05 * h, leg) for s in (-1, 1))
+        board.fill(union(*legs), trousers * light, PERSON)
         arms = (bar(s * bulk * h, 0.77 * h, (s * (bulk + 0.03) - swing) * h, 0.47 * h, 0.036 * h) for s in (-1, 1))
         board.fill(union(*arms), coat * light * 0.75, PERSON)
         board.fill(bar(0, hem * h, 0, 0.74 * h, bulk * h), coat * light, PERSON)
@@ -259,6 +236,7 @@ def person(scene: Scene, rng: Random, x: float, z: float, *, height: float) -> N
         board.fill(disc(0, 0.9 * h, 0.06 * h), skin * light, PERSON)
 
 
+# Tubes of a bicycle, (x0, y0, x1, y1).
 FRAME = (
     (-0.52, 0.34, -0.2, 0.82),
     (-0.2, 0.82, 0.0, 0.34),

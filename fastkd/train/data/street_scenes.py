@@ -80,10 +80,8 @@ class Scene:
         own = self.lane * (rng.randrange(self.lanes) + 0.5) + rng.uniform(-0.4, 0.4)
         self.bend = (-own, rng.uniform(-0.05, 0.05), rng.uniform(-1, 1) * rng.choice((1 / 900, 1 / 4000)))
         start = rng.uniform(16, 60) if rng.random() < 0.5 else NOWHERE
-        self.cross, self.zebra = (
-            (start, start + rng.uniform(8, 14)),
-            rng.uniform(9, 35) if rng.random() < 0.3 else NOWHERE,
-        )
+        self.cross = (start, start + rng.uniform(8, 14))
+        self.zebra = rng.uniform(9, 35) if rng.random() < 0.3 else NOWHERE
         self.jobs: list[tuple[int, float, Callable[[random.Random], None]]] = []  # layer, depth, what paints it
         self.shadows: list[tuple[float, float, float, float]] = []  # x, z, half width, length
 
@@ -148,7 +146,7 @@ class Scene:
     def _roadside(self, side: int) -> None:
         """What stands on the pavement, at the kerb and on the lanes of one side."""
         rng, kerb, walk = self.rng, self.kerb[side], self.walk[side]
-        post = (kerb + 0.3, kerb + 0.6)
+        post, pavement = (kerb + 0.3, kerb + 0.6), (kerb + 0.5, walk - 0.4)
         for thing, most, (low, high), (z0, z1), draw in (
             (things.tree, rng.choice((0, 9)), post, (6, 75), dict),
             (things.pole, 5, post, (6, 75), lambda: {"height": rng.uniform(5, 8), "lamp": -side}),
@@ -156,36 +154,20 @@ class Scene:
             (things.sign, 5, post, (6, 45), dict),
             (things.traffic_light, 4, post, (8, 60), dict),
             (things.clutter, 3, (kerb + 0.4, walk - 0.3), (4, 40), dict),
-            (
-                things.bicycle,
-                4,
-                (kerb + 0.5, walk - 0.4),
-                (4, 26),
-                lambda: {"ridden": False, "across": rng.random() < 0.75},
-            ),
+            (things.bicycle, 4, pavement, (4, 26), lambda: {"ridden": False, "across": rng.random() < 0.75}),
             (things.bicycle, 2, (kerb - 2.9, kerb - 0.8), (6, 30), lambda: {"ridden": True, "across": False}),
-            (
-                things.person,
-                rng.choice((3, 9)),
-                (kerb + 0.4, walk - 0.3),
-                (4.5, 45),
-                lambda: {"height": rng.uniform(1.45, 1.92)},
-            ),
-        ):
+            (things.person, rng.choice((3, 9)), (kerb + 0.4, walk - 0.3), (4.5, 45), lambda: {"height": rng.uniform(1.45, 1.92)}),
+        ):  # fmt: skip
             for _ in range(rng.randrange(most + 1)):
                 z, lateral, options = rng.uniform(z0, z1), side * rng.uniform(low, high), draw()
                 if self._free(z, z):
                     self._add(thing, lateral, z, **options)
         start = self.zebra if self.zebra < NOWHERE else rng.uniform(10, 40)
         for _ in range(rng.choice((0, 0, 1, 2))):  # who crosses the street
-            z, lateral, way = (
-                start + rng.uniform(0.3, 2.6),
-                side * rng.uniform(0, kerb),
-                {"ridden": True, "across": True},
-            )
-            self._add(things.person, lateral, z, height=1.7) if rng.random() < 0.7 else self._add(
-                things.bicycle, lateral, z, **way
-            )
+            z, lateral = start + rng.uniform(0.3, 2.6), side * rng.uniform(0, kerb)
+            walks = rng.random() < 0.7
+            options = {"height": 1.7} if walks else {"ridden": True, "across": True}
+            self._add(things.person if walks else things.bicycle, lateral, z, **options)
         for lane in range(self.lanes):
             lateral = side * self.lane * (lane + 0.5)
             z = rng.uniform(8, 40) if abs(lateral + self.bend[0]) < 1.5 else rng.uniform(4, 30)
@@ -202,15 +184,9 @@ class Scene:
     def _sky(self) -> None:
         """The sky, and the hazy range of houses or trees that closes the street."""
         canvas, light, rng = self.canvas, self.light, self.rng
-        rows, phase, wood = (
-            int(np.searchsorted(canvas.b, canvas.camera_height / 2000)),
-            rng.randrange(512),
-            rng.random() < 0.5,
-        )
-        height, tone = (
-            rng.uniform(7, 30),
-            things.pick(rng, self.leaves if wood else things.FACADES) * light.facing((0, 1, -1)),
-        )
+        rows = int(np.searchsorted(canvas.b, canvas.camera_height / 2000))
+        phase, wood, height = rng.randrange(512), rng.random() < 0.5, rng.uniform(7, 30)
+        tone = things.pick(rng, self.leaves if wood else things.FACADES) * light.facing((0, 1, -1))
         up, a, (sx, sy, sz) = 0.02 - canvas.b[:rows, None], canvas.a[None], light.sun_way
         fine, wide = (noise(1.5, k / (up + 0.12) + phase, a * k / (up + 0.12)) for k in (90, 11))
         cloud = clip01((wide * 0.75 + fine * 0.35 - 0.95 + 0.62 * light.cloud) * 4) * 0.85 * clip01(up * 12)
@@ -280,12 +256,10 @@ class Scene:
         alpha = clip01(rows - canvas.height + rise * np.sqrt(1 - 0.75 * across**2))
         canvas.paint(slice(None), slice(None), things.pick(rng, things.PAINTS) * light.ambient, alpha, IGNORE, 0.0)
         if light.lamps:  # bloom
-            image = image + 0.2 * _blur(
-                _blur(np.maximum(image - 0.35, 0), canvas.height // 24 + 1), canvas.height // 12 + 1
-            )
-        image = image + rng.choice((0.0, rng.uniform(0.3, 1.0))) * min(1, canvas.height / 160) * (
-            _blur(image, 1) - image
-        )
+            glare = _blur(np.maximum(image - 0.35, 0), canvas.height // 24 + 1)
+            image = image + 0.2 * _blur(glare, canvas.height // 12 + 1)
+        soft = rng.choice((0.0, rng.uniform(0.3, 1.0))) * min(1, canvas.height / 160)
+        image = image + soft * (_blur(image, 1) - image)
         # The camera meters: it evens out most of the difference between scenes, and errs a little.
         gain = (light.exposure / max(float(image[:, ::4, ::4].mean()), 0.01)) ** 0.8 * rng.uniform(0.8, 1.2)
         balance = np.array([[[gain * rng.uniform(0.93, 1.07)]] for _ in range(3)], dtype=FLOAT)
