@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .ops import operator
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_LABELS = (torch.uint8, torch.int32, torch.int64)
+_FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
+_LABELS = frozenset((torch.uint8, torch.int32, torch.int64))
 
 
 def check_word(name: str, got: str, known: tuple[str, ...]) -> None:
@@ -31,6 +30,8 @@ def check_number(
 
 def check_float(name: str, x: Tensor) -> None:
     """(N, C, H, W) in one of the four floating-point dtypes."""
+    if isinstance(x, Tensor) and x.dtype in _FLOATS and x.dim() == 4:
+        return
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, expected a torch.Tensor")
     if x.dtype not in _FLOATS:
@@ -91,21 +92,20 @@ def check_target(target: Tensor, logits: Tensor, shape: tuple[int | None, ...], 
     _check_map("target", target, shape)
     check_device("target", target, "the logits", logits)
     # A branch on a value cannot be traced, and waits for a GPU.
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not (target.is_cpu or os.environ.get("FASTKD_CHECK_LABELS") == "1"):
         return
-    if target.device.type == "cpu" or os.environ.get("FASTKD_CHECK_LABELS") == "1":
-        classes = logits.shape[1]
-        bad = _first_bad_label(target, classes, ignore_index)
-        if bad >= 0:
-            raise IndexError(
-                f"target: got label {int(target.flatten()[bad])}, expected 0 to {classes - 1} (C = {classes}) or ignore_index "
-                f"{ignore_index}; map the labels to class indices, or pass the ignore_index they use"
-            )
+    classes = logits.shape[1]
+    bad = _first_bad_label(target, classes, ignore_index)
+    if bad >= 0:
+        raise IndexError(
+            f"target: got label {int(target.flatten()[bad])}, expected 0 to {classes - 1} (C = {classes}) or ignore_index "
+            f"{ignore_index}; map the labels to class indices, or pass the ignore_index they use"
+        )
 
 
 def _first_bad_label(target: Tensor, classes: int, ignore_index: int) -> int:
-    if target.device.type == "cpu" and backends.why_not("cpu") is None:
-        return int(operator("cpu", "first_bad_label")(target.contiguous(), classes, ignore_index))
+    if target.is_cpu and backends.why_not("cpu") is None:
+        return int(torch.ops.fastkd_cpu.first_bad_label.default(target.contiguous(), classes, ignore_index))
     label = target.flatten().long()  # uint8 would wrap the numbers it is compared with
     bad = ((label < 0) | (label >= classes)) & (label != ignore_index)
     return int(bad.long().argmax()) if bool(bad.any()) else -1
@@ -150,6 +150,11 @@ def check_class_weight(weight: Tensor, logits: Tensor) -> None:
 def dense_together(*maps: Tensor) -> tuple[Tensor, ...]:
     """All in one dense layout (the first's if it has one), and all fp64 if one is; no copy in the usual case."""
     maps = one_precision(*maps)
+    for x in maps:
+        if not x.is_contiguous():
+            break
+    else:
+        return maps
     layout = torch.contiguous_format
     if not maps[0].is_contiguous() and maps[0].is_contiguous(memory_format=torch.channels_last):
         layout = torch.channels_last

@@ -118,12 +118,13 @@ def _nfd_loss(student: Tensor, teacher: Tensor, dims: str, eps: float, reduction
     check_word("reduction", reduction, FEATURE_REDUCTIONS)
     check_number("eps", eps, minimum=0)
     n, c, h, w = student.shape
-    groups = {"hw": n * c, "nhw": c, "c": n * h * w, "chw": n}[dims]
-    # A term is the mean of a group, so "sum" and "batchmean" have as many terms as elements.
-    elements = student.numel() / max(groups, 1)
-    share = loss_weight if reduction in ("mean", "none") else loss_weight * elements
-    how = reduction_of(reduction, groups, n, weight=share)
-    backend = backends.choose("nfd", student.device, fits_cuda(student, teacher, dims))
+    groups = n * c if dims == "hw" else c if dims == "nhw" else n * h * w if dims == "c" else n
+    if reduction in ("sum", "batchmean"):  # over elements, where a term is the mean of a group
+        loss_weight = loss_weight * student.numel() / max(groups, 1)
+    how = reduction_of(reduction, groups, n, weight=loss_weight)
+    backend = backends.choose("nfd", student.device)
+    if backend == "cuda" and not fits_cuda(student, teacher, dims):
+        backend = backends.choose("nfd", student.device, cuda=False)
     if backend == "reference" or student.numel() == 0:
         terms = reference.nfd(student, _constant(teacher), dims, eps)
         if student.numel() == 0:
@@ -470,7 +471,7 @@ def _rdd_loss(
         task, count = _cross_entropy(heads.student, plain, confidence, None, "mean_all", share)
         if heads.student_aux is not None and aux_weight > 0:
             task = task + _cross_entropy(heads.student_aux, plain, confidence, None, "mean_all", share * aux_weight)[0]
-        return task, count.clamp(max=1)  # every valid pixel carries task loss
+        return task, count.sign()  # every valid pixel carries task loss
 
     def tse(share: float) -> tuple[Tensor, Tensor]:
         task, selected = _selected_cross_entropy(heads.student, heads.teacher, labels, hard, p.tse_reduction, share)

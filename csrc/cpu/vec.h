@@ -227,14 +227,18 @@ inline Double log(Double x) {
 template <class T>
 class Scratch {
 public:
-    explicit Scratch(int64_t n) : data_(static_cast<T*>(operator new(n * sizeof(T), std::align_val_t{64}))) {}
-    ~Scratch() { operator delete(data_, std::align_val_t{64}); }
+    // Aligned by hand: the allocator's aligned calls bypass its caches of small blocks.
+    explicit Scratch(int64_t n)
+        : block_(n ? operator new(n * sizeof(T) + 64) : nullptr),
+          data_(reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(block_) + 63) & ~uintptr_t{63})) {}
+    ~Scratch() { operator delete(block_); }
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
     operator T*() const { return data_; }
 
 private:
-    T* data_;
+    void* const block_;
+    T* const data_;
 };
 
 }  // namespace fastkd::FASTKD_ISA

@@ -31,16 +31,17 @@ def evaluate(loss: Loss, backend: str, reduction: str, scale: float, *args: Any)
         args: the loss's arguments, tensors dense and checked.
     """
     if args[0].requires_grad and torch.is_grad_enabled():
-        return _Loss.apply(loss, backend, reduction, scale, *args)
+        return _Loss.apply(args[0], (loss, backend, reduction, scale, args))
     value, kept = operator(backend, loss.name + "_forward")(*args, reduction, scale)
     return (value, kept) if loss.returns_kept else value
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss: Loss, backend: str, reduction: str, scale: float, *args):
+    def forward(ctx, student: Tensor, call):
+        loss, backend, reduction, scale, args = call  # one argument: each costs a microsecond
         rest = gradient = None
-        half = args[0].dtype == torch.float16
+        half = student.dtype == torch.float16
         early = backend in loss.early and reduction != "none" and not (half and loss.any_weight(*args))
         if not early:
             value, kept = operator(backend, loss.name + "_forward")(*args, reduction, scale)
@@ -59,8 +60,8 @@ class _Loss(torch.autograd.Function):
         if early and traced:  # a traced graph must not change what it has saved
             ctx.save_for_backward(gradient)
         else:
-            ctx.gradient = gradient
-            _save(ctx, *args[: loss.tensors], kept)
+            ctx.gradient, ctx.held = gradient, None
+            _save(ctx, traced, (*args[: loss.tensors], kept))
         if not loss.returns_kept:
             return value
         ctx.mark_non_differentiable(kept)
@@ -70,11 +71,10 @@ class _Loss(torch.autograd.Function):
     def backward(ctx, grad: Tensor, *_):
         loss, backend, reduction, scale, options, early, traced, rest = ctx.call
         factor = grad if rest is None else grad * rest
-        nothing = (None,) * (loss.tensors + len(options) - 1)
         if early and traced:
             (gradient,) = ctx.saved_tensors
-            return None, None, None, None, (gradient * factor).to(gradient.dtype), *nothing
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return (gradient * factor).to(gradient.dtype), None
+        if torch.is_grad_enabled() and not traced:
             raise RuntimeError(
                 "fastkd: double backward (create_graph=True) is not implemented by the kernels; use "
                 '`with fastkd.use_backend("reference"):` around the forward of this loss'
@@ -88,7 +88,7 @@ class _Loss(torch.autograd.Function):
                 how = (reduction, scale) if rest is None else ("sum", loss.unit(*tensors, *options))
                 gradient = operator(backend, loss.name + "_gradient")(*tensors, *options, *how)[2]
             operator(backend, "rescale_")(gradient, factor)
-        return None, None, None, None, gradient, *nothing
+        return gradient, None
 
 
 def _late(
@@ -119,14 +119,13 @@ def _weight_shape(loss: Loss, tensors: list[Tensor | None], options: tuple[Any, 
     return own.shape if own is not None else loss.fake(*tensors, *options, "none", 1.0)[0].shape
 
 
-def _save(ctx, *tensors: Tensor | None) -> None:
+def _save(ctx, traced: bool, tensors: tuple[Tensor | None, ...]) -> None:
     """Keeps tensors for the backward.
 
     Autograd refuses to save inference tensors, which is what a teacher run under ``torch.inference_mode`` gives. They
     are constants, so holding them is enough; all others go through ``save_for_backward`` and its checks.
     """
-    ctx.held = None
-    if not torch.compiler.is_compiling():  # tracing has no is_inference()
+    if not traced:  # tracing has no is_inference()
         for t in tensors:
             if t is not None and t.is_inference():
                 ctx.held = [t if t is not None and t.is_inference() else None for t in tensors]

@@ -8,6 +8,7 @@ implement what is defined here; tests, gates and benchmarks enumerate the rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +77,8 @@ def _any_weight(*args: Any) -> bool:
     return False
 
 
-class Loss(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Loss:
     """A differentiable loss and the two or three operators that compute it.
 
     All take ``arguments``, the student's tensor first and every tensor before every option, then ``reduction`` and
@@ -109,10 +111,12 @@ class Loss(NamedTuple):
     returns_kept: bool = False
     """Whether what the forward keeps is handed to the caller as well."""
 
-    @property
-    def tensors(self) -> int:
-        """How many of the arguments are tensors."""
-        return sum(a.split()[0] in ("Tensor", "Tensor?") for a in self.arguments.split(", "))
+    tensors: int = field(init=False)
+    """How many of the arguments are tensors."""
+
+    def __post_init__(self) -> None:
+        kinds = [a.split()[0] for a in self.arguments.split(", ")]
+        object.__setattr__(self, "tensors", kinds.count("Tensor") + kinds.count("Tensor?"))
 
     def operators(self) -> tuple[Operator, ...]:
         forward = f"{self.arguments}, str reduction, float scale"
