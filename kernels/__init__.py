@@ -7,32 +7,32 @@ before that, the kernels run in Triton's interpreter and take CPU tensors too.
 import torch
 import triton
 
-from fastkd.ops._registry import families
+from fastkd.ops import OPERATORS
 
-from . import cwd, kd, nfd, rdd, resized_cross_entropy, resized_kd
+from . import cwd, kd, nfd, rdd, rescale, resized_cross_entropy, resized_kd
 
-LAUNCHERS = {
-    "nfd_forward": nfd.forward,
-    "nfd_backward": nfd.backward,
-    "kd_forward": kd.forward,
-    "kd_backward": kd.backward,
-    "cwd_forward": cwd.forward,
-    "cwd_backward": cwd.backward,
-    "resized_cross_entropy_forward": resized_cross_entropy.forward,
-    "resized_cross_entropy_gradient": resized_cross_entropy.gradient,
-    "resized_kd_forward": resized_kd.forward,
-    "resized_kd_gradient": resized_kd.gradient,
-    "teacher_confidence": rdd.teacher_confidence,
-    "kd_with_confidence": rdd.kd_with_confidence,
-    "difficulty_mask": rdd.difficulty_mask,
-    "kth_smallest": rdd.kth_smallest,
+MODULES = {
+    "nfd": nfd,
+    "kd": kd,
+    "cwd": cwd,
+    "resized_cross_entropy": resized_cross_entropy,
+    "resized_kd": resized_kd,
 }
-library = torch.library.Library("fastkd_triton", "DEF")  # the operators live as long as this object
 
-for _family in families():
-    for _schema, _ in _family.OPERATORS:
-        _name = _schema.partition("(")[0]
-        library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-        for _key in ("CUDA", "CPU") if triton.knobs.runtime.interpret else ("CUDA",):
-            if _name in LAUNCHERS:
-                library.impl(_name, LAUNCHERS[_name], _key)
+
+def _launcher(name: str):
+    """The launcher of an operator: ``forward``, ``gradient`` or ``backward`` of a loss's module, else by its own name."""
+    loss, _, which = name.rpartition("_")
+    if loss in MODULES:
+        return getattr(MODULES[loss], which)
+    return rescale.rescale_ if name == "rescale_" else getattr(rdd, name)
+
+
+LAUNCHERS = {row.name: _launcher(row.name) for row in OPERATORS if "triton" in row.backends}
+
+
+def register(library: torch.library.Library) -> None:
+    """Implements the operators that ``library`` defines."""
+    for name, launcher in LAUNCHERS.items():
+        for key in ("CUDA", "CPU") if triton.knobs.runtime.interpret else ("CUDA",):
+            library.impl(name, launcher, key)

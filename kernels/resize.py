@@ -1,10 +1,18 @@
-"""Bilinear interpolation as the kernels at label resolution see it: by cells (docs/full-resolution.md).
+"""What every loss at label resolution shares: one thread owns a cell (docs/full-resolution.md).
 
-A cell is the space between a logit and its neighbour to the right. The label pixels of a row that fall into one cell are
-its phases. A tile is (classes, cells, phases): two logits a class and cell, loaded once, give all its phases, and label
-pixels that are neighbours in memory are neighbours in the tile. The softmax reduces the first axis, which a thread has to
-itself; the transpose of the interpolation reduces the last one, once a row of cells. No atomics, no label-resolution
-logits.
+A cell is the space between four neighbouring logits; the borders are cells too. The label pixels in a cell are
+interpolated from those four logits alone, and their gradients go to those four alone. Lanes run along cells, and the
+label pixels of a cell, ROWS x COLUMNS at a time, are tuples in a lane's registers. A loop over the classes loads four
+corners, blends them once a row, and spends one FMA and one exponential a label pixel. Cells are numbered in one line over
+samples, rows and columns, so that small maps fill the lanes too.
+
+Three kernels make a gradient. :func:`prepare` copies the logits to an accumulator plane that is scaled by log2(e) / tau,
+with -inf made finite, edges repeated and the largest class of each logit beside it, whatever their layout and dtype. The
+loss's own kernel computes loss and gradient, and adds the cells' shares in two planes: what each logit gets from the cells
+below it, and from the cells above it. :func:`join` adds the planes, scales, casts, and writes in the student's layout.
+
+The softmax needs no pass for its maximum: the largest corner bounds every interpolated value. Where a label pixel is so
+far below its bound that terms would underflow, it is done again about its true maximum.
 
 Taps are exact integers: x * (in - 1) / (out - 1) with aligned corners, ((2 x + 1) * in - out) / (2 out) without.
 """
@@ -20,374 +28,734 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .softmax import START, grow
-from .tiles import accumulator, launch
+from .launch import accumulator, lanes, launch
+from .total import finish, gather_parts
 
-# A tile is CLASSES x LANES label pixels, a pixel a thread: the gradient kernel holds three such tiles and what they come
-# down to at the cells, some 120 registers, so that 16 warps fit an SM. Phases come PHASES at a time, so that what is
-# loaded and blended for a cell serves many of them.
-# Half the classes where there are two sides.
-CLASSES = 8
-LANES = 128
-PHASES = 8
-# The gradient kernel takes bands of up to BAND rows of cells, which halves what it writes beside the gradient, as long as
-# PROGRAMS are left, some three times what one big GPU holds at a time.
-BAND = 4
-PROGRAMS = 2048
+LOG2E = 1.4426950408889634
+LN2 = tl.constexpr(0.6931471805599453)
+INV_LN2 = tl.constexpr(1.4426950408889634)
+# -inf becomes so low that its exponential is 0 whatever it is blended with, and a weight of 0 removes it.
+LOW32 = tl.constexpr(-1e37)
+LOW64 = tl.constexpr(-1e300)
+# A sum of exponentials below this has lost terms: fp32 keeps 2**-126, so that terms of 2**-60 of the largest remain.
+FAR = tl.constexpr(2.0**-66)
+# Programs a large GPU holds at a time, three times over. Fewer, and a cell's parts go to several programs.
+PROGRAMS = 4096
+
+
+class Logits(NamedTuple):
+    """A map as :func:`prepare` leaves it."""
+
+    data: Any  # (N, C, h + 2, w + 2) ACC
+    peak: Any  # (N, h + 2, w + 2) ACC: the largest class
+    classes: Any
+    height: Any  # of the logits
+    width: Any
+    right: Any  # steps to the neighbouring logits: 0 along an axis that is not resized
+    below: Any
+
+
+class Source(NamedTuple):
+    """A map as it came."""
+
+    data: Any  # (N, C, h, w), any float dtype
+    stride_n: Any
+    stride_c: Any
+    stride_x: Any
+
+
+class Labels(NamedTuple):
+    """What each label pixel is worth."""
+
+    target: Any  # (N, H, W) uint8, int32 or int64, or None
+    class_weight: Any  # (C,) ACC, or None
+    pixel_weight: Any  # (N, H, W) ACC, or None
+    selected: Any  # (N, H, W) bool, or ACC: the log-sum-exp, NaN where a pixel does not count; or None
+    ignore_index: Any
+
+
+class Grid(NamedTuple):
+    """The line of cells and the label pixels in them."""
+
+    samples: Any
+    cells: Any  # in the line
+    height: Any  # of the labels
+    width: Any
+    column_parts: Any  # of a cell
+    parts: Any
+    split: Any  # programs that share a cell's parts
+
+
+class Tile(NamedTuple):
+    """What a kernel is compiled for, all ``tl.constexpr``."""
+
+    ROWS: Any  # label pixels a lane takes at a time, down and across
+    COLUMNS: Any
+    CELLS: Any  # lanes
+    HALO: Any  # 1 where lanes hand shares to their neighbour: each program recomputes one cell
+    ALIGN: Any
+    INT: Any  # what taps are computed in: 32 bits where their products fit
+    ACC: Any
 
 
 class Plan(NamedTuple):
-    """How one map (N, C, h, w) is cut for labels (N, H, W)."""
+    """How label pixels are cut for one map."""
 
-    classes: int
-    size: tuple[int, int, int, int]  # h, w, H, W
-    strides: tuple[int, int, int, int]  # of n, c, y, x, in elements
-    blocks: int  # of cells in a row
-    whole: int  # phases of a cell taken PHASES at a time; what some cells have beyond them comes one by one
-    constants: dict[str, Any]  # ALIGN, BLEND, INT, BLOCK_CLASSES, BLOCK_CELLS, PHASES
+    grid: Grid
+    tile: Tile
+    programs: int
+    split: int
 
 
 def plan(
-    logits: Tensor, size: Sequence[int], align_corners: bool, other: Sequence[int] = (1, 1), sides: int = 1
+    logits: Tensor, size: Sequence[int], align_corners: bool, most: tuple[int, int], halo: int, acc: torch.dtype
 ) -> Plan:
-    """The cut of dense ``logits``, NCHW-contiguous or channels_last.
+    """The cut of ``logits`` (N, C, h, w) for labels of ``size``.
 
     Args:
-        other: size of a further map that is resized too.
-        sides: how many maps' logits a tile holds.
+        most: the most label pixels a lane takes at a time, down and across.
     """
-    lanes = LANES // 2 if logits.dtype == torch.float64 else LANES
-    (height, width), (h, w) = size, other
-    return _plan(logits.shape, logits.is_contiguous(), (height, width), align_corners, (h, w), lanes, CLASSES // sides)
+    return _plan(logits.shape, tuple(size), align_corners, most, halo, acc == torch.float64, lanes())
 
 
 @lru_cache(maxsize=1024)
 def _plan(
     shape: tuple[int, ...],
-    nchw: bool,
-    size: tuple[int, int],
-    align_corners: bool,
-    other: tuple[int, int],
-    lanes: int,
-    classes: int,
+    size: tuple[int, ...],
+    align: bool,
+    most: tuple[int, int],
+    halo: int,
+    double: bool,
+    cells: int,
 ) -> Plan:
-    _, c, h, w = shape
-    strides = (c * h * w, h * w, w, 1) if nchw else (c * h * w, 1, w * c, c)
-    ratio = max(1, size[1] // w)
-    phases = min((p for p in (8, 4, 2, 1) if p <= min(ratio, PHASES)), key=lambda p: ratio // p + ratio % p)
-    # Four sums a cell are held too: where a cell is one pixel there are as many of them as there are pixels.
-    cells = min(triton.next_power_of_2(w), lanes // max(phases, 2))
-    constants = {
-        "ALIGN": align_corners,
-        "BLEND": size[1] != w,
-        # What taps are computed in: 32 bits where their products fit.
-        "INT": tl.int32 if 4 * (max(size) + 1) * (max(h, w, *other) + 1) < 2**31 else tl.int64,
-        "BLOCK_CLASSES": min(triton.next_power_of_2(c), classes),
-        "BLOCK_CELLS": cells,
-        "PHASES": phases,
-    }
-    return Plan(c, (h, w, *size), strides, triton.cdiv(w, cells), ratio // phases * phases, constants)
+    n, c, h, w = shape
+    line = n * (h + (not align)) * (w + (not align))
+    parts, tile = [], []
+    for into, out, limit in ((h, size[0], most[0]), (w, size[1], most[1])):
+        count = _phases(into, out, align)
+        parts.append(triton.cdiv(count, limit))
+        tile.append(triton.cdiv(count, parts[-1]))
+    programs = triton.cdiv(line, cells - halo)
+    split = min(parts[0] * parts[1], max(1, PROGRAMS // programs))
+    if halo and n * c * h * w > 2**16:  # each split has planes of its own
+        split = min(split, 2)
+    largest = 4 * (max(size) + 1) * (max(h, w) + 1)
+    constants = (*tile, cells, halo, align, tl.int32 if largest < 2**31 else tl.int64)
+    constants = (*constants, tl.float64 if double else tl.float32)
+    grid = Grid(n, line, *size, parts[1], parts[0] * parts[1], split)
+    return Plan(grid, Tile(*map(tl.constexpr, constants)), programs * split, split)
+
+
+def _phases(into: int, out: int, align: bool) -> int:
+    """The most outputs that lie in one cell."""
+    if align:
+        return out if into == 1 else max(1, triton.cdiv(out - 1, into - 1))
+    return triton.cdiv(out, max(into, 2))
+
+
+# ---- the copy -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def first_output(cell, size_in, size_out, ALIGN: tl.constexpr):
-    """The first output that lies in ``cell`` or a later one; ``size_out`` past the last cell."""
-    if ALIGN:
-        x = tl.cdiv(cell * tl.maximum(size_out - 1, 1), tl.maximum(size_in - 1, 1))
-    else:
-        x = tl.cdiv(tl.maximum((2 * cell + 1) * size_out - size_in, 0), 2 * size_in)
-    x = tl.where(cell <= 0, 0, tl.minimum(x, size_out))
-    return tl.where(cell >= size_in, size_out, x)
-
-
-@triton.jit
-def right_weight(x, left, size_in, size_out, ALIGN: tl.constexpr, ACC: tl.constexpr):
-    """The weight of the neighbour to the right of output x, whose left neighbour is ``left``, which has the rest."""
-    if ALIGN:
-        under = tl.maximum(size_out - 1, 1)
-        over = x * (size_in - 1) - left * under
-    else:
-        under = 2 * size_out
-        over = (2 * x + 1) * size_in - size_out - left * under
-    weight = tl.maximum(over, 0).to(ACC) / tl.cast(under, ACC)
-    return tl.where(left >= size_in - 1, 0, weight).to(ACC)
-
-
-@triton.jit
-def left_of(x, size_in, size_out, ALIGN: tl.constexpr):
-    """The left neighbour of output x, which is its cell."""
-    if ALIGN:
-        left = x * (size_in - 1) // tl.maximum(size_out - 1, 1)
-    else:
-        left = tl.maximum((2 * x + 1) * size_in - size_out, 0) // (2 * size_out)
-    return tl.minimum(left, size_in - 1)
-
-
-@triton.jit
-def rows_of(logits, sample, row, height, out_height, stride_n, stride_y, ALIGN: tl.constexpr, ACC: tl.constexpr):
-    """Pointers to the two rows of logits that a label row lies between, and the weight of the second."""
-    y = left_of(row, height, out_height, ALIGN)
-    top = logits + sample * stride_n + y.to(tl.int64) * stride_y
-    bottom = logits + sample * stride_n + tl.minimum(y + 1, height - 1).to(tl.int64) * stride_y
-    return top, bottom, right_weight(row, y, height, out_height, ALIGN, ACC)
-
-
-@triton.jit
-def cells_of(block, width, out_width, ALIGN: tl.constexpr, INT: tl.constexpr, BLOCK_CELLS: tl.constexpr):
-    """A block's cells, their first output and the one past their last; cells beyond the row are empty."""
-    cell = block.to(INT) * BLOCK_CELLS + tl.arange(0, BLOCK_CELLS)
-    start = first_output(cell, width, out_width, ALIGN)
-    return cell, start, first_output(cell + 1, width, out_width, ALIGN)
-
-
-@triton.jit
-def phase(start, end, cell, k, width, out_width, ALIGN: tl.constexpr, PHASES: tl.constexpr, ACC: tl.constexpr):
-    """Phases k to k + PHASES of cells: the label columns (cells, phases), which exist, the right neighbour's weight."""
-    x = start[:, None] + k + tl.arange(0, PHASES)[None, :]
-    return x, x < end[:, None], right_weight(x, cell[:, None], width, out_width, ALIGN, ACC)
-
-
-@triton.jit
-def blend(top, bottom, down, offset, inside, scale, ACC: tl.constexpr):
-    """Elements ``offset`` of two rows of logits, blended by the weight ``down`` of the second, times ``scale``; 0 where
-    not ``inside``. A row of weight 0 is not looked at: 0 * inf would be NaN."""
-    above = tl.load(top + offset, mask=inside, other=0).to(ACC)
-    below = tl.load(bottom + offset, mask=inside, other=0).to(ACC)
-    return tl.where(down == 0, above, (1 - down) * above + down * below) * scale
-
-
-@triton.jit
-def corners(
-    top,  # a row of logits: pointer to class 0 of the first
-    bottom,  # the row below it
-    down,  # its weight
-    c,  # (classes,)
-    classes,
-    cell,  # (cells,)
-    width,
-    stride_c,
-    stride_x,
-    scale,
+def _copy(
+    source,  # Source
+    to,  # Logits
+    block,
+    samples,
+    k: tl.float64,
     ACC: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
 ):
-    """The logits to the left and to the right of each cell, (classes, cells), blended from two rows, times ``scale``.
-
-    Finite, so that a neighbour of weight 0 has no say: -inf, and a class beyond the last, are so low that their
-    exponential is 0 whatever they are blended with. NaN and inf stay.
-    """
-    low: tl.constexpr = -1e300 if tl.float64 == ACC else -1e37
-    inside = (c < classes)[:, None] & (cell < width)[None, :]
-    cell = cell.to(tl.int64)
-    offset = c[:, None] * stride_c
-    left = blend(top, bottom, down, offset + cell[None, :] * stride_x, inside, scale, ACC)
-    right = blend(top, bottom, down, offset + tl.minimum(cell + 1, width - 1)[None, :] * stride_x, inside, scale, ACC)
-    left = tl.where((c < classes)[:, None], tl.maximum(left, low, propagate_nan=tl.PropagateNan.ALL), low)
-    right = tl.where((c < classes)[:, None], tl.maximum(right, low, propagate_nan=tl.PropagateNan.ALL), low)
-    return left, right
+    low: tl.constexpr = LOW64 if tl.float64 == ACC else LOW32
+    scale = tl.full((), k, tl.float64).to(ACC)
+    row = to.width + 2
+    plane = tl.cast(to.height + 2, tl.int64) * row
+    at = block.to(tl.int64) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    inside = at < samples * plane
+    n = at // plane
+    p = (at % plane).to(tl.int32)
+    y = tl.minimum(tl.maximum(p // row - 1, 0), to.height - 1)
+    x = tl.minimum(tl.maximum(p % row - 1, 0), to.width - 1)
+    given = source.data + n * source.stride_n + (y * to.width + x).to(tl.int64) * source.stride_x
+    kept = to.data + n * to.classes * plane + p
+    peak = tl.full([BLOCK_PIXELS], low, ACC)
+    for first in range(0, to.classes, BLOCK_CLASSES):
+        c = (first + tl.arange(0, BLOCK_CLASSES)).to(tl.int64)
+        mask = (c < to.classes)[:, None] & inside[None, :]
+        value = tl.load(given[None, :] + c[:, None] * source.stride_c, mask=mask, other=low).to(ACC) * scale
+        value = tl.maximum(value, low, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(kept[None, :] + c[:, None] * plane, value, mask=mask)
+        peak = tl.maximum(peak, tl.max(value, 0))
+    tl.store(to.peak + at, peak, mask=inside)
 
 
 @triton.jit
-def interpolate(left, right, weight, BLEND: tl.constexpr):
-    """(classes, cells, phases) from the cells' two logits (classes, cells) and the right one's weight (cells, phases)."""
-    if BLEND:
-        return left[:, :, None] * (1 - weight)[None, :, :] + right[:, :, None] * weight[None, :, :]
-    return left[:, :, None] + tl.zeros_like(weight)[None, :, :]
-
-
-@triton.jit
-def softmax(
-    top, bottom, down, classes, cell, weight, width, stride_c, stride_x, scale,
-    BLEND: tl.constexpr, BLOCK_CLASSES: tl.constexpr, ACC: tl.constexpr,
+def _prepare(
+    first, first_to, second, second_to, samples, blocks, k: tl.float64,
+    ACC: tl.constexpr, BLOCK_CLASSES: tl.constexpr, BLOCK_PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """The peak and the sum of exponentials over the classes of interpolated logits, (cells, phases) each."""
-    total = tl.zeros_like(weight)
-    peak = total + START
-    for first in range(0, classes, BLOCK_CLASSES):
-        c = first + tl.arange(0, BLOCK_CLASSES).to(tl.int64)
-        left, right = corners(top, bottom, down, c, classes, cell, width, stride_c, stride_x, scale, ACC)
-        peak, total = grow(interpolate(left, right, weight, BLEND), 1.0, peak, total, 0)
-    return peak, total
+    block = tl.program_id(0)
+    if second is None:
+        _copy(first, first_to, block, samples, k, ACC, BLOCK_CLASSES, BLOCK_PIXELS)
+    else:
+        if block < blocks:
+            _copy(first, first_to, block, samples, k, ACC, BLOCK_CLASSES, BLOCK_PIXELS)
+        else:
+            _copy(second, second_to, block - blocks, samples, k, ACC, BLOCK_CLASSES, BLOCK_PIXELS)
+
+
+def prepare(size: Sequence[int], scale: float, *maps: Tensor) -> list[Logits]:
+    """Copies one or two dense maps (N, C, h, w), times ``scale`` * log2(e), in one launch."""
+    acc, ACC = accumulator(*maps)
+    to, sources, blocks = [], [], []
+    for x in maps:
+        n, c, h, w = x.shape
+        plane = (h + 2) * (w + 2)
+        memory = x.new_empty(n * (c + 1) * plane, dtype=acc)
+        to.append(Logits(memory[n * plane :], memory, c, h, w, int(size[1] != w), (w + 2) * (size[0] != h)))
+        nchw = x.is_contiguous()
+        sources.append(Source(x, c * h * w, h * w if nchw else 1, 1 if nchw else c))
+        blocks.append(triton.cdiv(n * plane, 64))
+    second, second_to = (sources[1], to[1]) if len(maps) > 1 else (None, None)
+    launch(
+        _prepare, (sum(blocks),), maps[0], sources[0], to[0], second, second_to, maps[0].shape[0], blocks[0],
+        scale * LOG2E, ACC=ACC, BLOCK_CLASSES=16, BLOCK_PIXELS=64,
+    )  # fmt: skip
+    return to
+
+
+# ---- a lane's cell --------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def of_label(
-    top, bottom, down, label, counted, cell, weight, width, stride_c, stride_x, scale,
-    BLEND: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """The interpolated logit of each label pixel's own class, (cells, phases); 0 where not ``counted``."""
-    offset = label.to(tl.int64) * stride_c
-    cell = cell.to(tl.int64)
-    value = blend(top, bottom, down, offset + cell[:, None] * stride_x, counted, scale, ACC)
-    if BLEND:
-        right = offset + tl.minimum(cell + 1, width - 1)[:, None] * stride_x
-        beside = blend(top, bottom, down, right, counted, scale, ACC)
-        value = tl.where(weight == 0, value, (1 - weight) * value + weight * beside)
-    return value
+def first_output(cell, into, out, ALIGN: tl.constexpr):
+    """The first output that lies in ``cell`` or a later one; ``out`` past the last cell."""
+    if ALIGN:
+        x = tl.cdiv(cell * tl.maximum(out - 1, 1), tl.maximum(into - 1, 1))
+    else:
+        x = tl.cdiv(tl.maximum((2 * cell + 1) * out - into, 0), 2 * into)
+    first: tl.constexpr = 0 if ALIGN else -1
+    x = tl.where(cell <= first, 0, tl.minimum(x, out))
+    return tl.where(cell >= into, out, x)
 
 
 @triton.jit
-def counted_labels(
-    target,  # (N, H, W) uint8, int32 or int64, or None
-    mask,  # (N, H, W) bool, or None
-    offset,  # of the row
-    x,  # (cells, phases) label columns
-    inside,
-    ignore_index,
-    classes,
+def right_weight(x, cell, into, out, ALIGN: tl.constexpr, ACC: tl.constexpr):
+    """The weight of the neighbour to the right of output x in ``cell``; a border cell has one neighbour alone."""
+    if ALIGN:
+        under = tl.maximum(out - 1, 1)
+        over = x * (into - 1) - cell * under
+    else:
+        under = 2 * out
+        over = (2 * x + 1) * into - out - cell * under
+    weight = over.to(ACC) / tl.cast(under, ACC)
+    return tl.where(cell >= into - 1, 0, tl.where(cell < 0, 1, weight)).to(ACC)
+
+
+@triton.jit
+def cell_of(x, into, out, ALIGN: tl.constexpr):
+    """The cell of output x."""
+    if ALIGN:
+        return tl.minimum(x * (into - 1) // tl.maximum(out - 1, 1), into - 1)
+    return tl.minimum(((2 * x + 1) * into + out) // (2 * out) - 1, into - 1)
+
+
+class Place(NamedTuple):
+    """Where a lane is."""
+
+    inside: Any  # the lane has a cell,
+    own: Any  # which no other program writes
+    sample: Any  # int64
+    y: Any  # the cell, from -1 (0 with aligned corners)
+    x: Any
+
+
+class Pixels(NamedTuple):
+    """A part of a cell's label pixels; tuples."""
+
+    y: Any  # ROWS: places
+    x: Any  # COLUMNS
+    down: Any  # ROWS: weight of the logits below
+    right: Any  # COLUMNS: weight of the logits to the right
+    exist: Any  # ROWS * COLUMNS
+
+
+class Cell(NamedTuple):
+    """A lane's cell, and the part of its label pixels at hand."""
+
+    place: Place
+    pixels: Pixels
+    mask: Any  # a label pixel of the part counts
+
+
+class Taps(NamedTuple):
+    """Where label pixels lie in a map of another size than the one whose cells lanes own; tuples."""
+
+    above: Any  # ROWS: offsets of the logits above
+    left: Any  # COLUMNS
+    down: Any  # ROWS: weights
+    right: Any  # COLUMNS
+
+
+class View(NamedTuple):
+    """A map as label pixels see it."""
+
+    logits: Any  # Logits
+    taps: Any  # Taps, or () where lanes own the map's cells
+
+
+class Shift(NamedTuple):
+    """What is subtracted from interpolated values."""
+
+    lane: Any  # a number a lane
+    each: Any  # tuple: one a label pixel; empty for none
+
+
+@triton.jit
+def locate(logits, grid, T):
+    """The lanes' cells."""
+    border: tl.constexpr = 0 if T.ALIGN else 1
+    lane = tl.arange(0, T.CELLS)
+    block = (tl.program_id(0) // grid.split).to(tl.int64)
+    at = block * (T.CELLS - T.HALO) - T.HALO + lane
+    inside = (at >= 0) & (at < grid.cells)
+    at = tl.where(inside, at, 0)
+    row = at // (logits.width + border)
+    y = (row % (logits.height + border)).to(T.INT) - border
+    x = (at % (logits.width + border)).to(T.INT) - border
+    return Place(inside, inside & (lane >= T.HALO), row // (logits.height + border), y, x)
+
+
+@triton.jit
+def axis(cell, k, into, out, COUNT: tl.constexpr, T):
+    """Outputs k to k + COUNT of a cell along one axis: their places, whether they exist, the neighbour's weight."""
+    start = first_output(cell, into, out, T.ALIGN)
+    end = first_output(cell + 1, into, out, T.ALIGN)
+    at, exist, weight = (), (), ()
+    for i in tl.static_range(COUNT):
+        x = start + k + i
+        at = at + (x,)
+        exist = exist + (x < end,)
+        weight = weight + (right_weight(x, cell, into, out, T.ALIGN, T.ACC),)
+    return at, exist, weight
+
+
+@triton.jit
+def part_of(place, logits, grid, part, T):
+    """The label pixels of a part of each lane's cell."""
+    y, exist_y, down = axis(place.y, part // grid.column_parts * T.ROWS, logits.height, grid.height, T.ROWS, T)
+    x, exist_x, right = axis(place.x, part % grid.column_parts * T.COLUMNS, logits.width, grid.width, T.COLUMNS, T)
+    exist = ()
+    for i in tl.static_range(T.ROWS):
+        for j in tl.static_range(T.COLUMNS):
+            exist = exist + (place.inside & exist_y[i] & exist_x[j],)
+    return Pixels(y, x, down, right, exist)
+
+
+@triton.jit
+def parts_of(grid):
+    """The parts this program takes: the first, and one past the last."""
+    which = tl.program_id(0) % grid.split
+    return which * grid.parts // grid.split, (which + 1) * grid.parts // grid.split
+
+
+@triton.jit
+def fill(value, COUNT: tl.constexpr):
+    """A tuple of one value."""
+    out = ()
+    for _ in tl.static_range(COUNT):
+        out = out + (value,)
+    return out
+
+
+@triton.jit
+def any_of(masks):
+    out = masks[0]
+    for i in tl.static_range(1, len(masks)):
+        out = out | masks[i]
+    return out
+
+
+# ---- interpolated values --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def plane_of(logits):
+    """Elements from one class to the next."""
+    return tl.cast(logits.height + 2, tl.int64) * (logits.width + 2)
+
+
+@triton.jit
+def taps_of(logits, grid, pixels, T):
+    """Where the label pixels of a cell lie in a map of another size."""
+    above, down, left, right = (), (), (), ()
+    for i in tl.static_range(len(pixels.y)):
+        cell = cell_of(pixels.y[i], logits.height, grid.height, T.ALIGN)
+        above = above + ((cell + 1) * (logits.width + 2),)
+        down = down + (right_weight(pixels.y[i], cell, logits.height, grid.height, T.ALIGN, T.ACC),)
+    for j in tl.static_range(len(pixels.x)):
+        cell = cell_of(pixels.x[j], logits.width, grid.width, T.ALIGN)
+        left = left + (cell + 1,)
+        right = right + (right_weight(pixels.x[j], cell, logits.width, grid.width, T.ALIGN, T.ACC),)
+    return Taps(above, left, down, right)
+
+
+@triton.jit
+def begin(view, cell):
+    """Pointers to class 0: of the logit above and to the left of each lane's cell, or of the sample where it has taps."""
+    at = view.logits.data + cell.place.sample * view.logits.classes * plane_of(view.logits)
+    if len(view.taps) == 0:
+        at += (cell.place.y + 1).to(tl.int64) * (view.logits.width + 2) + (cell.place.x + 1)
+    return at
+
+
+@triton.jit
+def corners(at, logits, mask, shift):
+    """Four neighbouring logits less ``shift``: the left one above, the step to the right above, and how much each changes
+    downwards."""
+    above = tl.load(at, mask=mask, other=0) - shift
+    right = tl.load(at + logits.right, mask=mask, other=0) - shift
+    below = tl.load(at + logits.below, mask=mask, other=0) - shift
+    across = tl.load(at + logits.below + logits.right, mask=mask, other=0) - shift
+    step = right - above
+    return above, step, below - above, (across - below) - step
+
+
+@triton.jit
+def values(view, at, cell, shift):
+    """One class's interpolated values, row by row, less ``shift``."""
+    taps, out = view.taps, ()
+    if len(taps) == 0:
+        corner = corners(at, view.logits, cell.mask, shift.lane)
+        for i in tl.static_range(len(cell.pixels.down)):
+            left = corner[0] + cell.pixels.down[i] * corner[2]
+            step = corner[1] + cell.pixels.down[i] * corner[3]
+            for j in tl.static_range(len(cell.pixels.right)):
+                out = out + (left + cell.pixels.right[j] * step,)
+    else:
+        for i in tl.static_range(len(taps.down)):
+            for j in tl.static_range(len(taps.right)):
+                mask = cell.mask & cell.pixels.exist[i * len(taps.right) + j]
+                corner = corners(at + (taps.above[i] + taps.left[j]), view.logits, mask, shift.lane)
+                left = corner[0] + taps.down[i] * corner[2]
+                out = out + (left + taps.right[j] * (corner[1] + taps.down[i] * corner[3]),)
+    if len(shift.each) > 0:
+        less = ()
+        for k in tl.static_range(len(out)):
+            less = less + (out[k] - shift.each[k],)
+        out = less
+    return out
+
+
+@triton.jit
+def _largest_corner(logits, at, mask):
+    a = tl.maximum(tl.load(at, mask=mask, other=0), tl.load(at + logits.right, mask=mask, other=0))
+    at += logits.below
+    b = tl.maximum(tl.load(at, mask=mask, other=0), tl.load(at + logits.right, mask=mask, other=0))
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def bound(view, cell):
+    """The largest corner over all classes, which no interpolated value exceeds: of each lane's cell, or of each label pixel
+    where the map has taps."""
+    logits = view.logits
+    at = logits.peak + cell.place.sample * plane_of(logits)
+    out = ()
+    if len(view.taps) == 0:
+        at += (cell.place.y + 1).to(tl.int64) * (logits.width + 2) + (cell.place.x + 1)
+        shift = Shift(_largest_corner(logits, at, cell.mask), ())
+    else:
+        for i in tl.static_range(len(view.taps.down)):
+            for j in tl.static_range(len(view.taps.right)):
+                mask = cell.mask & cell.pixels.exist[i * len(view.taps.right) + j]
+                out = out + (_largest_corner(logits, at + (view.taps.above[i] + view.taps.left[j]), mask),)
+        shift = Shift(0, out)
+    return shift
+
+
+@triton.jit
+def largest(view, cell, T):
+    """Each label pixel's largest value."""
+    low: tl.constexpr = LOW64 if tl.float64 == T.ACC else LOW32
+    peak = fill(tl.zeros([T.CELLS], T.ACC) + low, len(cell.pixels.exist))
+    at = begin(view, cell)
+    for _ in range(view.logits.classes):
+        value = values(view, at, cell, Shift(0, ()))
+        at += plane_of(view.logits)
+        higher = ()
+        for k in tl.static_range(len(value)):
+            higher = higher + (tl.maximum(peak[k], value[k]),)
+        peak = higher
+    return peak
+
+
+@triton.jit
+def each(shift, COUNT: tl.constexpr):
+    """A shift, label pixel by label pixel."""
+    return shift.each if len(shift.each) > 0 else fill(shift.lane, COUNT)
+
+
+@triton.jit
+def far_below(total, counted):
+    """Whether any counted label pixel's sum of exponentials has lost terms."""
+    least = tl.where(counted[0], total[0], 1)
+    for k in tl.static_range(1, len(total)):
+        least = tl.minimum(least, tl.where(counted[k], total[k], 1))
+    return tl.min(least) < FAR
+
+
+@triton.jit
+def choose(masks, a, b):
+    """Of each label pixel, a where its mask is set, else b."""
+    out = ()
+    for k in tl.static_range(len(a)):
+        out = out + (tl.where(masks[k], a[k], b[k]),)
+    return out
+
+
+# ---- labels ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def read_labels(labels, grid, place, pixels, classes):
+    """Each label pixel's offset, its label (-1 where it does not count), whether it counts, and the log-sum-exp that
+    ``selected`` may have (inf where it does not count, so that its exponentials are 0)."""
+    offset, label, counted, known = (), (), (), ()
+    for k in tl.static_range(len(pixels.exist)):
+        x = pixels.x[k % len(pixels.x)]
+        at = (place.sample * grid.height + pixels.y[k // len(pixels.x)]) * grid.width + x
+        ok = pixels.exist[k]
+        own = x * 0
+        if labels.target is not None:
+            given = tl.load(labels.target + at, mask=ok, other=0).to(tl.int64)
+            ok = ok & (given != labels.ignore_index) & (given >= 0) & (given < classes)
+            own = given.to(tl.int32)
+        if labels.selected is not None:
+            found = tl.load(labels.selected + at, mask=ok, other=0)
+            if found.dtype.is_floating():
+                ok = ok & (found == found)
+                known = known + (tl.where(ok, found * INV_LN2, float("inf")),)
+            else:
+                ok = ok & (found != 0)
+        offset = offset + (at,)
+        # As floats: of integers LLVM would compare the label and look up whether it counts, class by class.
+        label = label + (tl.where(ok, own.to(tl.float32), -1.0),)
+        counted = counted + (ok,)
+    return offset, label, counted, known
+
+
+@triton.jit
+def factor_of(labels, offset, label, counted, T):
+    """A label pixel's class weight, which the mean counts, and that times its pixel weight; 0 where not ``counted``."""
+    share = counted.to(T.ACC)
+    if labels.class_weight is not None:
+        share = tl.load(labels.class_weight + label.to(tl.int32), mask=counted, other=0)
+    scale = share
+    if labels.pixel_weight is not None:
+        scale *= tl.load(labels.pixel_weight + offset, mask=counted, other=0)
+    return share, scale
+
+
+@triton.jit
+def _resize_weight(
+    weight,  # (N, height, width) ACC
+    out,  # (N, H, W) ACC
+    size,  # (elements of out, height, width, H, W)
+    T,  # (ALIGN, INT, BLOCK)
 ):
-    """Each pixel's label (0 where there are none), and whether it counts. Labels are compared before they are an offset."""
-    label = tl.zeros_like(x)
-    counted = inside
-    if target is not None:
-        given = tl.load(target + offset + x, mask=inside, other=0).to(tl.int64)
-        counted = inside & (given != ignore_index) & (given >= 0) & (given < classes)
-        label = tl.where(counted, given, 0).to(tl.int32)
-    if mask is not None:
-        counted = counted & (tl.load(mask + offset + x, mask=inside, other=0) != 0)
-    return label, counted
+    """A map of weights at label size. A neighbour of weight 0 is not looked at: 0 * inf would be NaN."""
+    ACC: tl.constexpr = out.dtype.element_ty
+    at = tl.program_id(0).to(tl.int64) * T[2] + tl.arange(0, T[2])
+    inside = at < size[0]
+    height, width = size[1], size[2]
+    x = (at % size[4]).to(T[1])
+    y = (at // size[4] % size[3]).to(T[1])
+    given = weight + at // size[4] // size[3] * height * width
+    top, left = cell_of(y, height, size[3], T[0]), cell_of(x, width, size[4], T[0])
+    down = right_weight(y, top, height, size[3], T[0], ACC)
+    right = right_weight(x, left, width, size[4], T[0], ACC)
+    below = tl.where(down == 0, top, tl.minimum(top + 1, height - 1)).to(tl.int64) * width
+    above = tl.where(down == 1, 0, tl.maximum(top, 0)).to(tl.int64) * width
+    beside = tl.where(right == 0, left, tl.minimum(left + 1, width - 1))
+    left = tl.where(right == 1, 0, tl.maximum(left, 0))
+    a = tl.load(given + above + left, mask=inside, other=0)
+    a += right * (tl.load(given + above + beside, mask=inside, other=0) - a)
+    b = tl.load(given + below + left, mask=inside, other=0)
+    b += right * (tl.load(given + below + beside, mask=inside, other=0) - b)
+    tl.store(out + at, a + down * (b - a), mask=inside)
 
 
-@triton.jit
-def pixel_weights(
-    weight,  # (N, weight_height, weight_width) ACC
-    sample,
-    row,  # of the labels, INT
-    x,  # (cells, phases) label columns
-    counted,
-    weight_height,
-    weight_width,
-    height,
-    width,
-    ALIGN: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """A map of any size, resized bilinearly, at each label pixel of a row; 0 where not ``counted``."""
-    plane = tl.cast(weight_height, tl.int64) * weight_width
-    top, bottom, down = rows_of(weight, sample, row, weight_height, height, plane, weight_width, ALIGN, ACC)
-    left = left_of(x, weight_width, width, ALIGN)
-    share = right_weight(x, left, weight_width, width, ALIGN, ACC)
-    here = blend(top, bottom, down, left, counted, 1.0, ACC)
-    there = blend(top, bottom, down, tl.minimum(left + 1, weight_width - 1), counted, 1.0, ACC)
-    return tl.where(share == 0, here, (1 - share) * here + share * there)
+def resize_weight(weight: Tensor | None, size: Sequence[int], align_corners: bool) -> Tensor | None:
+    """Pixel weights (N, any height, any width) at label size."""
+    if weight is None or weight.shape[1:] == tuple(size):
+        return weight
+    n, h, w = weight.shape
+    out = weight.new_empty((n, *size))
+    wide = 4 * (max(size) + 1) * (max(h, w) + 1) >= 2**31
+    T = tuple(map(tl.constexpr, (align_corners, tl.int64 if wide else tl.int32, 512)))
+    launch(_resize_weight, (triton.cdiv(out.numel(), 512),), out, weight, out, (out.numel(), h, w, *size), T)
+    return out
 
 
 # ---- the gradient at logit size -------------------------------------------------------------------------------------
 
 
+class Shares(NamedTuple):
+    """Where a lane's shares of class 0 go in the planes (split, 2, N, C, h, w), and which lanes have them.
+
+    The first plane takes what a logit gets from the cell below it, the second what it gets from the cell above.
+    """
+
+    upper: Any
+    lower: Any
+    has_upper: Any
+    has_lower: Any
+    from_left: Any  # the lane before is the cell to the left
+
+
 @triton.jit
-def spread(to_top, to_bottom, weight):
-    """What phases (classes, cells, phases) give to the left and the right logit above, and to those below."""
-    left, right = (1 - weight)[None, :, :], weight[None, :, :]
-    return (
-        tl.sum(to_top * left, 2), tl.sum(to_top * right, 2), tl.sum(to_bottom * left, 2), tl.sum(to_bottom * right, 2)
-    )  # fmt: skip
+def shares_of(planes, logits, grid, place, T):
+    size = tl.cast(logits.height, tl.int64) * logits.width
+    every = grid.samples * logits.classes * size
+    which = (tl.program_id(0) % grid.split).to(tl.int64)
+    at = planes + which * 2 * every + place.sample * logits.classes * size + place.x
+    has = place.own & (place.x >= 0)
+    below = place.y + 1
+    has_lower = has & (below < logits.height)
+    if T.ALIGN:  # no cell is above the first row: it gets the last row's, which is 0
+        below = tl.where(below < logits.height, below, 0)
+        has_lower = has
+    upper = at + place.y.to(tl.int64) * logits.width
+    lower = at + every + below.to(tl.int64) * logits.width
+    return Shares(upper, lower, has & (place.y >= 0), has_lower, place.x > (0 if T.ALIGN else -1))
+
+
+@triton.jit
+def spread(to, value, pixels, again, T):
+    """Adds one class's gradient at label pixels, transposed to the cell's corners, to what earlier parts left there."""
+    zero = tl.zeros([T.CELLS], T.ACC)
+    every, to_right, to_lower, to_lower_right = zero, zero, zero, zero
+    for i in tl.static_range(len(pixels.down)):
+        row, right = zero, zero
+        for j in tl.static_range(len(pixels.right)):
+            one = value[i * len(pixels.right) + j]
+            row += one
+            right += one * pixels.right[j]
+        every += row
+        to_right += right
+        to_lower += row * pixels.down[i]
+        to_lower_right += right * pixels.down[i]
+    lower_left = to_lower - to_lower_right
+    upper_right = to_right - to_lower_right
+    upper_left = (every - to_right) - lower_left
+    before = tl.maximum(tl.arange(0, T.CELLS) - 1, 0)
+    upper = upper_left + tl.where(to.from_left, tl.gather(upper_right, before, 0), 0)
+    lower = lower_left + tl.where(to.from_left, tl.gather(to_lower_right, before, 0), 0)
+    upper += tl.load(to.upper, mask=to.has_upper & again, other=0)
+    lower += tl.load(to.lower, mask=to.has_lower & again, other=0)
+    tl.store(to.upper, upper, mask=to.has_upper)
+    tl.store(to.lower, lower, mask=to.has_lower)
+
+
+@triton.jit
+def write_gradient(planes, grid, cell, student, teacher, state, kept, FORMULA: tl.constexpr, again, T):
+    """The gradient of each label pixel and class, transposed to logit size.
+
+    Args:
+        student: its view. teacher: a tuple of its view, or ().
+        state: what FORMULA(k, class, student's value, teacher's value, kept, state) makes the gradient with, of label
+            pixel k; it returns what it ``kept`` of the pixel too.
+        kept: tuple of a number a label pixel; may be empty.
+        again: whether an earlier part has written its shares.
+
+    Returns:
+        kept.
+    """
+    logits = student.logits
+    at = begin(student, cell)
+    if len(teacher) > 0:
+        teacher_at = begin(teacher[0], cell)
+    to = shares_of(planes, logits, grid, cell.place, T)
+    size = tl.cast(logits.height, tl.int64) * logits.width
+    for c in range(logits.classes):
+        number = tl.cast(c, tl.float32)
+        value = values(student, at, cell, Shift(0, ()))
+        at += plane_of(logits)
+        other = value
+        if len(teacher) > 0:
+            other = values(teacher[0], teacher_at, cell, Shift(0, ()))
+            teacher_at += plane_of(teacher[0].logits)
+        gradient, keep = (), ()
+        for k in tl.static_range(len(value)):
+            if len(kept) > 0:
+                one, more = FORMULA(k, number, value[k], other[k], kept[k], state)
+                keep = keep + (more,)
+            else:
+                one, more = FORMULA(k, number, value[k], other[k], None, state)
+            gradient = gradient + (one,)
+        kept = keep
+        spread(to, gradient, cell.pixels, again, T)
+        to = Shares(to.upper + size, to.lower + size, to.has_upper, to.has_lower, to.from_left)
+    return kept
 
 
 @triton.jit
 def _join(
-    out,  # gradient ACC: holds what each logit got from its own cell
-    right,  # like out: what each logit's right neighbour got from the logit's cell
-    spill,  # (N, bands, 2, C, w) ACC: the same two from each band's last row of cells for the row below; or None
-    classes,
-    height,
-    width,
-    stride_n,
-    stride_c,
-    stride_y,
-    stride_x,
-    blocks,
-    band,
-    bands,
-    BLOCK_CLASSES: tl.constexpr,
-    BLOCK_CELLS: tl.constexpr,
+    planes,  # (split, 2, N, C, h * w) ACC
+    out,  # (N, C, h, w), any float dtype
+    sums,  # (2, parts) ACC: losses, counts
+    loss,  # () ACC
+    count,  # () ACC
+    size,  # (split, parts, elements of the map, C, h * w)
+    stride,  # of out: (n, c, pixel)
+    scale: tl.float64,  # of the loss
+    gradient_scale: tl.float64,
+    T,  # (ACC, MEAN, BLOCK_PARTS, BLOCK_CLASSES, BLOCK_PIXELS)
 ):
-    """Adds the shares of the neighbouring cells, in this order: own cell, cell to the left, and both of the band above."""
+    """Adds the planes, scales and casts; reduces the loss too."""
+    ACC: tl.constexpr = T[0]
+    factor = finish(sums, size[1], loss, count, tl.full((), scale, tl.float64), T[1], T[2])
+    factor *= tl.full((), gradient_scale, tl.float64)
+    classes, pixels = size[3], size[4]
+    blocks = tl.cdiv(pixels, T[4])
     program = tl.program_id(0)
+    p = (program % blocks).to(tl.int64) * T[4] + tl.arange(0, T[4])
     row = program // blocks
-    x = (program % blocks).to(tl.int64) * BLOCK_CELLS + tl.arange(0, BLOCK_CELLS)
-    c = tl.program_id(1).to(tl.int64) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
-    y = row % height
-    n = (row // height).to(tl.int64)
-    inside = (c < classes)[:, None] & (x < width)[None, :]
-    has_left = inside & (x > 0)[None, :]
-    offset = n * stride_n + y.to(tl.int64) * stride_y + c[:, None] * stride_c + x[None, :] * stride_x
-    value = tl.load(out + offset, mask=inside, other=0)
-    value += tl.load(right + offset - stride_x, mask=has_left, other=0)
-    if spill is not None:
-        begins = (y % band == 0) & (y > 0)
-        plane = tl.cast(classes, tl.int64) * width
-        above = spill + (n * bands + y // band - 1) * 2 * plane + c[:, None] * width + x[None, :]
-        value += tl.load(above, mask=inside & begins, other=0)
-        value += tl.load(above + plane - 1, mask=has_left & begins, other=0)
-    tl.store(out + offset, value, mask=inside)
+    c = (row % tl.cdiv(classes, T[3])).to(tl.int64) * T[3] + tl.arange(0, T[3])
+    n = (row // tl.cdiv(classes, T[3])).to(tl.int64)
+    mask = (c < classes)[:, None] & (p < pixels)[None, :]
+    at = planes + (n * classes + c)[:, None] * pixels + p[None, :]
+    value = tl.load(at, mask=mask, other=0)
+    value += tl.load(at + size[2], mask=mask, other=0)
+    for _ in range(1, size[0]):
+        at += 2 * size[2]
+        value += tl.load(at, mask=mask, other=0)
+        value += tl.load(at + size[2], mask=mask, other=0)
+    value *= factor.to(ACC)
+    to = out + n * stride[0] + c[:, None] * stride[1] + p[None, :] * stride[2]
+    tl.store(to, value.to(out.dtype.element_ty), mask=mask)
 
 
-class Shares(NamedTuple):
-    """Where a gradient kernel writes: the gradient itself, and what :func:`join` adds to it."""
-
-    out: Tensor
-    right: Tensor
-    spill: Tensor | None
-    band: int  # rows of cells a program takes
-    bands: int  # of them in a sample
-    class_blocks: int
-
-
-def shares(logits: Tensor, cut: Plan) -> Shares:
-    """Fresh memory for the gradient of ``logits``, in its layout, in fp32 (fp64)."""
-    n, c, h, w = logits.shape
-    class_blocks = triton.cdiv(c, cut.constants["BLOCK_CLASSES"])
-    band = max(1, min(BAND, h, n * h * cut.blocks * class_blocks // PROGRAMS))
-    bands = triton.cdiv(h, band)
-    out = torch.empty_like(logits, dtype=accumulator(logits)[0])
-    spill = None if bands == 1 else out.new_empty((n, bands, 2, c, w))
-    return Shares(out, torch.empty_like(out), spill, band, bands, class_blocks)
-
-
-def join(shares: Shares, cut: Plan) -> Tensor:
-    """The gradient from its shares."""
-    n, c, h, w = shares.out.shape
-    blocks = {name: cut.constants[name] for name in ("BLOCK_CLASSES", "BLOCK_CELLS")}
+def join(
+    planes: Tensor, like: Tensor, part: Tensor, split: int, reduction: str, scale: float, gradient_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The reduced loss, the count, and the gradient in the dtype and layout of ``like``."""
+    _, ACC = accumulator(planes)
+    n, c, h, w = like.shape
+    out = torch.empty_like(like)
+    loss, count = part.new_empty(()), part.new_empty(())
+    part = gather_parts(part)
+    nchw = like.is_contiguous()
+    if nchw:  # every plane of every sample in a row
+        rows, classes, pixels, blocks, stride = 1, 1, n * c * h * w, (1, 1024), (0, 0, 1)
+    else:
+        rows, classes, pixels, blocks, stride = n, c, h * w, (32, 32), (c * h * w, 1, c)
+    programs = rows * triton.cdiv(classes, blocks[0]) * triton.cdiv(pixels, blocks[1])
+    T = tuple(map(tl.constexpr, (ACC, reduction == "mean", triton.next_power_of_2(part.shape[1]), *blocks)))
     launch(
-        _join, (n * h * cut.blocks, shares.class_blocks), shares.out, shares.out, shares.right, shares.spill, c, h, w,
-        *cut.strides, cut.blocks, shares.band, shares.bands, **blocks,
+        _join, (programs,), like, planes, out, part, loss, count,
+        (split, part.shape[1], like.numel(), classes, pixels), stride, scale, gradient_scale, T,
     )  # fmt: skip
-    return shares.out
-
-
-# ---- sums over programs ---------------------------------------------------------------------------------------------
-
-# One program's work: few and wide steps.
-TOTAL_BLOCK = 8192
-TOTAL_WARPS = 16
-
-
-@triton.jit
-def _total(
-    part,  # (2, parts) ACC
-    first,  # () ACC
-    second,  # () ACC
-    parts,
-    ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Sums both rows in a fixed order, in fp64, by one program."""
-    a = tl.zeros([BLOCK], tl.float64)
-    b = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, parts, BLOCK):
-        k = start + tl.arange(0, BLOCK).to(tl.int64)
-        a += tl.load(part + k, mask=k < parts, other=0)
-        b += tl.load(part + parts + k, mask=k < parts, other=0)
-    tl.store(first, tl.sum(a).to(ACC))
-    tl.store(second, tl.sum(b).to(ACC))
-
-
-def total(part: Tensor) -> tuple[Tensor, Tensor]:
-    """Both rows of ``part`` (2, parts), summed, 0-d each."""
-    first, second = part.new_empty(()), part.new_empty(())
-    block = min(TOTAL_BLOCK, triton.next_power_of_2(part.shape[1]))
-    launch(
-        _total, (1,), part, part, first, second, part.shape[1],
-        ACC=accumulator(part)[1], BLOCK=block, num_warps=TOTAL_WARPS if block == TOTAL_BLOCK else 4,
-    )  # fmt: skip
-    return first, second
+    return loss, count, out

@@ -11,6 +11,7 @@ import triton.language as tl
 
 # The lowest fp32 and not -inf: -inf minus -inf would make NaN of a row that begins with masked classes.
 START = tl.constexpr(-3.4028234663852886e38)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -22,11 +23,12 @@ def grow(x, inv_tau, peak, total, AXIS: tl.constexpr):
 
 
 @triton.jit
-def grow_cross(s, t, inv_tau, cross, total_t, peak_s, peak_t, higher_s, higher_t, AXIS: tl.constexpr):
+def grow_cross(s, t, inv_tau, cross, total_t, peaks, AXIS: tl.constexpr):
     """Takes s and t into ``cross`` = sum exp((t - peak_t) / tau) * ((t - peak_t) - (s - peak_s)).
 
-    ``total_t`` and the peaks are those before the block, ``higher_*`` those after it. exp = 0 adds 0, whatever s is.
+    ``total_t`` is that before the block; ``peaks``: of s and t before it, and after it. exp = 0 adds 0, whatever s is.
     """
+    peak_s, peak_t, higher_s, higher_t = peaks
     moved = (peak_t - higher_t) - (peak_s - higher_s)
     s = s - tl.expand_dims(higher_s, AXIS)
     t = t - tl.expand_dims(higher_t, AXIS)
@@ -42,3 +44,18 @@ def divergence(inv_tau, total_s, total_t, cross):
     The logarithm of the ratio: a difference of logarithms near log(H*W) loses digits. Fast division may miss x/x = 1.
     """
     return cross * inv_tau / total_t + tl.where(total_s == total_t, 0, tl.log(total_s / total_t))
+
+
+@triton.jit
+def difference(s, t, to_log2, norms):
+    """softmax(s) - softmax(t) of a tile [inner, reduced]; exactly 0 where s and t and their norms are equal.
+
+    Each is one exponential: normalised by a factor, a fused multiply-add would round one side alone.
+
+    Args:
+        to_log2: log2(e) / tau.
+        norms: (inner,) each: the peak of s and log2 of its sum, the same of t.
+    """
+    p_s = tl.exp2((s - tl.expand_dims(norms[0], 1)) * to_log2 - tl.expand_dims(norms[1], 1))
+    p_t = tl.exp2((t - tl.expand_dims(norms[2], 1)) * to_log2 - tl.expand_dims(norms[3], 1))
+    return p_s - p_t

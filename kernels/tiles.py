@@ -14,6 +14,7 @@ shape, dtype and layout alone, so results are bitwise the same on every run.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -34,36 +35,47 @@ PROGRAMS = 2048
 
 
 class Tiles(NamedTuple):
-    """The cut of one map. Sizes and strides in elements."""
+    """The cut of one map, as kernels take it. Sizes and strides in elements; constants are ``tl.constexpr``."""
+
+    inner: Any
+    length: Any  # of the reduced axis: LENGTH_UNIT times this
+    stride_outer: Any
+    stride_inner: Any  # UNIT times this
+    stride_reduced: Any
+    chunk: Any  # elements of the reduced axis a program reads
+    chunks: Any
+    UNIT: Any
+    LENGTH_UNIT: Any
+    ACC: Any
+    BLOCK_INNER: Any
+    BLOCK_REDUCED: Any
+
+
+class Cut(NamedTuple):
+    """How a map is cut."""
 
     outer: int
     inner: int
-    length: int  # of the reduced axis
-    strides: tuple[int, int, int]  # of outer, inner, reduced
-    chunk: int  # elements of the reduced axis a program reads
+    length: int
     chunks: int
-    blocks: dict[str, int]  # the constexpr BLOCK_INNER and BLOCK_REDUCED
-    grid: tuple[int]
-
-    @property
-    def runtime(self) -> tuple[int, ...]:
-        """The arguments every kernel takes in this order: inner, length, 3 strides, chunk, chunks."""
-        return (self.inner, self.length, *self.strides, self.chunk, self.chunks)
+    programs: int
+    tiles: Tiles
 
 
-def cut(x: Tensor, reduced: str, split: bool = True, maps: int = 2) -> Tiles:
+def cut(x: Tensor, reduced: str, split: bool = True, maps: int = 2) -> Cut:
     """Cuts ``x`` (N, C, H, W), NCHW-contiguous or channels_last, for a reduction along ``reduced`` (see the top).
 
     Args:
         split: whether a long reduction may be split into chunks.
         maps: how many are read; beyond two, tiles are half as large.
     """
-    tile = TILE // (1 if maps <= 2 else 2) // (2 if x.dtype == torch.float64 else 1)
-    return _cut(x.shape, x.is_contiguous(), tile, reduced, split)
+    double = x.dtype == torch.float64
+    tile = TILE // (1 if maps <= 2 else 2) // (2 if double else 1)
+    return _cut(x.shape, x.is_contiguous(), tile, reduced, split, double)
 
 
 @lru_cache(maxsize=1024)  # tens of microseconds, at every call
-def _cut(shape: tuple[int, int, int, int], nchw: bool, tile: int, reduced: str, split: bool) -> Tiles:
+def _cut(shape: tuple[int, int, int, int], nchw: bool, tile: int, reduced: str, split: bool, double: bool) -> Cut:
     n, c, h, w = shape
     sample, pixels = c * h * w, h * w
     channel_stride, pixel_stride = (pixels, 1) if nchw else (1, c)
@@ -84,37 +96,54 @@ def _cut(shape: tuple[int, int, int, int], nchw: bool, tile: int, reduced: str, 
     chunks = min(tiles, triton.cdiv(PROGRAMS, programs)) if split else 1
     chunk = triton.cdiv(tiles, chunks) * block_reduced
     chunks = triton.cdiv(length, chunk)
-    blocks = {"BLOCK_INNER": block_inner, "BLOCK_REDUCED": block_reduced}
-    return Tiles(outer, inner, length, strides, chunk, chunks, blocks, (programs * chunks,))
+    # Multiples that the compiler may know, so that it loads several elements at once where rows are not of 16.
+    unit, length_unit = math.gcd(strides[1], 8), math.gcd(length, 8)
+    constants = map(tl.constexpr, (unit, length_unit, tl.float64 if double else tl.float32, block_inner, block_reduced))
+    runtime = (inner, length // length_unit, strides[0], strides[1] // unit, strides[2], chunk, chunks)
+    return Cut(outer, inner, length, chunks, programs * chunks, Tiles(*runtime, *constants))
 
 
 @lru_cache(maxsize=1024)
-def cut_parts(inner: int, parts: int) -> dict[str, int]:
-    """Blocks for a merge of ``parts`` parts of each of ``inner`` groups: small tiles, as it works in fp64."""
+def cut_parts(inner: int, parts: int) -> tuple[int, int]:
+    """Blocks (inner, parts) for a merge of ``parts`` parts of each of ``inner`` groups: small, as it works in fp64."""
     block_inner = min(triton.next_power_of_2(inner), 32)
-    return {"BLOCK_INNER": block_inner, "BLOCK_PARTS": min(triton.next_power_of_2(parts), 512 // block_inner)}
+    return block_inner, min(triton.next_power_of_2(parts), 512 // block_inner)
 
 
-def accumulator(x: Tensor) -> tuple[torch.dtype, tl.dtype]:
-    """What a map of this dtype is computed in, for torch and for Triton: fp32, or fp64 for fp64."""
-    return (torch.float64, tl.float64) if x.dtype == torch.float64 else (torch.float32, tl.float32)
+class Lanes(NamedTuple):
+    """A program's place."""
 
-
-def launch(
-    kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, num_warps: int = WARPS, **constants: Any
-) -> None:
-    """Runs ``kernel`` on the device of ``like``, whichever device is current."""
-    with torch.cuda.device_of(like):
-        kernel[grid](*args, num_warps=num_warps, **constants)
+    outer: Any  # int64
+    inner: Any  # (BLOCK_INNER,) int64
+    chunk: Any  # int64
+    inside: Any  # (BLOCK_INNER,)
+    base: Any  # (BLOCK_INNER,) offsets of the first elements
+    length: Any
 
 
 @triton.jit
-def locate(inner, chunks, BLOCK_INNER: tl.constexpr):
-    """This program's place: (outer index, its BLOCK_INNER inner indices, chunk index), int64."""
+def locate(g):
+    """This program's place in a cut."""
     program = tl.program_id(0)
-    block = program // chunks
+    block = program // g.chunks
+    outer, i = block_of(block, g.inner, g.BLOCK_INNER)
+    base = outer * g.stride_outer + i * g.stride_inner * g.UNIT
+    return Lanes(outer, i, (program % g.chunks).to(tl.int64), i < g.inner, base, g.length * g.LENGTH_UNIT)
+
+
+@triton.jit
+def block_of(block, inner, BLOCK_INNER: tl.constexpr):
+    """The outer index of a block, and its BLOCK_INNER inner indices, int64."""
     blocks = tl.cdiv(inner, BLOCK_INNER)
     lane = tl.arange(0, BLOCK_INNER)
     # Written so that Triton sees runs of 4 and not of 8: a thread keeps its sums once for each inner index it loads.
     i = (block % blocks).to(tl.int64) * BLOCK_INNER + (lane // 4 * 4 + lane % 4)
-    return (block // blocks).to(tl.int64), i, (program % chunks).to(tl.int64)
+    return (block // blocks).to(tl.int64), i
+
+
+@triton.jit
+def tile_of(g, at, start):
+    """Offsets and mask of a tile [inner, reduced], and which reduced indices exist."""
+    r = start + tl.arange(0, g.BLOCK_REDUCED).to(tl.int64)
+    mask = at.inside[:, None] & (r < at.length)[None, :]
+    return at.base[:, None] + r[None, :] * g.stride_reduced, mask

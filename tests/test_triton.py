@@ -23,7 +23,7 @@ needs_kernels = pytest.mark.skipif(not INTERPRETER and DEVICE == "cpu", reason="
 if INTERPRETER or DEVICE == "cuda":
     from fastkd.kernels import cwd, kd, nfd, tiles
 
-    from fastkd import reference
+    from fastkd import backends, reference
 
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -102,21 +102,24 @@ def check(formula, student: Tensor, teacher: Tensor, grad: Tensor, loss: Tensor,
 
 
 def run_nfd(student: Tensor, teacher: Tensor, dims: str, eps: float = 1e-5):
-    loss, stats = nfd.forward(student, teacher, dims, eps)
+    args = (student, teacher, dims, eps, "none", 1.0)
+    loss, stats = nfd.forward(*args)
     grad = torch.randn_like(loss)
-    return grad, loss, nfd.backward(grad, student, teacher, stats, dims)
+    return grad, loss, nfd.backward(grad, *args, stats)
 
 
 def run_cwd(student: Tensor, teacher: Tensor, temperature: float):
-    loss, stats = cwd.forward(student, teacher, temperature)
+    args = (student, teacher, temperature, "none", 1.0)
+    loss, stats = cwd.forward(*args)
     grad = torch.randn_like(loss)
-    return grad, loss, cwd.backward(grad, student, teacher, stats, temperature)
+    return grad, loss, cwd.backward(grad, *args, stats)
 
 
 def run_kd(student: Tensor, teacher: Tensor, temperature: float, target=None, weight=None, ignore_index=255):
-    loss, _ = kd.forward(student, teacher, target, weight, temperature, ignore_index, True)
+    loss, _ = kd.forward(student, teacher, target, weight, temperature, ignore_index, "none", 1.0)
     grad = torch.randn_like(loss)
-    return grad, loss, kd.backward(grad, student, teacher, target, weight, temperature, ignore_index)
+    upstream = grad if weight is None else grad * weight
+    return grad, loss, kd.gradient(student, teacher, target, upstream, temperature, ignore_index, "sum", 1.0)[2]
 
 
 @needs_kernels
@@ -180,7 +183,7 @@ def test_nfd_near_convergence(dims, cut):
     s, _ = maps((1, 10, 5, 17), scale=100.0, offset=30.0)
     for noise in (0.0, 1e-3, 1e-1):
         t = 0.5 * s + noise * torch.randn_like(s)
-        loss, _ = nfd.forward(s, t, dims, 1e-5)
+        loss, _ = nfd.forward(s, t, dims, 1e-5, "none", 1.0)
         assert (loss - reference.nfd(s.double(), t.double(), dims, 1e-5)).abs().max() < 1e-6
 
 
@@ -235,44 +238,65 @@ def test_kd_labels():
         target = target.to(dtype)
         for ignore_index in (255, 2, -100):
             valid = (target >= 0) & (target < 4) & (target != ignore_index)
-            loss, count = kd.forward(s, t, target, None, 1.0, ignore_index, True)
+            loss, count = kd.forward(s, t, target, None, 1.0, ignore_index, "none", 1.0)
             assert count == valid.sum()
             torch.testing.assert_close(loss.double(), torch.where(valid, want, 0), rtol=1e-5, atol=1e-6)
-            gradient = kd.backward(torch.ones_like(loss), s, t, target, None, 1.0, ignore_index)
+            _, count, gradient = kd.gradient(s, t, target, None, 1.0, ignore_index, "mean", 1.0)
+            assert count == valid.sum()
             assert not gradient.movedim(1, 3)[~valid].any()
     target.fill_(255)
     s[0, 0, 0, 0] = torch.nan  # an ignored pixel may hold anything
-    loss, count = kd.forward(s, t, target, None, 1.0, 255, False)
-    assert (loss, count) == (0, 0)
-    assert not kd.backward(loss, s, t, target, None, 1.0, 255).any()
+    for reduction in ("sum", "mean"):
+        loss, count, gradient = kd.gradient(s, t, target, None, 1.0, 255, reduction, 1.0)
+        assert (loss, count) == (0, 0)
+        assert not gradient.any()
 
 
 @needs_kernels
 @pytest.mark.parametrize("shape", [(2, 19, 5, 7), (1, 150, 3, 41)], ids=str)
-def test_kd_sum(shape):
-    """The sum and its count are those of the map, and a 0-d gradient is one for all pixels."""
+@pytest.mark.parametrize("labelled", [False, True], ids=["all", "labelled"])
+def test_kd_reductions(shape, labelled):
+    """The sum, the mean and the count are those of the map, and so are their gradients; ``scale`` multiplies both."""
     n, c, h, w = shape
     s, t = maps(shape)
     weight = torch.rand(n, h, w, device=DEVICE)
-    for target in (None, torch.randint(0, c + 3, (n, h, w), dtype=torch.int32, device=DEVICE)):
-        options = (target, weight, 2.0, 1)
-        loss, count = kd.forward(s, t, *options, True)
-        total, same_count = kd.forward(s, t, *options, False)
-        torch.testing.assert_close(total, loss.double().sum().float())
-        valid = torch.ones_like(loss) if target is None else reference.valid_pixels(target, c, 1)
-        assert count.dtype == torch.int64
-        assert count == same_count == valid.sum()
-        everywhere = kd.backward(torch.full_like(loss, 1.7), s, t, *options)
-        assert torch.equal(kd.backward(torch.tensor(1.7, device=DEVICE), s, t, *options), everywhere)
+    target = torch.randint(0, c + 3, (n, h, w), dtype=torch.int32, device=DEVICE) if labelled else None
+    options = (target, weight, 2.0, 1)
+    terms, count = kd.forward(s, t, *options, "none", 1.0)
+    valid = torch.ones_like(terms) if target is None else reference.valid_pixels(target, c, 1)
+    every = kd.gradient(s, t, *options, "sum", 1.0)[2]
+    for reduction, by in (("sum", 0.7), ("mean", 0.7 / valid.sum().item())):
+        loss, same_count = kd.forward(s, t, *options, reduction, 0.7)
+        early, another_count, gradient = kd.gradient(s, t, *options, reduction, 0.7)
+        assert torch.equal(loss, early)
+        assert count == same_count == another_count == valid.sum()
+        torch.testing.assert_close(loss, (terms.double().sum() * by).float())
+        torch.testing.assert_close(gradient, every * by)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dims", ["hw", "nhw", "c", "chw"])
+def test_group_sums(dims):
+    """The sum is that of the groups; a 0-d upstream gradient is one for all groups; ``scale`` multiplies both."""
+    s, t = maps((3, 20, 9, 13))
+    for run, args in ((nfd, (s, t, dims, 1e-5)), (cwd, (s, t, 2.0))):
+        terms, stats = run.forward(*args, "none", 0.5)
+        loss, same_stats = run.forward(*args, "sum", 0.5)
+        torch.testing.assert_close(loss, terms.double().sum().float())
+        assert torch.equal(stats, same_stats)
+        everywhere = run.backward(torch.full_like(terms, 1.7), *args, "none", 0.5, stats)
+        assert torch.equal(run.backward(torch.tensor(1.7, device=DEVICE), *args, "sum", 0.5, stats), everywhere)
 
 
 @needs_kernels
 def test_nan_propagates():
     s, t = maps((2, 5, 7, 9))
     s[1, 2, 3, 4] = torch.nan
-    assert torch.equal(nfd.forward(s, t, "hw", 1e-5)[0].isnan().nonzero(), torch.tensor([[1, 2]], device=DEVICE))
-    assert torch.equal(cwd.forward(s, t, 4.0)[0].isnan().nonzero(), torch.tensor([[1, 2]], device=DEVICE))
-    loss, _ = kd.forward(s, t, None, None, 1.0, 255, True)
+    assert torch.equal(
+        nfd.forward(s, t, "hw", 1e-5, "none", 1.0)[0].isnan().nonzero(), torch.tensor([[1, 2]], device=DEVICE)
+    )
+    assert torch.equal(cwd.forward(s, t, 4.0, "none", 1.0)[0].isnan().nonzero(), torch.tensor([[1, 2]], device=DEVICE))
+    loss, _ = kd.forward(s, t, None, None, 1.0, 255, "none", 1.0)
     assert torch.equal(loss.isnan().nonzero(), torch.tensor([[1, 3, 4]], device=DEVICE))
 
 
@@ -295,8 +319,8 @@ def test_same_bits_every_time(cut):
         torch.manual_seed(1)
         target = torch.randint(0, 5, (1, 11, 13), device=DEVICE)
         nfds = [x for dims in ("hw", "nhw", "c", "chw") for x in run_nfd(s, t, dims)]
-        total, _ = kd.forward(s, t, target, None, 2.0, 255, False)
-        return [*nfds, *run_cwd(s, t, 4.0), *run_kd(s, t, 2.0, target), total]
+        reduced = kd.gradient(s, t, target, None, 2.0, 255, "mean", 1.0)
+        return [*nfds, *run_cwd(s, t, 4.0), *run_kd(s, t, 2.0, target), *reduced]
 
     assert all(torch.equal(a, b) for a, b in zip(everything(), everything(), strict=True))
 
@@ -305,9 +329,10 @@ def test_same_bits_every_time(cut):
 def test_registered():
     """The operators are reachable with the schemas of ``fastkd.ops``, and the storage offset of a map is minded."""
     s, t = (torch.cat([torch.zeros(1, device=DEVICE), x.flatten()])[1:].view(x.shape) for x in maps((1, 5, 6, 7)))
-    ops = torch.ops.fastkd_triton
-    assert torch.equal(ops.nfd_forward(s, t, "hw", 1e-5)[0], nfd.forward(s.clone(), t.clone(), "hw", 1e-5)[0])
-    assert torch.equal(ops.cwd_forward(s, t, 4.0)[1], cwd.forward(s.clone(), t.clone(), 4.0)[1])
-    loss, _ = ops.kd_forward(s, t, None, None, 2.0, 255, False)
-    gradient = ops.kd_backward(loss, s, t, None, None, 2.0, 255)
-    assert torch.equal(gradient, kd.backward(loss, s.clone(), t.clone(), None, None, 2.0, 255))
+    assert backends.why_not("triton") is None  # loads it
+    ops, group = torch.ops.fastkd_triton, ("none", 1.0)
+    nfds = ops.nfd_forward(s, t, "hw", 1e-5, *group)
+    assert torch.equal(nfds[0], nfd.forward(s.clone(), t.clone(), "hw", 1e-5, *group)[0])
+    assert torch.equal(ops.cwd_forward(s, t, 4.0, *group)[1], cwd.forward(s.clone(), t.clone(), 4.0, *group)[1])
+    options = (None, None, 2.0, 255, "sum", 1.0)
+    assert torch.equal(ops.kd_gradient(s, t, *options)[2], kd.gradient(s.clone(), t.clone(), *options)[2])
