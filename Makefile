@@ -15,8 +15,13 @@ demo: .venv/.built
 test: .venv/.built
 	$(BIN)/python -m pytest -q -m "not slow"
 
-test-all: .venv/.built
-	$(BIN)/python -m pytest -q
+# The Tritons that other torch versions bring, for tests/test_aot.py.
+TRITONS = $(addprefix .venv/triton-,3.6.0 3.7.1)
+.venv/triton-%: .venv/.installed
+	$(BIN)/python -m pip install -q --target $@ --no-deps triton==$*
+
+test-all: .venv/.built $(TRITONS)
+	FASTKD_TRITONS="$$(ls -d $(CURDIR)/.venv/triton-* | paste -sd:)" $(BIN)/python -m pytest -q
 
 bench: .venv/.built
 	$(BIN)/python -m benchmarks
