@@ -1,9 +1,11 @@
 # `make demo` and `make test` do everything from a fresh clone: the environment in .venv, the build, the run.
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test test-all bench lint clean
+.PHONY: demo test test-all test-tools bench lint clean
 
 # glibc gives large blocks back to the system after every use; keeping them saves the page faults of a CPU training.
 demo: export MALLOC_MMAP_THRESHOLD_ = 33554432
@@ -12,16 +14,29 @@ demo: export MALLOC_TOP_PAD_ = 67108864
 demo: .venv/.built
 	$(BIN)/fastkd demo --out runs/demo
 
-test: .venv/.built
-	$(BIN)/python -m pytest -q -m "not slow"
-
 # The Tritons that other torch versions bring, for tests/test_aot.py.
 TRITONS = $(addprefix .venv/triton-,3.6.0 3.7.1)
 .venv/triton-%: .venv/.installed
 	$(BIN)/python -m pip install -q --target $@ --no-deps triton==$*
 
-test-all: .venv/.built $(TRITONS)
-	FASTKD_TRITONS="$$(ls -d $(CURDIR)/.venv/triton-* | paste -sd:)" $(BIN)/python -m pytest -q
+# Three runs, each on another backend: the C++ kernels (on a GPU: Triton's and CUDA's), then, on the CPU, Triton's in its
+# interpreter and CUDA's on the emulated GPU. tests/suites.py says which files the last two have.
+test: PYTEST += -m "not slow"
+test-all: export FASTKD_TRITONS = $(subst $() ,:,$(addprefix $(CURDIR)/,$(TRITONS)))
+test-all: $(TRITONS)
+test test-all: .venv/.built
+	$(PYTEST)
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(PYTEST) $$($(BIN)/python -m tests.suites interpreted)
+	library=$$($(BIN)/python -c "from tests import emulation; print(emulation.build())") && \
+	    CUDA_VISIBLE_DEVICES= FASTKD_CUDA_EMULATION=$$library $(PYTEST) $$($(BIN)/python -m tests.suites emulated)
+	$(if $(filter test-all,$@),$(MAKE) test-tools)
+
+# The tools that end by themselves; docs/promises.md has the others: mutants, versions, valgrind.
+test-tools: .venv/.built
+	$(BIN)/python -m tests.tools.errors
+	$(BIN)/python -m tests.tools.fuzz --minutes 5
+	$(BIN)/python -m tests.tools.sanitize --tool asan
+	$(BIN)/python -m tests.tools.sanitize --tool tsan
 
 bench: .venv/.built
 	$(BIN)/python -m benchmarks

@@ -1,8 +1,5 @@
-"""What the operator tests share: the backends of this machine, random problems, and an error budget.
-
-The budget is relative: against float64 on the same (already rounded) inputs, a kernel may be at most twice as wrong as
-plain PyTorch in the same dtype, plus a few roundings of the result.
-"""
+"""What the operator tests share: the backends of this machine, random problems, a loss and its gradient judged by the budget
+(tests/budget.py)."""
 
 from __future__ import annotations
 
@@ -16,6 +13,8 @@ from torch import Tensor
 
 import fastkd
 from fastkd import backends
+
+from . import budget
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -129,16 +128,10 @@ def assert_within_budget(
     ours = loss_and_gradient(loss, student, teacher, backend)
     eager = loss_and_gradient(loss, student, teacher, "reference")
     true = loss_and_gradient(loss, student.double(), teacher.double(), "reference")
-    acc = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    acc = budget.accumulator(student, teacher)
     assert ours[0].dtype == acc
     assert ours[0].shape == true[0].shape
     assert ours[1].dtype == student.dtype
     assert ours[1].shape == student.shape
-    for name, got, plain, want, scale in zip(
-        ("loss", "gradient"), ours, eager, true, (loss_scale, gradient_scale), strict=True
-    ):
-        # In float64 the formula is no better than the kernel; they need only agree far beyond fp32.
-        rounding = max(torch.finfo(got.dtype).eps, 1e-12)
-        error, eager_error = ((x.double() - want).norm().item() for x in (got, plain))
-        noise = 8 * max(rounding, torch.finfo(acc).eps) * (want.norm().item() + scale * want.numel() ** 0.5)
-        assert error <= 2 * eager_error + noise, f"{name}: error {error:.3e}, plain PyTorch's {eager_error:.3e}"
+    budget.assert_within("loss", ours[0], eager[0], true[0], acc, unit=loss_scale)
+    budget.assert_within("gradient", ours[1], eager[1], true[1], acc, unit=gradient_scale)

@@ -6,6 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastkd
 
+from .losses import EACH, LOSSES
 from .support import DEVICE, each_backend
 
 
@@ -17,26 +18,13 @@ def pair(seed):
     return student.requires_grad_(), teacher, target
 
 
-LOSSES = {
-    "nfd": lambda s, t, y: fastkd.nfd_loss(s, t),
-    "nfd_nhw_sum": lambda s, t, y: fastkd.nfd_loss(s, t, dims="nhw", reduction="sum"),
-    "kd": lambda s, t, y: fastkd.kd_loss(s, t, temperature=2.0),
-    "kd_target": lambda s, t, y: fastkd.kd_loss(s, t, target=y[:, :6, :6].contiguous()),
-    "cwd": lambda s, t, y: fastkd.cwd_loss(s, t),
-    "resized_ce": lambda s, t, y: fastkd.resized_cross_entropy(s, y),
-    "resized_kd": lambda s, t, y: fastkd.resized_kd_loss(s, t, size=(12, 12), target=y),
-    "rdd_tfe": lambda s, t, y: fastkd.rdd_loss(s, t, y, stage="tfe", teacher_aux=t.flip(1)).loss,
-    "rdd_tse": lambda s, t, y: fastkd.rdd_loss(s, t, y, stage="tse", preset="official").loss,
-}
-
-
 @pytest.fixture(autouse=True)
 def fresh_dynamo():
     torch._dynamo.reset()
 
 
 @each_backend
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", EACH)
 def test_one_graph_for_all_batches(backend, name):
     loss = LOSSES[name]
     counter = CompileCounterWithBackend("aot_eager")

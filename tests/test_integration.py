@@ -19,11 +19,12 @@ from torch.utils.checkpoint import checkpoint
 import fastkd
 from fastkd import backends
 
+from .losses import EACH, LOSSES
 from .support import DEVICE, each_backend, each_kernel, loss_and_gradient
-from .test_compile import LOSSES, pair
+from .test_compile import pair
 from .test_kd import labels
 
-each_loss = pytest.mark.parametrize("name", LOSSES)
+each_loss = pytest.mark.parametrize("name", EACH)
 
 MODULES = {
     "nfd": lambda: fastkd.NFDLoss(4, 6, dims="nhw"),
@@ -55,19 +56,13 @@ def scalar(out: Tensor | fastkd.RDDOutput) -> Tensor:
 # ---- compile and export ---------------------------------------------------------------------------------------------
 
 
-OF_ANY_SIZE = LOSSES | {
-    "kd_target": lambda s, t, y: fastkd.kd_loss(s, t, target=y[:, : s.shape[2], : s.shape[3]].contiguous()),
-    "resized_kd": lambda s, t, y: fastkd.resized_kd_loss(s, t, size=y.shape[1:], target=y),
-}
-
-
 @each_kernel
-@pytest.mark.parametrize("name", OF_ANY_SIZE)
+@each_loss
 def test_compiled_for_any_size(backend, name):
     """dynamic=True and fullgraph: one graph serves every batch and size, with the numbers of eager mode."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    loss = OF_ANY_SIZE[name]
+    loss = LOSSES[name]
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
     with fastkd.use_backend(backend):
         for n, h, w in ((2, 6, 7), (3, 9, 8), (4, 8, 13)):

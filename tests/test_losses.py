@@ -34,7 +34,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("module", "function", "options", "args", "call"), CASES)
+@pytest.mark.parametrize(("module", "function", "options", "args", "call"), CASES, ids=[c[0].__name__ for c in CASES])
 def test_module_is_the_function(module, function, options, args, call):
     loss = module(**options, loss_weight=3.0)
     torch.testing.assert_close(loss(*args, **call), 3 * function(*args, **options, **call))

@@ -14,6 +14,7 @@ import pytest
 
 import fastkd
 
+from . import suites
 from .tools.environment import clean
 
 ROOT = Path(__file__).parents[1]
@@ -21,9 +22,6 @@ LIBRARY = Path(fastkd.__file__).with_name("_cpu.so")
 # What torch promises not to change: the C functions of its stable headers (torch/csrc/stable/c, inductor/aoti_torch/c).
 STABLE = re.compile(r"^(aoti_torch|torch)_[a-z0-9_]+$")
 SYSTEM = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_[0-9.]+$|^_ITM_\w+$|^__gmon_start__$")
-# The tests of everything but the trainer, the benchmarks and what needs a compiler or Triton.
-OPERATORS = ["cwd", "kd", "nfd", "rdd", "rdd_kernels", "resized", "resized_kernels"]
-CORE = ["adversarial", "backends", "compile", "csrc", "functional", "integration", "losses", *OPERATORS]
 
 needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="the C++ library is not built (pip install -e .)")
 
@@ -80,6 +78,14 @@ print(fastkd.backend_info()["operators"]["kd"]["cpu"], [str(w.message) for w in 
 """
 
 
+def sources(folder: str, inside: str, *suffixes: str) -> set[str]:
+    """What git has in a folder, by its name in the package."""
+    listed = subprocess.check_output(["git", "ls-files", folder], cwd=ROOT, text=True).split()
+    found = {inside + name.removeprefix(folder) for name in listed if name.endswith(suffixes or "")}
+    assert found
+    return found
+
+
 def build(out: Path, *options: str, **env: str) -> zipfile.ZipFile:
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", *options, "-w", str(out), str(ROOT)],
@@ -117,17 +123,8 @@ def test_wheel_with_kernels(tmp_path):
     wheel = build(tmp_path, "--no-build-isolation", FASTKD_BUILD="1")
     assert "-py3-none-linux" in wheel.filename
     names = set(wheel.namelist())
-    for needed in (
-        "fastkd/_cpu.so",
-        "fastkd/py.typed",
-        "fastkd/kernels/nfd.py",
-        "fastkd/benchmarks/harness.py",
-        "fastkd/train/demo.yaml",
-        "fastkd/train/recipes/baseline.yaml",
-        "fastkd/train/data/street_scenes.py",
-        "fastkd/train/data/classes/ade20k.txt",
-    ):
-        assert needed in names
+    assert {"fastkd/_cpu.so", *sources("fastkd", "fastkd"), *sources("kernels", "fastkd/kernels")} <= names
+    assert sources("benchmarks", "fastkd/benchmarks", ".py") <= names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc"))]
     assert use(wheel, tmp_path / "installed").strip() == "cpu []"
 
@@ -140,15 +137,8 @@ def test_from_source_archive_to_tests_with_torch_alone(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, cwd=ROOT)
     (archive,) = tmp_path.glob("*.tar.gz")
     listing = subprocess.check_output(["tar", "tzf", str(archive)], text=True)
-    for needed in (
-        "csrc/registration.cpp",
-        "csrc/cpu/vec.h",
-        "csrc/cuda/nfd.cu",
-        "kernels/nfd.py",
-        "LICENSE",
-        "setup.py",
-    ):
-        assert f"/{needed}\n" in listing
+    for needed in {"LICENSE", "setup.py", *sources("csrc", "csrc"), *sources("kernels", "kernels")}:
+        assert f"/{needed}\n" in listing, needed
     python = clean(tmp_path / "builder", ("torch", "setuptools", "ninja", "numpy"))
     subprocess.run(
         [python, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(archive)],
@@ -162,7 +152,7 @@ def test_from_source_archive_to_tests_with_torch_alone(tmp_path):
     shutil.copytree(ROOT / "tests", tests, ignore=shutil.ignore_patterns("train", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tests.parent)
     done = subprocess.run(
-        [python, "-m", "pytest", "-q", "-m", "not slow", *(f"tests/test_{name}.py" for name in CORE)],
+        [python, "-m", "pytest", "-q", "-m", "not slow", *suites.files("core")],
         cwd=tests.parent,
         capture_output=True,
         text=True,

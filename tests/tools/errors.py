@@ -9,31 +9,16 @@ the error over that of the truth; the worst of some seeds.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import fastkd
 
+from ..losses import LOSSES, Loss
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-LOSSES: dict[str, Loss] = {
-    "nfd": lambda s, t, y: fastkd.nfd_loss(s, t),
-    "nfd, dims=c": lambda s, t, y: fastkd.nfd_loss(s, t, dims="c"),
-    "kd": lambda s, t, y: fastkd.kd_loss(s, t),
-    "kd, temperature 4": lambda s, t, y: fastkd.kd_loss(s, t, temperature=4.0),
-    "cwd": lambda s, t, y: fastkd.cwd_loss(s, t),
-    "resized cross-entropy": lambda s, t, y: fastkd.resized_cross_entropy(s, y),
-    "resized kd": lambda s, t, y: fastkd.resized_kd_loss(s, t, size=y.shape[1:], target=y),
-    "rdd, tfe": lambda s, t, y: fastkd.rdd_loss(s, t, y, stage="tfe", teacher_aux=t.flip(1)).loss,
-    "rdd, tse": lambda s, t, y: fastkd.rdd_loss(s, t, y, stage="tse").kd,
-}
-# What is promised: relative error of the loss, and of the gradient by the student's dtype.
-LOSS_BOUND = {torch.float64: 1e-12}
-GRADIENT_BOUND = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float64: 1e-12}
 
 
 def problem(dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:

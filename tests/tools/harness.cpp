@@ -65,7 +65,6 @@ public:
         parts_.emplace_back(size, static_cast<char>(0x7f));
         return parts_.back().data();
     }
-    int64_t* count() { return static_cast<int64_t*>(add(8)); }
     bool operator==(const Outputs& o) const { return parts_ == o.parts_; }
     // To compare with another run of the program.
     size_t hash() const {
@@ -92,41 +91,66 @@ Outputs run(const Case& x, int with_threads) {
     const Pair in{s.data(), t.data(), x.s, x.t, x.channels_last, x.n, x.c, hw, parallel_for};
     const Kernels& k = kernels();
     Outputs out;
-    for (Group group : {Group::hw, Group::nhw, Group::c, Group::chw}) {
-        const int64_t groups = group == Group::hw ? x.n * x.c : group == Group::nhw ? x.c : group == Group::c ? x.n * hw : x.n;
-        void *loss = out.add(groups * a), *stats = out.add(groups * 6 * a);
-        k.nfd_forward({in, group, 1e-5, loss, stats});
-        k.nfd_backward({in, group, loss, stats, out.add(size * bytes(x.s))});
+    // The loss of each reduction: `terms` numbers, or one; the count where it has one.
+    const auto loss = [&](Reduce reduce, int64_t terms, bool counted) {
+        return Loss{reduce, 0.7, out.add((reduce == Reduce::none ? terms : 1) * a), counted ? out.add(a) : nullptr};
+    };
+    const auto gradient = [&](Reduce reduce) { return reduce == Reduce::none ? nullptr : out.add(size * bytes(x.s)); };
+    const auto each_reduction = [](const auto& f) {
+        for (Reduce reduce : {Reduce::sum, Reduce::mean, Reduce::none}) f(reduce);
+    };
+    for (Reduce reduce : {Reduce::sum, Reduce::none}) {
+        for (Group group : {Group::hw, Group::nhw, Group::c, Group::chw}) {
+            const int64_t groups =
+                group == Group::hw ? x.n * x.c : group == Group::nhw ? x.c : group == Group::c ? x.n * hw : x.n;
+            const Loss to = loss(reduce, groups, false);
+            void* stats = out.add(groups * 6 * a);
+            k.nfd_forward({in, group, 1e-5, to, stats});
+            k.nfd_backward({in, group, {to.loss, reduce, 0.7}, stats, out.add(size * bytes(x.s))});
+        }
+        const Loss to = loss(reduce, x.n * x.c, false);
+        void* stats = out.add(x.n * x.c * 4 * a);
+        k.cwd_forward({in, 4, to, stats});
+        k.cwd_backward({in, 4, {to.loss, reduce, 0.7}, stats, out.add(size * bytes(x.s))});
     }
-    void *cwd_loss = out.add(x.n * x.c * a), *cwd_stats = out.add(x.n * x.c * 4 * a);
-    k.cwd_forward({in, 4, cwd_loss, cwd_stats});
-    k.cwd_backward({in, 4, cwd_loss, cwd_stats, out.add(size * bytes(x.s))});
     const Pixels labelled{small.data(), Label::u8, 255, weight.data()}, all{nullptr, Label::none, 255, nullptr};
-    for (const Pixels& p : {labelled, all}) {
-        k.kd_forward({in, p, 2, true, out.add(x.n * hw * a), out.count()});
-        k.kd_backward({in, p, 2, weight.data(), true, out.add(size * bytes(x.s)), nullptr, nullptr});
-        k.kd_backward({in, p, 2, weight.data(), false, out.add(size * bytes(x.s)), out.add(a), out.count()});
-    }
+    for (const Pixels& p : {labelled, all}) each_reduction([&](Reduce reduce) {
+        k.kd({in, p, 2, loss(reduce, x.n * hw, true), nullptr});
+        k.kd({in, p, 2, loss(reduce, x.n * hw, true), gradient(reduce)});
+    });
     const Map student{s.data(), x.s, x.channels_last, x.n, x.c, x.h, x.w},
         teacher{other.data(), x.t, false, x.n, x.c, x.teacher_h, x.teacher_w};
     for (bool corners : {false, true}) {
         const LabelPixels p{large.data(), Label::u8, 255, class_weight.data(), weight.data(), x.h, x.w, mask.data()};
-        const auto resized = [&](bool per_pixel) {
-            return Resized{p, x.height, x.width, corners, per_pixel, out.add(per_pixel ? pixels * a : a), out.add(a),
-                           per_pixel ? nullptr : out.add(size * a), parallel_for};
-        };
-        for (bool per_pixel : {false, true}) {
-            k.resized_cross_entropy({student, resized(per_pixel)});
-            k.resized_kd({student, teacher, 2, resized(per_pixel)});
-        }
+        each_reduction([&](Reduce reduce) {
+            const auto resized = [&] {
+                return Resized{p, x.height, x.width, corners, loss(reduce, pixels, true), gradient(reduce), parallel_for};
+            };
+            k.resized_cross_entropy({student, resized()});
+            k.resized_kd({student, teacher, 2, resized()});
+        });
         for (int64_t kept : {int64_t{0}, pixels / 2})
             k.difficulty_mask({student, teacher, p, x.height, x.width, corners, 0.7, kept, corners, Select::exclusive,
-                               static_cast<uint8_t*>(out.add(pixels)), static_cast<int64_t*>(out.add(16)), parallel_for});
+                               static_cast<uint8_t*>(out.add(pixels)), out.add(a), parallel_for});
     }
     if ((x.s == DType::f64) == (x.t == DType::f64)) {
         const Pair heads{t.data(), aux.data(), x.t, x.t, x.channels_last, x.n, x.c, hw, parallel_for};
-        k.teacher_confidence({heads, s.data(), x.s, true, out.add(x.n * hw * a), out.add(a), out.add(size * a)});
-        k.teacher_confidence({heads, nullptr, x.s, false, out.add(x.n * hw * a), nullptr, nullptr});
+        k.teacher_confidence({heads, true, out.add(x.n * hw * a), s.data(), x.s, loss(Reduce::sum, 1, false),
+                              out.add(size * bytes(x.s))});
+        k.teacher_confidence({heads, false, out.add(x.n * hw * a), nullptr, x.s, {}, nullptr});
+    }
+    for (double factor : {1.0, -0.3}) {
+        const float single = static_cast<float>(factor);
+        void* scaled = out.add(size * bytes(x.s));
+        std::memcpy(scaled, s.data(), s.size());
+        k.rescale({scaled, x.s, size, x.s == DType::f64 ? static_cast<const void*>(&factor) : &single, parallel_for});
+    }
+    std::vector<int64_t> labels(100'001);
+    for (int64_t& y : labels) y = random() % 19;
+    for (int64_t bad : {int64_t{-1}, int64_t{70'000}}) {
+        if (bad >= 0) labels[bad] = 19, labels[bad + 9] = -1;
+        const int64_t found = k.first_bad_label({labels.data(), Label::i64, 100'001, 19, 255, parallel_for});
+        std::memcpy(out.add(8), &found, 8);
     }
     const std::vector<char> many = real(100'001, x.s, 8);
     k.kth_smallest(many.data(), x.s == DType::f64 ? DType::f64 : DType::f32, 100'001, 5'000, out.add(a), parallel_for);

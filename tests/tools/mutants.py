@@ -30,54 +30,51 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .. import emulation
+from .. import suites
 from . import stage
 
 SEED = 20
 FLAGS = ("-O1",)
 PROCESSOR_TIME = 400  # seconds, of all threads: a loop that never ends
 
-# Source -> the units that are compiled anew, and the words that choose its tests.
+# Header -> the units that are compiled anew.
 HEADERS = {
     "moments.h": ("nfd",),
     "softmax.h": ("kd", "cwd", "rdd"),
     "resize.h": ("resized_cross_entropy", "resized_kd", "rdd"),
-    "tile.h": stage.KERNELS,
-    "vec.h": stage.KERNELS,
 }
+# The tests of a family that are not in the file of its name; the table's operators and test_csrc.py's are everyone's.
 TESTS = {
-    "nfd": ["tests/test_nfd.py"],
-    "kd": ["tests/test_kd.py"],
-    "cwd": ["tests/test_cwd.py"],
-    "resized_cross_entropy": ["tests/test_resized_kernels.py", "tests/test_resized.py"],
-    "resized_kd": ["tests/test_resized_kernels.py", "tests/test_resized.py"],
-    "rdd": ["tests/test_rdd_kernels.py", "tests/test_rdd.py"],
-    "exp": ["tests/test_csrc.py"],
+    "resized_cross_entropy": ["resized_kernels", "resized"],
+    "resized_kd": ["resized_kernels", "resized"],
+    "rdd": ["rdd_kernels", "rdd"],
+    "rescale": ["autograd"],
+    "labels": ["functional"],
+    "exp": [],
 }
-# Of tests/test_adversarial.py.
+# Of tests/test_adversarial.py, beside those with the name of the family.
 WORDS = {
-    "nfd": "nfd or equal_to or half",
-    "kd": "kd or weights or out_of_range or ignored or equal_to",
-    "cwd": "cwd or equal_to",
-    "rdd": "rdd or out_of_range",
-    "resized_cross_entropy": "resized or weights or out_of_range or lowest",
-    "resized_kd": "resized or weights or out_of_range or lowest or equal_to",
+    "nfd": "equal_to or half",
+    "kd": "weights or out_of_range or ignored or equal_to",
+    "cwd": "equal_to",
+    "rdd": "out_of_range",
+    "resized_cross_entropy": "resized_ce or weights or out_of_range or lowest",
+    "resized_kd": "weights or out_of_range or lowest or equal_to",
     "exp": "half",
 }
 PYTHON = {
-    "fastkd/reference.py": [f"tests/test_{name}.py" for name in ("nfd", "kd", "cwd", "resized", "rdd", "functional")],
+    "fastkd/reference.py": [f"tests/test_{name}.py" for name in (*suites.FAMILIES, "functional")],
     "fastkd/functional.py": [
-        f"tests/test_{name}.py" for name in ("functional", "kd", "nfd", "cwd", "resized", "rdd", "losses")
+        f"tests/test_{name}.py" for name in ("functional", *suites.FAMILIES, "losses", "autograd")
     ],
-    "kernels/nfd.py": ["tests/test_triton.py", "-k", "nfd or outlier or constant or nan or bits"],
-    "kernels/kd.py": ["tests/test_triton.py", "-k", "kd or masked or same or nan or registered"],
-    "kernels/cwd.py": ["tests/test_triton.py", "-k", "cwd or masked or same or nan or registered"],
-    "kernels/softmax.py": ["tests/test_triton.py", "-k", "kd or cwd or masked or same"],
-    "kernels/tiles.py": ["tests/test_triton.py"],
-    "kernels/rdd.py": ["tests/test_rdd_kernels.py"],
-    "kernels/resize.py": ["tests/test_resized_kernels.py", "tests/test_rdd_kernels.py"],
-    "kernels/resized_cross_entropy.py": ["tests/test_resized_kernels.py"],
-    "kernels/resized_kd.py": ["tests/test_resized_kernels.py"],
+    "fastkd/ops/_autograd.py": [
+        f"tests/test_{name}.py" for name in ("autograd", "integration", "functional", *suites.FAMILIES)
+    ],
+    **{
+        path.relative_to(stage.ROOT).as_posix(): suites.files("interpreted")
+        for path in sorted((stage.ROOT / "kernels").glob("*.py"))
+        if path.stem != "__init__"
+    },
 }
 
 SWAPS = [
@@ -136,7 +133,7 @@ EQUIVALENT = [
         "cpu/resize.h",
         "0",
         "1",
-        "RowGradient<Acc> one(out.gradient ? map.c : 0",
+        "RowGradient<Acc> one(to.gradient ? map.c : 0",
         "the size of a buffer that is not used",
     ),
     ("cpu/resize.h", "true", "false", "have_plain_ = true", "then the row is made again: speed"),
@@ -263,7 +260,7 @@ def default_share() -> dict[str, int]:
 
 def units_of(file: str) -> tuple[str, ...]:
     name = Path(file).name
-    return HEADERS.get(name, (Path(file).stem,))
+    return stage.KERNELS if name in ("tile.h", "vec.h", "reduce.h") else HEADERS.get(name, (Path(file).stem,))
 
 
 def isa_of(mutant: Mutant) -> str:
@@ -286,11 +283,12 @@ def runs_of(file: str) -> list[list[str]]:
     if file in PYTHON:
         return [PYTHON[file]]
     if file.startswith("csrc/cuda"):
-        return [list(emulation.SUITE)]
+        return [suites.files("emulated")]
     units = units_of(file)
-    adversarial = " or ".join(f"({WORDS[unit]})" for unit in units)
+    adversarial = " or ".join(f"{unit} or {WORDS.get(unit, unit)}" for unit in units)
+    stems = dict.fromkeys(stem for unit in units for stem in (*TESTS.get(unit, [unit]), "operators", "csrc"))
     return [
-        list(dict.fromkeys(test for unit in units for test in TESTS[unit])),
+        [f"tests/test_{stem}.py" for stem in stems],
         ["tests/test_adversarial.py", "-k", f"({adversarial}) and not leak"],
     ]
 
@@ -332,7 +330,18 @@ def fails_emulated(folder: Path) -> bool:
     """Whether a test of the CUDA kernels fails on the emulated GPU, or ends in no time."""
     build = [sys.executable, "-c", "from tests import emulation; print(emulation.build())"]
     library = subprocess.run(build, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *emulation.SUITE]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-m",
+        "not slow",
+        "-p",
+        "no:cacheprovider",
+        *suites.files("emulated"),
+    ]
     environment = {**os.environ, "FASTKD_CUDA_EMULATION": library}
     try:
         done = subprocess.run(command, cwd=folder, env=environment, timeout=2 * PROCESSOR_TIME, capture_output=True)

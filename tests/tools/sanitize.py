@@ -23,14 +23,17 @@ import sys
 import tempfile
 from pathlib import Path
 
+from .. import suites
 from . import stage
 
 TSAN = ("-g", "-fsanitize=thread")
 ASAN = ("-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-OPERATORS = ["nfd", "kd", "cwd", "resized", "resized_kernels", "rdd", "rdd_kernels"]
-TESTS = [f"tests/test_{name}.py" for name in ("adversarial", "csrc", *OPERATORS, "functional", "losses", "backends")]
-# Of those, what is not about this library: what other processes import, memory measured from outside.
-DESELECTED = "not import_is_light and not environment and not says_once and not leak"
+TESTS = suites.files("core")
+# Of those, what is not about this library: the compiler's words, what other processes import, memory measured from outside.
+DESELECTED = (
+    "not compile and not export and not process and not import_is_light and not environment and not says_once and not leak "
+    "and not writes_nothing"
+)
 # ThreadSanitizer's parallel loop: as many threads as items, up to three, whatever the grain.
 THREADS = (
     "torch::stable::parallel_for(begin, end, grain, [&](int64_t b, int64_t e) { body(b, e, context); });",

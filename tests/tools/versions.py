@@ -19,10 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from .. import suites
 from .stage import ROOT
-
-OPERATORS = ["cwd", "kd", "nfd", "rdd", "rdd_kernels", "resized", "resized_kernels"]
-CORE = ["adversarial", "backends", "compile", "csrc", "functional", "integration", "losses", *OPERATORS]
 
 
 def call(command: list[str], **options) -> subprocess.CompletedProcess:
@@ -34,10 +32,9 @@ def tests_of(python: str, tests: Path) -> str:
     shutil.rmtree(tests, ignore_errors=True)
     shutil.copytree(ROOT / "tests", tests, ignore=shutil.ignore_patterns("train", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tests.parent)
-    files = [f"tests/test_{name}.py" for name in CORE]
     # Few examples: what the kernels compute is the library's own business, which is the same one everywhere.
     options = ["-q", "-m", "not slow", "-p", "no:cacheprovider", "--hypothesis-profile=interpreter"]
-    command = [python, "-m", "pytest", *options, *files]
+    command = [python, "-m", "pytest", *options, *suites.files("core")]
     lines = call(command, cwd=tests.parent).stdout.strip().splitlines()
     return "\n".join([line for line in lines if line.startswith(("FAILED", "ERROR"))] + lines[-1:])
 
