@@ -85,6 +85,16 @@ inline Reduce reduce_of(const std::string& reduction) {
     return Reduce::none;
 }
 
+inline Select select_of(const std::string& select) {
+    if (select == "xor") return Select::exclusive;
+    if (select == "or") return Select::either;
+    if (select == "and") return Select::both;
+    if (select == "student") return Select::student;
+    STD_TORCH_CHECK(select == "student_only", "select must be 'xor', 'or', 'and', 'student' or 'student_only', got '",
+                    select, "'");
+    return Select::student_only;
+}
+
 inline Group group_of(const std::string& dims) {
     if (dims == "hw") return Group::hw;
     if (dims == "nhw") return Group::nhw;

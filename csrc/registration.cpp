@@ -233,16 +233,6 @@ Three kd_confidence_gradient(const Tensor& student, const Tensor& teacher, const
         student, [&](void* g) { return kd_confidence(student, {teacher, aux, direction}, reduction, scale, g); });
 }
 
-Select select_of(const std::string& select) {
-    if (select == "xor") return Select::exclusive;
-    if (select == "or") return Select::either;
-    if (select == "and") return Select::both;
-    if (select == "student") return Select::student;
-    STD_TORCH_CHECK(select == "student_only", "select must be 'xor', 'or', 'and', 'student' or 'student_only', got '",
-                    select, "'");
-    return Select::student_only;
-}
-
 Two difficulty_mask(const Tensor& student, const Tensor& teacher, const Tensor& target, double threshold, int64_t min_kept,
                     std::string confidence, std::string select, int64_t ignore_index, bool align_corners) {
     const Map s = map_of(student, "student"), t = map_of(teacher, "teacher");

@@ -29,18 +29,19 @@ public:
         return reinterpret_cast<X*>(shared_ + offset);
     }
 
-    // The value that the lane whose index differs in `mask` gave.
+    // The value that the lane whose index differs in `mask` gave. All lanes of a warp call these at the same place.
     template <class X>
     FASTKD_DEVICE X shuffle_xor(const X& x, int mask) {
-        static_assert(sizeof(X) % sizeof(int) == 0);
-        int words[sizeof(X) / sizeof(int)];
-        memcpy(words, &x, sizeof x);
-        FASTKD_UNROLL
-        for (int& word : words) word = __shfl_xor_sync(0xffffffff, word, mask);
-        X out;
-        memcpy(&out, words, sizeof out);
-        return out;
+        return exchange(x, [mask](int word) { return __shfl_xor_sync(0xffffffff, word, mask); });
     }
+    // That of the lane `by` below; its own for the lowest ones.
+    template <class X>
+    FASTKD_DEVICE X shuffle_up(const X& x, int by) {
+        return exchange(x, [by](int word) { return __shfl_up_sync(0xffffffff, word, by); });
+    }
+    FASTKD_DEVICE bool any(bool x) { return __any_sync(0xffffffff, x); }
+    // To a counter in shared memory.
+    FASTKD_DEVICE void count(int* counter) { atomicAdd(counter, 1); }
 
     // ---- clusters (sm_90) --------------------------------------------------------------------------------------------
 
@@ -100,6 +101,17 @@ public:
     }
 
 private:
+    template <class X, class F>
+    FASTKD_DEVICE static X exchange(const X& x, const F& f) {
+        static_assert(sizeof(X) % sizeof(int) == 0);
+        int words[sizeof(X) / sizeof(int)];
+        memcpy(words, &x, sizeof x);
+        FASTKD_UNROLL
+        for (int& word : words) word = f(word);
+        X out;
+        memcpy(&out, words, sizeof out);
+        return out;
+    }
     FASTKD_DEVICE uint64_t* barrier(int i) { return reinterpret_cast<uint64_t*>(shared_) + i; }
     FASTKD_DEVICE static uint32_t address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
@@ -107,9 +119,9 @@ private:
 };
 
 template <class Body>
-__global__ void __launch_bounds__(kThreads, Body::kBlocksPerCores) run(const __grid_constant__ Body body) {
+__global__ void __launch_bounds__(ThreadsOf<Body>::value, Body::kBlocksPerCores) run(const __grid_constant__ Body body) {
     extern __shared__ __align__(128) char shared[];
-    if constexpr (kHasClusters || !Body::kOneRead) {
+    if constexpr (kHasClusters || !NeedsClusters<Body>::value) {
         Block block(shared);
         body(block);
     }
@@ -135,7 +147,7 @@ struct Launcher {
         attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
         cudaLaunchConfig_t config{};
         config.gridDim = dim3(static_cast<unsigned>(blocks));
-        config.blockDim = dim3(kThreads);
+        config.blockDim = dim3(ThreadsOf<Body>::value);
         config.dynamicSmemBytes = static_cast<size_t>(shared);
         config.stream = stream;
         config.attrs = &attribute;

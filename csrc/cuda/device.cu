@@ -45,9 +45,4 @@ Device device(int index) {
     return known[index] = device;
 }
 
-void copy(void* to, const void* from, int64_t bytes, Stream stream) {
-    check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(stream)),
-          "a copy");
-}
-
 }  // namespace fastkd::gpu

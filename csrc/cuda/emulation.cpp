@@ -7,8 +7,10 @@
 #include "../checks.h"
 #include "kd.h"
 #include "kernels.h"
+#include "losses.h"
 #include "nfd.h"
-#include "resize.h"
+#include "rdd.h"
+#include "rescale.h"
 
 namespace fastkd::gpu {
 namespace {
@@ -17,8 +19,8 @@ Device emulated{227 * 1024, 228 * 1024, 132, 8, 256};  // small groups in cluste
 Order order = Order::random;
 
 void configure(int64_t shared_per_block, int64_t shared_per_cores, int64_t multiprocessors, int64_t cluster,
-               int64_t smallest, std::string threads) {
-    emulated = {shared_per_block, shared_per_cores, multiprocessors, static_cast<int>(cluster), smallest};
+               int64_t smallest, int64_t smallest_budget, std::string threads) {
+    emulated = {shared_per_block, shared_per_cores, multiprocessors, static_cast<int>(cluster), smallest, smallest_budget};
     order = threads == "forwards" ? Order::forwards : threads == "backwards" ? Order::backwards : Order::random;
 }
 
@@ -75,22 +77,6 @@ Tensor row_pieces(const Tensor& like, int64_t runs, int64_t groups, int64_t leng
     return table(like, lines);
 }
 
-// Of each block: outer index, first column, width, rank, first and last row, bytes of shared memory.
-Tensor column_shares(const Tensor& like, int64_t outer, int64_t rows, int64_t inner, int64_t bytes) {
-    const ColumnShares plan = share_out(Columns{outer, rows, inner}, static_cast<int>(bytes), emulated);
-    std::vector<std::vector<int64_t>> lines;
-    if (plan.cluster) check_layout(plan.shared, plan.width(), plan.share * plan.width() * bytes);
-    for (int64_t block = 0; block < plan.blocks(); ++block) {
-        const int rank = static_cast<int>(block % plan.cluster);
-        const int64_t strip = block / plan.cluster;
-        if (kStages * plan.stage < plan.last(rank) - plan.first(rank))
-            throw std::logic_error("emulation: rows without a stage");
-        lines.push_back({strip / plan.strips, strip % plan.strips * plan.width(), plan.width(), rank, plan.first(rank),
-                         plan.last(rank), plan.shared.total});
-    }
-    return table(like, lines);
-}
-
 // Pixels a tile, tiles of a line of pixels, pixels of that line, bytes of shared memory; no pixels where nothing fits.
 Tensor kd_tiles(const Tensor& x) {
     const KdPlan plan = plan_kd(pair_of(x, x), emulated);
@@ -102,58 +88,80 @@ Tensor axis_cells(const Tensor& like, int64_t in, int64_t out, bool align_corner
     const Axis axis{static_cast<int>(in), static_cast<int>(out), align_corners};
     std::vector<std::vector<int64_t>> lines;
     for (int x = 0; x < axis.out; ++x) {
-        const int cell = axis.left(x);
-        lines.push_back({cell, axis.first(cell), axis.first(cell + 1)});
+        const int cell = axis.cell(x);
+        lines.push_back({cell, axis.first(cell), axis.first(cell + 1), axis.largest_cell()});
     }
     return table(like, lines);
 }
 
-// Of each block that makes a gradient: sample, rows from the first cell's on, columns likewise, classes; bytes of shared
-// memory, and whether the logits are in it.
-Tensor resized_tiles(const Tensor& logits, int64_t sides, int64_t height, int64_t width) {
-    const ResizedPlan plan = plan_resized(map_of(logits, "logits"), height, width, false, static_cast<int>(sides), emulated);
+CellsChoice choice(const Tensor& student, const Tensor& teacher, int64_t height, int64_t width, bool align_corners) {
+    CellsChoice out = plan_cells(map_of(student, "student"), map_of(teacher, "teacher"), height, width, align_corners, emulated);
+    out.plan.chunk = chunk_of(out.plan, 2, true, 4, emulated);
+    return out;
+}
+
+// Of each part of a cell that has label pixels: sample, cell, the teacher's cell, rows and columns of label pixels.
+Tensor cell_parts(const Tensor& student, const Tensor& teacher, int64_t height, int64_t width, bool align_corners) {
+    const CellsChoice chosen = choice(student, teacher, height, width, align_corners);
+    const CellsPlan& plan = chosen.plan;
     std::vector<std::vector<int64_t>> lines;
-    for (int64_t block = 0; plan.total <= emulated.shared_per_block && block < plan.blocks(); ++block) {
-        const ResizedTile t = plan.tile(block, true);
-        if (t.cells() > plan.cells() || t.classes() > plan.chunk)
-            throw std::logic_error("emulation: a tile beyond its plan");
-        lines.push_back({t.n, t.cell_row, t.first_row, t.last_row, t.cell_column, t.first_column, t.last_column,
-                         t.first_class, t.last_class, plan.total, plan.held});
-    }
-    return table(logits, lines);
+    for (int64_t n = 0; n < plan.n; ++n)
+        for (int y = plan.rows.own.first_cell(); y < plan.rows.own.in; ++y)
+            for (int x = plan.columns.own.first_cell(); x < plan.columns.own.in; ++x)
+                for (int part = 0; part < plan.rows.count() * plan.columns.count(); ++part) {
+                    const Piece down = plan.rows.piece(y, part / plan.columns.count());
+                    const Piece across = plan.columns.piece(x, part % plan.columns.count());
+                    if (down.begin >= down.end || across.begin >= across.end) continue;
+                    const Shape most = kShape[chosen.shape];
+                    if (down.end - down.begin > most.rows || across.end - across.begin > most.columns)
+                        throw std::logic_error("emulation: a part beyond its shape");
+                    lines.push_back({n, y, x, down.other, across.other, down.begin, down.end, across.begin, across.end});
+                }
+    return table(student, lines);
+}
+
+// Rows and columns of the shape, lanes and teams a cell, rows of cells in all and of a chunk, bytes of scratch memory.
+Tensor cells_plan(const Tensor& student, const Tensor& teacher, int64_t height, int64_t width, bool align_corners) {
+    const CellsChoice chosen = choice(student, teacher, height, width, align_corners);
+    const CellsPlan& plan = chosen.plan;
+    return table(student, {{kShape[chosen.shape].rows, kShape[chosen.shape].columns, plan.team, plan.sets, plan.lines(),
+                            plan.chunk, scratch_bytes(plan, 2, true, false), plan.warps(plan.lines())}});
 }
 
 }  // namespace
 
 Device device(int) { return emulated; }
-void copy(void* to, const void* from, int64_t bytes, Stream) { memcpy(to, from, static_cast<size_t>(bytes)); }
 void nfd_forward(const NfdForward& a, Stream) { nfd_forward(a, Launcher{order}); }
 void nfd_backward(const NfdBackward& a, Stream) { nfd_backward(a, Launcher{order}); }
 void kd(const Kd& a, Stream) { kd(a, Launcher{order}); }
-void resized_cross_entropy(const Resized& a, Stream) { resized<1>(a, Launcher{order}); }
-void resized_kd(const Resized& a, Stream) { resized<2>(a, Launcher{order}); }
+void resized_cross_entropy(const Resized& a, Stream) { resized_cross_entropy(a, Launcher{order}); }
+void resized_kd(const Resized& a, Stream) { resized_kd(a, Launcher{order}); }
+void confidence(const Resized& a, bool by_label, Stream) { confidence(a, by_label, Launcher{order}); }
+void difficulty(const Difficulty& a, Stream) { difficulty(a, Launcher{order}); }
+void kth_smallest(const Kth& a, Stream) { kth_smallest(a, Launcher{order}); }
+void rescale(const Rescale& a, Stream) { rescale(a, Launcher{order}); }
 
 }  // namespace fastkd::gpu
 
 STABLE_TORCH_LIBRARY(fastkd_cuda_emulation, m) {
     m.def(
         "configure(int shared_per_block, int shared_per_cores, int multiprocessors, int cluster, int smallest, "
-        "str threads) -> ()");
+        "int smallest_budget, str threads) -> ()");
     m.def("row_units(Tensor like, int runs, int groups, int length, int vector) -> Tensor");
     m.def("column_blocks(Tensor like, int outer, int rows, int inner, int vector) -> Tensor");
     m.def("row_pieces(Tensor like, int runs, int groups, int length, int bytes) -> Tensor");
-    m.def("column_shares(Tensor like, int outer, int rows, int inner, int bytes) -> Tensor");
     m.def("kd_tiles(Tensor x) -> Tensor");
     m.def("axis_cells(Tensor like, int size_in, int size_out, bool align_corners) -> Tensor");
-    m.def("resized_tiles(Tensor logits, int sides, int height, int width) -> Tensor");
+    m.def("cell_parts(Tensor student, Tensor teacher, int height, int width, bool align_corners) -> Tensor");
+    m.def("cells_plan(Tensor student, Tensor teacher, int height, int width, bool align_corners) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastkd_cuda_emulation, CompositeExplicitAutograd, m) {
     m.impl("configure", TORCH_BOX(&fastkd::gpu::configure));
     m.impl("row_units", TORCH_BOX(&fastkd::gpu::row_units));
     m.impl("column_blocks", TORCH_BOX(&fastkd::gpu::column_blocks));
     m.impl("row_pieces", TORCH_BOX(&fastkd::gpu::row_pieces));
-    m.impl("column_shares", TORCH_BOX(&fastkd::gpu::column_shares));
     m.impl("kd_tiles", TORCH_BOX(&fastkd::gpu::kd_tiles));
     m.impl("axis_cells", TORCH_BOX(&fastkd::gpu::axis_cells));
-    m.impl("resized_tiles", TORCH_BOX(&fastkd::gpu::resized_tiles));
+    m.impl("cell_parts", TORCH_BOX(&fastkd::gpu::cell_parts));
+    m.impl("cells_plan", TORCH_BOX(&fastkd::gpu::cells_plan));
 }

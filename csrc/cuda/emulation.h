@@ -4,8 +4,12 @@
 // chosen order, so a missing barrier shows as a result that depends on the order. Shared memory starts as NaN. Data of
 // asynchronous copies is not there before it is waited for. What a GPU leaves undefined is an error here: addresses that
 // are not aligned, an mbarrier that expects other bytes than come, shared memory of a block that has ended, writes past
-// the end of shared memory, threads that wait for each other for ever.
+// the end of shared memory, threads that wait for each other for ever, lanes of a warp that exchange values at different
+// places.
 #pragma once
+
+// Its longjmp lets nobody jump between stacks, and some compilers turn it on by default. Before the first header.
+#undef _FORTIFY_SOURCE
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -47,6 +51,7 @@ struct EmulatedBarrier {
 struct EmulatedWarp {
     Gate gate;
     char given[2][kWarp][64];
+    int64_t place[2][kWarp];  // which exchange a lane is in
 };
 
 struct EmulatedSharedMemory {
@@ -66,8 +71,8 @@ struct EmulatedSharedMemory {
 };
 
 struct EmulatedBlock {
-    explicit EmulatedBlock(int64_t shared_bytes) : shared(shared_bytes) {
-        gate.members = running = kThreads;
+    EmulatedBlock(int64_t shared_bytes, int threads) : shared(shared_bytes), threads(threads) {
+        gate.members = running = threads;
         for (EmulatedWarp& warp : warps) warp.gate.members = kWarp;
     }
     EmulatedSharedMemory shared;
@@ -75,6 +80,7 @@ struct EmulatedBlock {
     EmulatedWarp warps[kWarps];
     EmulatedBarrier barriers[16];
     int64_t index = 0;
+    const int threads;
     int running;
 };
 
@@ -111,16 +117,21 @@ public:
 
     template <class X>
     X shuffle_xor(const X& x, int mask) {
-        static_assert(sizeof(X) <= 64);
-        EmulatedWarp& warp = self_.block->warps[self_.thread / kWarp];
-        const int lane = self_.thread % kWarp, parity = self_.parity;
-        self_.parity = 1 - parity;
-        memcpy(warp.given[parity][lane], &x, sizeof x);
-        pass(warp.gate);
-        X out;
-        memcpy(&out, warp.given[parity][lane ^ mask], sizeof out);
+        return exchange(x, self_.thread % kWarp ^ mask, 'x' + 256 * mask);
+    }
+    template <class X>
+    X shuffle_up(const X& x, int by) {
+        const int lane = self_.thread % kWarp;
+        return exchange(x, lane < by ? lane : lane - by, 'u' + 256 * by);
+    }
+    bool any(bool x) {
+        bool out = false;
+        exchange(x, 0, 'a');
+        const EmulatedWarp& warp = self_.block->warps[self_.thread / kWarp];
+        for (const auto& given : warp.given[1 - self_.parity]) out |= given[0] != 0;
         return out;
     }
+    void count(int* counter) { ++*counter; }
 
     template <class X>
     const X* remote(const X* p, int rank) {
@@ -158,6 +169,24 @@ public:
     }
 
 private:
+    // The value that lane `from` gave; all lanes must come to the same exchange.
+    template <class X>
+    X exchange(const X& x, int from, int64_t kind) {
+        static_assert(sizeof(X) <= 64);
+        if (from < 0 || from >= kWarp) throw std::logic_error("emulation: an exchange with a lane beyond the warp");
+        EmulatedWarp& warp = self_.block->warps[self_.thread / kWarp];
+        const int lane = self_.thread % kWarp, parity = self_.parity;
+        self_.parity = 1 - parity;
+        memcpy(warp.given[parity][lane], &x, sizeof x);
+        warp.place[parity][lane] = kind << 8 | sizeof(X);
+        pass(warp.gate);
+        for (const int64_t place : warp.place[parity])
+            if (place != warp.place[parity][lane])
+                throw std::logic_error("emulation: lanes of a warp exchange values at different places");
+        X out;
+        memcpy(&out, warp.given[parity][from], sizeof out);
+        return out;
+    }
     static void require_aligned(const void* to, const void* from) {
         if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
             throw std::logic_error("emulation: an asynchronous copy of an address that is not aligned to 16 bytes");
@@ -176,6 +205,7 @@ public:
 
     template <class Body>
     void run(const Body& body, int64_t blocks, int64_t shared_bytes, int cluster) {
+        per_block_ = ThreadsOf<Body>::value;
         const int size = std::max(cluster, 1);
         if (blocks % size) throw std::logic_error("emulation: the grid is not a multiple of the cluster");
         body_ = [&body](Block& block) { body(block); };
@@ -195,14 +225,14 @@ public:
 private:
     void run_cluster(int64_t cluster_index, int size, int64_t shared_bytes) {
         blocks.clear();
-        cluster_gate = {size * kThreads, 0, 0};
-        threads_.resize(static_cast<size_t>(std::max<int64_t>(threads_.size(), size * kThreads)));
+        cluster_gate = {size * per_block_, 0, 0};
+        threads_.resize(static_cast<size_t>(std::max<int64_t>(threads_.size(), size * per_block_)));
         std::vector<EmulatedThread*> waiting;
         for (int b = 0; b < size; ++b) {
-            blocks.push_back(std::make_unique<EmulatedBlock>(shared_bytes));
+            blocks.push_back(std::make_unique<EmulatedBlock>(shared_bytes, per_block_));
             blocks.back()->index = cluster_index * size + b;
-            for (int t = 0; t < kThreads; ++t) {
-                std::unique_ptr<EmulatedThread>& thread = threads_[static_cast<size_t>(b * kThreads + t)];
+            for (int t = 0; t < per_block_; ++t) {
+                std::unique_ptr<EmulatedThread>& thread = threads_[static_cast<size_t>(b * per_block_ + t)];
                 if (!thread) thread = std::make_unique<EmulatedThread>();
                 thread->block = blocks.back().get();
                 thread->thread = t;
@@ -268,6 +298,7 @@ private:
     static inline thread_local EmulatedThread* current_ = nullptr;
 
     const Order order_;
+    int per_block_ = kThreads;
     std::mt19937 random_;
     std::function<void(Block&)> body_;
     std::vector<std::unique_ptr<EmulatedThread>> threads_;
@@ -303,7 +334,7 @@ inline void Block::cluster_wait() {
 }
 inline const char* Block::remote_base(int rank) const {
     const EmulatedBlock& block = *emulator_.blocks.at(static_cast<size_t>(rank));
-    if (block.running < kThreads) throw std::logic_error("emulation: shared memory of a block that is ending is read");
+    if (block.running < block.threads) throw std::logic_error("emulation: shared memory of a block that is ending is read");
     return block.shared.base;
 }
 inline void Block::wait(int which) {

@@ -2,7 +2,7 @@
 //
 // A block keeps all classes of a tile of pixels of S and T in shared memory: loss, gradient or both come from one read. The
 // classes of a pixel are shared by 256 / pixels threads. Sums over tiles are taken by a second kernel in a fixed order; the
-// number of pixels that count, which the mean divides by, is known before from the labels alone.
+// number of pixels that count, which the mean divides by, is counted before, from the labels alone.
 #pragma once
 
 #include "dispatch.h"
@@ -12,20 +12,19 @@
 namespace fastkd::gpu {
 
 struct KdCount {
-    static constexpr bool kOneRead = false;
     static constexpr int kBlocksPerCores = 4;
 
     Pixels pixels;
     int64_t classes, total;
-    int64_t* parts;  // (blocks,)
+    double* parts;  // (blocks,)
     int blocks;
 
     template <class Block>
     FASTKD_DEVICE void operator()(Block& block) const {
-        int64_t n = 0;
-        for (int64_t i = block.index() * kThreads + block.thread(); i < total; i += blocks * kThreads)
+        double n = 0;
+        for (int64_t i = block.index() * kThreads + block.thread(); i < total; i += static_cast<int64_t>(blocks) * kThreads)
             n += class_of(pixels, classes, i) >= 0;
-        n = sum_block(block, n, block.template shared<int64_t>(0));
+        n = sum_block(block, n, block.template shared<double>(0));
         if (block.thread() == 0) parts[block.index()] = n;
     }
 };
@@ -44,7 +43,6 @@ template <class T, int V>
 struct KdTiles {
     using A = Accumulator<T>;
     using Held = typename HeldAs<T>::type;
-    static constexpr bool kOneRead = false;
     static constexpr int kBlocksPerCores = 3;
 
     Source<T, V> student, teacher;
@@ -52,19 +50,13 @@ struct KdTiles {
     KdPlan plan;
     Pixels pixels;
     A temperature, scale;
-    A* losses;               // (n, hw), or null
-    double* parts;           // (blocks,), or null
-    const A* grad;           // (n, hw) or one number, or null
-    bool per_pixel, early;
-    const int64_t* counted;  // `counters` numbers that add up to the count; counters is 0 where it is not divided by
+    A* losses;              // (n, hw), or null
+    double* parts;          // (blocks,), or null
+    const double* counted;  // `counters` numbers that add up to what the gradient is divided by; counters is 0 for nothing
     int counters;
-    const A* guess;
-    A* memory;
 
     template <class Block>
     FASTKD_DEVICE void operator()(Block& block) const {
-        remember(block, grad, memory);
-        if (guess && *grad == *guess) return;
         const int64_t classes = plan.classes;
         const int64_t outer = block.index() / plan.tiles, first = block.index() % plan.tiles * plan.pixels;
         const int count = static_cast<int>(least(plan.pixels, plan.inner - first));
@@ -124,23 +116,23 @@ struct KdTiles {
         if (losses || parts) {
             const A kl = dot / sum_t + logarithm(sum_s / sum_t);
             const A loss = valid ? (kl < 0 ? A(0) : kl) * (temperature * temperature * weight) : A(0);
-            if (losses && exists && sub == 0) losses[place] = loss;
+            if (losses && exists && sub == 0) losses[place] = loss * scale;
             if (parts) {
                 const double sum = sum_block(block, sub == 0 ? static_cast<double>(loss) : 0.0,
                                              block.template shared<double>(plan.shares));
                 if (block.thread() == 0) parts[block.index()] = sum;
             }
         }
-        if (!grad || (early && *grad != *grad)) return;
+        if (!gradient.data) return;
 
         A factor = scale;
         if (counters > 0) {
-            int64_t n = block.thread() < counters ? counted[block.thread()] : 0;
-            n = sum_block(block, n, block.template shared<int64_t>(plan.shares));
-            factor = 1 / static_cast<A>(most(n, 1));
+            double n = block.thread() < counters ? counted[block.thread()] : 0;
+            n = sum_block(block, n, block.template shared<double>(plan.shares));
+            factor = scale / static_cast<A>(n == 0 ? 1 : n);
         }
         if (exists) {
-            factor = valid ? grad[per_pixel ? place : 0] * factor * weight * temperature / sum_s : A(0);
+            factor = valid ? factor * weight * temperature / sum_s : A(0);
             const A ratio = sum_s / sum_t;
             for (int64_t c = sub; c < classes; c += subs) {
                 const A es = exponential((value(s, c) - max_s) * inv_tau), et = exponential((value(t, c) - max_t) * inv_tau);
@@ -187,56 +179,26 @@ private:
     }
 };
 
-// One block adds up what the tiles and the counters have.
-template <class A>
-struct KdTotal {
-    static constexpr bool kOneRead = false;
-    static constexpr int kBlocksPerCores = 1;
-
-    const double* parts;  // (count,), or null
-    int64_t count;
-    const int64_t* counted;  // (counters,), or null: all pixels count
-    int counters;
-    int64_t all;
-    A* loss;
-    int64_t* total;
-
-    template <class Block>
-    FASTKD_DEVICE void operator()(Block& block) const {
-        double sum = 0;
-        for (int64_t i = block.thread(); parts && i < count; i += kThreads) sum += parts[i];
-        sum = sum_block(block, sum, block.template shared<double>(0));
-        int64_t n = counted && block.thread() < counters ? counted[block.thread()] : 0;
-        n = sum_block(block, n, block.template shared<int64_t>(0));
-        if (block.thread() != 0) return;
-        if (parts) *loss = static_cast<A>(sum);
-        *total = counted ? n : all;
-    }
-};
-
 template <class Launch>
 void kd(const Kd& a, const Launch& launch) {
     const Pair& in = a.in;
-    const bool labels = a.pixels.label != Label::none, forward = a.losses || a.loss;
-    constexpr int64_t scratch = kWarps * 8;
-    const int blocks = count_blocks(in.n * in.hw);
-    if (forward && labels) launch(KdCount{a.pixels, in.c, in.n * in.hw, a.count_parts, blocks}, blocks, scratch);
+    const bool labels = a.pixels.label != Label::none, mean = a.reduce == Reduce::mean;
+    const int64_t all = in.n * in.hw;
+    const int blocks = count_blocks(all);
+    if (labels) launch(KdCount{a.pixels, in.c, all, a.count_parts, blocks}, blocks, kSumScratch);
     with_kind(in, a.plan.vector, [&](auto kind) {
         using T = typename decltype(kind)::type;
         using A = Accumulator<T>;
         constexpr int V = decltype(kind)::vector;
-        const int64_t* counted = forward ? a.count_parts : a.count;
-        const int counters = !a.by_count ? 0 : forward ? blocks : 1;
+        const double scale = mean && !labels ? a.scale / static_cast<double>(all) : a.scale;
+        A* terms = a.reduce == Reduce::none ? static_cast<A*>(a.loss) : nullptr;
         launch(KdTiles<T, V>{Source<T, V>(in.student, in.student_type), Source<T, V>(in.teacher, in.teacher_type),
                              Sink<T, V>(a.gradient, in.student_type), a.plan, a.pixels, static_cast<A>(a.temperature),
-                             static_cast<A>(a.scale), static_cast<A*>(a.losses), a.loss ? a.parts : nullptr,
-                             static_cast<const A*>(a.grad), a.per_pixel, a.early, counted, counters,
-                             static_cast<const A*>(a.guess), static_cast<A*>(a.memory)},
+                             static_cast<A>(scale), terms, a.parts, a.count_parts, mean && labels ? blocks : 0},
                a.plan.blocks(), a.plan.total);
-        if (forward)
-            launch(KdTotal<A>{a.loss ? a.parts : nullptr, a.plan.blocks(), labels ? a.count_parts : nullptr, blocks,
-                              in.n * in.hw, static_cast<A*>(a.loss), a.count},
-                   1, scratch);
+        launch_total(Total<A>{nullptr, a.plan.blocks(), labels ? a.count_parts : nullptr, blocks, all, mean, a.scale,
+                              static_cast<A*>(a.loss), static_cast<A*>(a.count)},
+                     a.parts, launch);
     });
 }
 

@@ -8,81 +8,111 @@ namespace fastkd::gpu {
 // Opaque here: registration.cpp is compiled without CUDA's headers.
 using Stream = void*;
 
+// Every loss: scale * sum of its terms, for Reduce::mean divided by what counts, or scale * term each.
+
 struct NfdForward {
     Pair in;
     Group group;
     double eps;
     NfdPlan plan;
-    void* loss;         // acc (groups,)
+    Reduce reduce;      // sum or none
+    double scale;
+    void* loss;         // acc, one number; Reduce::none: (groups,)
     void* stats;        // acc (groups, 6)
+    void* losses;       // Reduce::sum: acc (groups,)
+    double* sum_parts;  // Reduce::sum: (count_blocks(groups),)
     void* parts;        // double (groups, plan.parts(), 6), or null
-    void* gradient;     // null, or dtype and layout of student: only with one read
-    const void* guess;  // null, or acc, one number: the gradient is made for this grad_output of every group, unless NaN
+    void* gradient;     // null, or dtype and layout of student: the gradient of the sum, in one read
 };
 
 struct NfdBackward {
     Pair in;
     Group group;
-    const void* grad;   // acc (groups,)
+    const void* grad;   // acc, one number; per_group: (groups,); null: 1
+    bool per_group;
+    double scale;
     const void* stats;  // acc (groups, 6)
     void* out;          // dtype and layout of student
-    const void* guess;  // null, or acc, one number: groups whose grad equals it have their gradient in `out` already
-    void* memory;       // null, or acc (2,): the last grad, and the next guess
 };
 
-// Forward, backward, or both at once: what is null is not computed.
 struct Kd {
     Pair in;
     Pixels pixels;
     KdPlan plan;
     double temperature;
+    Reduce reduce;
+    double scale;
 
-    void* losses;          // acc (n, hw): the loss of each pixel
-    void* loss;            // acc, one number: their sum
-    int64_t* count;        // how many pixels count
-    double* parts;         // (plan.blocks(),), for loss
-    int64_t* count_parts;  // (count_blocks(n * hw),), where there are labels
-
-    const void* grad;   // acc (n, hw), or one number
-    bool per_pixel;     // which of them
-    double scale;       // of the gradient
-    bool by_count;      // instead of scale: 1 / max(count, 1)
-    void* gradient;     // dtype and layout of student
-    bool early;         // grad is a guess: no gradient if it is NaN
-    const void* guess;  // acc, one number: the gradient is there already if this is grad
-    void* memory;       // acc (2,): the last grad, and the next guess
+    void* loss;           // acc, one number; Reduce::none: (n, hw)
+    void* count;          // acc, one number: how many pixels count
+    double* parts;        // (part_space(plan.blocks()),), null for Reduce::none
+    double* count_parts;  // (count_blocks(n * hw),), where there are labels
+    void* gradient;       // null, or dtype and layout of student
 };
 
-// Of logits, or of student and teacher. Forward, gradient, or both at once, as above.
+// Of logits, or of student and teacher.
 struct Resized {
     int sides;
     Map maps[2];
     LabelPixels pixels;
-    ResizedPlan plan;
+    const void* known;    // null, or acc (n, height, width): log-sum-exps of the logits, NaN where a pixel does not count
+    CellsChoice choice;
     double temperature;
+    Reduce reduce;
+    double scale;
 
-    void* losses;         // acc (n, height, width): the loss of each label pixel
-    void* loss;           // acc, one number: their sum
+    void* terms;          // Reduce::none: acc (n, height, width)
+    void* sums;           // null, or acc (n, height, width): log-sum-exps
+    void* loss;           // acc, one number
     void* count;          // acc, one number: the summed class weights of the pixels that count
-    double* parts;        // (plan.blocks(),), for loss
-    double* count_parts;  // (count_blocks(n * height * width),), where there are labels
+    double* parts;        // (part_space(total_warps(plan)),), null for Reduce::none
+    double* count_parts;  // (count_blocks(n * height * width),), where something can leave pixels out
+    void* gradient;       // null, or dtype and layout of the student
+    void* scratch;        // of scratch_bytes(...)
+};
 
-    const void* grad;     // acc, one number; null: 1
-    double scale;         // of the gradient
-    bool by_count;        // instead of scale: 1 / count
-    void* gradient;       // layout of the student
-    DType gradient_type;
-    bool early;           // grad is a guess: no gradient if it is NaN
-    const void* guess;    // acc, one number: the gradient is there already if this is grad
-    void* memory;         // acc (2,): the last grad, and the next guess
+// Relatively difficult pixels.
+struct Difficulty {
+    LabelPixels pixels;
+    int64_t classes, total;  // total: n * height * width
+    bool wide;               // acc is double
+    const void* student;     // acc (n, height, width): confidences, 1 where ignored
+    const void* teacher;
+    const void* limits[2];   // null, or acc, one number: the k-th smallest of each
+    double threshold;
+    Select select;
+    uint8_t* mask;           // null, or (n, height, width)
+    void* lse;               // null, or acc (n, height, width): NaN where not selected
+    double* parts;           // (2, count_blocks(total))
+    void* share;             // acc, one number: selected of the valid pixels
+};
+
+struct Kth {
+    DType type;  // f32 or f64
+    const void* x;
+    int64_t n, k;
+    int* parts;      // (kth_blocks(n), kBins)
+    int64_t* bins;   // (kBins,)
+    int64_t* state;  // (4,)
+    void* out;       // one number
+};
+
+struct Rescale {
+    DType type;
+    void* gradient;
+    int64_t n;
+    const void* factor;  // acc, one number
 };
 
 Device device(int index);
-void copy(void* to, const void* from, int64_t bytes, Stream stream);
 void nfd_forward(const NfdForward& a, Stream stream);
 void nfd_backward(const NfdBackward& a, Stream stream);
 void kd(const Kd& a, Stream stream);
 void resized_cross_entropy(const Resized& a, Stream stream);
 void resized_kd(const Resized& a, Stream stream);
+void confidence(const Resized& a, bool by_label, Stream stream);
+void difficulty(const Difficulty& a, Stream stream);
+void kth_smallest(const Kth& a, Stream stream);
+void rescale(const Rescale& a, Stream stream);
 
 }  // namespace fastkd::gpu

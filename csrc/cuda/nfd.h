@@ -4,24 +4,25 @@
 //     dd/ds = A (s - mean_s) - B (t - mean_t),  A = 2/M is^2 (1 - vs is^2 + c is it),  B = 2/M is it
 //
 // Two ways. Streaming: a forward that reads S and T, a backward that reads both and writes the gradient, 5 transfers of a
-// tensor. One read: a cluster of blocks keeps a group of S and T in shared memory until its moments are known, and writes
-// the gradient from there, 3 transfers. Both exist for groups in rows and in columns (plan.h).
+// tensor, for groups in rows and in columns (plan.h). One read: a cluster of blocks keeps a group of S and T in shared memory
+// until its moments are known, and writes the gradient from there, 3 transfers; for groups in rows.
 #pragma once
 
 #include "dispatch.h"
 #include "kernels.h"
 #include "moments.h"
+#include "pixels.h"
 
 namespace fastkd::gpu {
 
 constexpr int kStats = 6;  // of a group: both means as shift and remainder, A and B
 
 template <class A>
-FASTKD_DEVICE void finish(const Moments<double>& m, double eps, A* loss, A* stats) {
+FASTKD_DEVICE void finish(const Moments<double>& m, double eps, double scale, A* loss, A* stats) {
     const double vs = m.ss / m.n, vt = m.tt / m.n, c = m.st / m.n;
     const double is = 1 / sqrt(vs + eps), it = 1 / sqrt(vt + eps);
     const double own = vs * is * is, other = vt * it * it, both = c * is * it, d = (own - both) + (other - both);
-    *loss = static_cast<A>(d < 0 ? 0 : d);
+    *loss = static_cast<A>(d < 0 ? 0 : d * scale);
     stats[0] = static_cast<A>(m.mean_s);
     stats[1] = static_cast<A>(m.mean_s - static_cast<double>(stats[0]));
     stats[2] = static_cast<A>(m.mean_t);
@@ -206,12 +207,11 @@ FASTKD_DEVICE void put_coefficients(A* all, int width, int column, const Coeffic
 template <class T, int V>
 struct NfdForwardRows {
     using A = Accumulator<T>;
-    static constexpr bool kOneRead = false;
     static constexpr int kBlocksPerCores = V == 1 ? 2 : 4;
 
     Source<T, V> student, teacher;
     RowCut cut;
-    double eps;
+    double eps, scale;
     A *loss, *stats;
     Moments<double>* parts;
 
@@ -231,7 +231,7 @@ struct NfdForwardRows {
         const Moments<double> all = absolute(m, shift_s, shift_t);
         const int64_t group = cut.group(unit);
         if (cut.parts() == 1)
-            finish(all, eps, loss + group, stats + group * kStats);
+            finish(all, eps, scale, loss + group, stats + group * kStats);
         else
             parts[group * cut.parts() + cut.part(unit)] = all;
     }
@@ -240,12 +240,11 @@ struct NfdForwardRows {
 template <class T, int V>
 struct NfdForwardColumns {
     using A = Accumulator<T>;
-    static constexpr bool kOneRead = false;
     static constexpr int kBlocksPerCores = 2;
 
     Source<T, V> student, teacher;
     ColumnCut cut;
-    double eps;
+    double eps, scale;
     A *loss, *stats;
     Moments<double>* parts;
 
@@ -267,7 +266,7 @@ struct NfdForwardColumns {
         const int64_t first = cut.at(b, row, own), group = cut.outer(b) * cut.columns.inner + own;
         const Moments<double> all = absolute(mine, student.one(first), teacher.one(first));
         if (cut.chunks == 1)
-            finish(all, eps, loss + group, stats + group * kStats);
+            finish(all, eps, scale, loss + group, stats + group * kStats);
         else
             parts[group * cut.chunks + cut.part(b)] = all;
     }
@@ -276,12 +275,11 @@ struct NfdForwardColumns {
 // A warp a group: its parts, merged in an order that their number decides.
 template <class A>
 struct NfdMerge {
-    static constexpr bool kOneRead = false;
     static constexpr int kBlocksPerCores = 2;
 
     const Moments<double>* parts;
     int64_t groups, count;
-    double eps;
+    double eps, scale;
     A *loss, *stats;
 
     template <class Block>
@@ -291,30 +289,30 @@ struct NfdMerge {
         Moments<double> m{};
         for (int64_t i = lane; group < groups && i < count; i += kWarp) m = merged(m, parts[group * count + i]);
         m = merge_lanes(block, m);
-        if (group < groups && lane == 0) finish(m, eps, loss + group, stats + group * kStats);
+        if (group < groups && lane == 0) finish(m, eps, scale, loss + group, stats + group * kStats);
     }
 };
 
 template <class T, int V>
 struct NfdBackwardRows {
     using A = Accumulator<T>;
-    static constexpr bool kOneRead = false;
     static constexpr int kBlocksPerCores = V == 1 ? 2 : 4;
 
     Source<T, V> student, teacher;
     Sink<T, V> out;
     RowCut cut;
-    const A *grad, *stats, *guess;
-    A* memory;
+    const A *grad, *stats;
+    bool per_group;
+    A scale;
+
+    FASTKD_DEVICE A upstream(int64_t group) const { return grad ? grad[per_group ? group : 0] * scale : scale; }
 
     template <class Block>
     FASTKD_DEVICE void operator()(Block& block) const {
-        remember(block, grad, memory);
         const int64_t unit = block.index() * (kThreads / cut.team) + block.thread() / cut.team;
         if (unit >= cut.units()) return;
         const int64_t group = cut.group(unit), first = cut.first(unit);
-        if (guess && grad[group] == *guess) return;
-        gradient_line(coefficients(stats + group * kStats, grad[group]), student, teacher, first, out, first,
+        gradient_line(coefficients(stats + group * kStats, upstream(group)), student, teacher, first, out, first,
                       block.thread() % cut.team, cut.team, cut.count(unit) / V);
     }
 };
@@ -322,28 +320,25 @@ struct NfdBackwardRows {
 template <class T, int V>
 struct NfdBackwardColumns {
     using A = Accumulator<T>;
-    static constexpr bool kOneRead = false;
     static constexpr int kBlocksPerCores = 2;
 
     Source<T, V> student, teacher;
     Sink<T, V> out;
     ColumnCut cut;
-    const A *grad, *stats, *guess;
-    A* memory;
+    const A *grad, *stats;
+    bool per_group;
+    A scale;
+
+    FASTKD_DEVICE A upstream(int64_t group) const { return grad ? grad[per_group ? group : 0] * scale : scale; }
 
     template <class Block>
     FASTKD_DEVICE void operator()(Block& block) const {
-        remember(block, grad, memory);
         const int64_t b = block.index(), strip = cut.strip(b) * cut.width();
         const int width = static_cast<int>(cut.width()), lane = block.thread() % cut.lanes * V;
         A* all = block.template shared<A>(0);
-        bool wanted = !guess;
-        for (int64_t i = 0; i < width && strip + i < cut.columns.inner && !wanted; ++i)
-            wanted = grad[cut.outer(b) * cut.columns.inner + strip + i] != *guess;
-        if (!wanted) return;
         const int64_t own = cut.outer(b) * cut.columns.inner + strip + block.thread();
         if (block.thread() < width && strip + block.thread() < cut.columns.inner)
-            put_coefficients(all, width, block.thread(), coefficients(stats + own * kStats, grad[own]));
+            put_coefficients(all, width, block.thread(), coefficients(stats + own * kStats, upstream(own)));
         block.sync();
         if (strip + lane >= cut.columns.inner) return;
         const auto at = [&](int64_t row) { return cut.at(b, row, strip + lane); };
@@ -363,10 +358,9 @@ struct NfdOneReadRows {
 
     const T *student, *teacher;
     RowShares plan;
-    double eps;
+    double eps, scale;
     A *loss, *stats;
-    T* gradient;     // or null
-    const A* guess;  // or null
+    T* gradient;
 
     template <class Block>
     FASTKD_DEVICE void operator()(Block& block) const {
@@ -402,7 +396,7 @@ struct NfdOneReadRows {
             FASTKD_ROLLED
             for (int r = 1; r < plan.cluster; ++r) all = merged(all, *block.remote(part, r));
             A value;
-            finish(all, eps, &value, numbers);
+            finish(all, eps, 1, &value, numbers);
             if (rank == 0) {
                 loss[group] = value;
                 for (int i = 0; i < kStats; ++i) stats[group * kStats + i] = numbers[i];
@@ -411,14 +405,12 @@ struct NfdOneReadRows {
         block.sync();
         block.cluster_arrive();  // nobody reads another's shared memory any more; waited for at the end
 
-        if (gradient && *guess == *guess) {
-            const Coefficients<A> k = coefficients(numbers, *guess);
-            const Sink<T, V> out(gradient);
-            plan.each_piece(group, first, last, [&](int64_t to, int64_t at, int64_t count) {
-                gradient_line(k, here_s, here_t, static_cast<int>(at - first), out, to, block.thread(), kThreads,
-                              static_cast<int>(count / V));
-            });
-        }
+        const Coefficients<A> k = coefficients(numbers, static_cast<A>(scale));
+        const Sink<T, V> out(gradient);
+        plan.each_piece(group, first, last, [&](int64_t to, int64_t at, int64_t count) {
+            gradient_line(k, here_s, here_t, static_cast<int>(at - first), out, to, block.thread(), kThreads,
+                          static_cast<int>(count / V));
+        });
         block.cluster_wait();
     }
 
@@ -439,104 +431,6 @@ private:
     }
 };
 
-template <class T, int V>
-struct NfdOneReadColumns {
-    using A = Accumulator<T>;
-    static constexpr bool kOneRead = true;
-    static constexpr int kBlocksPerCores = 2;
-
-    const T *student, *teacher;
-    ColumnShares plan;
-    double eps;
-    A *loss, *stats;
-    T* gradient;     // or null
-    const A* guess;  // or null
-
-    template <class Block>
-    FASTKD_DEVICE void operator()(Block& block) const {
-        const int rank = static_cast<int>(block.index() % plan.cluster), width = static_cast<int>(plan.width());
-        const int64_t cluster = block.index() / plan.cluster, first = plan.first(rank);
-        const int64_t strip = cluster % plan.strips * width, outer = cluster / plan.strips * plan.columns.inner;
-        const int rows = static_cast<int>(plan.last(rank) - first), stage = static_cast<int>(plan.stage);
-        const int lane = block.thread() % plan.lanes * V, slot = block.thread() / plan.lanes, slots = plan.slots();
-        const bool exists = strip + lane < plan.columns.inner;
-        T *s = block.template shared<T>(plan.shared.student), *t = block.template shared<T>(plan.shared.teacher);
-        const auto there = [&](int row) { return plan.at(cluster, first + row, strip + lane); };
-        const auto here = [&](int row) { return row * width + lane; };
-        // A thread copies what it will read, so that it need not wait for others.
-        FASTKD_ROLLED
-        for (int i = 0; i < kStages; ++i) {
-            const int end = static_cast<int>(least(rows, (i + 1) * stage));
-            FASTKD_ROLLED
-            for (int row = i * stage + slot; exists && row < end; row += slots) {
-                block.copy_16(s + here(row), student + there(row));
-                block.copy_16(t + here(row), teacher + there(row));
-            }
-            block.end_of_group();
-        }
-
-        Moments<A> m[V] = {};
-        const Source<T, V> here_s(s), here_t(t);
-        if (exists && rows > 0) {
-            A shift_s[V], shift_t[V];
-            load<T, V>(student + there(0), shift_s);
-            load<T, V>(teacher + there(0), shift_t);
-            FASTKD_ROLLED
-            for (int i = 0; i < kStages; ++i) {
-                wait_for(block, i);
-                add_columns(m, here_s, here_t, i * stage + slot, static_cast<int>(least(rows, (i + 1) * stage)), slots,
-                            shift_s, shift_t, here);
-            }
-        }
-        const Moments<A> mine = merge_strip(block, m, plan.lanes, block.template shared<Moments<A>>(plan.shared.warps));
-
-        const int64_t own = strip + block.thread();
-        const bool owns = block.thread() < width && own < plan.columns.inner;
-        auto* parts = block.template shared<Moments<double>>(plan.shared.part);
-        A* all = block.template shared<A>(plan.shared.stats);
-        if (owns) {
-            A own_s = 0, own_t = 0;
-            if (rows > 0) {
-                own_s = static_cast<A>(student[plan.at(cluster, first, own)]);
-                own_t = static_cast<A>(teacher[plan.at(cluster, first, own)]);
-            }
-            parts[block.thread()] = absolute(mine, own_s, own_t);
-        }
-        block.cluster_arrive();
-        block.cluster_wait();
-        if (owns) {
-            Moments<double> whole = block.remote(parts, 0)[block.thread()];
-            FASTKD_ROLLED
-            for (int r = 1; r < plan.cluster; ++r) whole = merged(whole, block.remote(parts, r)[block.thread()]);
-            A value, numbers[kStats];
-            finish(whole, eps, &value, numbers);
-            if (gradient) put_coefficients(all, width, block.thread(), coefficients(numbers, *guess));
-            if (rank == 0) {
-                loss[outer + own] = value;
-                for (int i = 0; i < kStats; ++i) stats[(outer + own) * kStats + i] = numbers[i];
-            }
-        }
-        block.sync();
-        block.cluster_arrive();  // nobody reads another's shared memory any more; waited for at the end
-
-        if (gradient && *guess == *guess && exists)
-            gradient_columns(all, width, lane, here_s, here_t, Sink<T, V>(gradient), slot, rows, slots, here, there);
-        block.cluster_wait();
-    }
-
-private:
-    template <class Block>
-    FASTKD_DEVICE void wait_for(Block& block, int stage) const {
-        static_assert(kStages == 4);
-        switch (stage) {
-            case 0: return block.template wait_for_groups<3>();
-            case 1: return block.template wait_for_groups<2>();
-            case 2: return block.template wait_for_groups<1>();
-            default: return block.template wait_for_groups<0>();
-        }
-    }
-};
-
 // ---- launches --------------------------------------------------------------------------------------------------------
 
 template <class Launch>
@@ -547,34 +441,34 @@ void nfd_forward(const NfdForward& a, const Launch& launch) {
         using T = typename decltype(kind)::type;
         using A = Accumulator<T>;
         constexpr int V = decltype(kind)::vector;
-        A *loss = static_cast<A*>(a.loss), *stats = static_cast<A*>(a.stats);
+        const bool none = a.reduce == Reduce::none;
+        const double scale = none ? a.scale : 1;
+        A *loss = static_cast<A*>(none ? a.loss : a.losses), *stats = static_cast<A*>(a.stats);
         auto* parts = static_cast<Moments<double>*>(a.parts);
         const Source<T, V> student(in.student, in.student_type), teacher(in.teacher, in.teacher_type);
-        if constexpr (V > 1) {
-            const A* guess = static_cast<const A*>(a.guess);
-            T* gradient = static_cast<T*>(a.gradient);
-            if (plan.row_shares.cluster > 0)
-                return launch(NfdOneReadRows<T, V>{student.data, teacher.data, plan.row_shares, a.eps, loss, stats,
-                                                   gradient, guess},
-                              plan.row_shares.blocks(), plan.row_shares.shared.total, plan.row_shares.cluster);
-            if (plan.column_shares.cluster > 0)
-                return launch(NfdOneReadColumns<T, V>{student.data, teacher.data, plan.column_shares, a.eps, loss, stats,
-                                                      gradient, guess},
-                              plan.column_shares.blocks(), plan.column_shares.shared.total, plan.column_shares.cluster);
-        }
-        int64_t groups;
-        if (plan.rows) {
-            groups = plan.row_cut.rows.groups;
-            launch(NfdForwardRows<T, V>{student, teacher, plan.row_cut, a.eps, loss, stats, parts},
-                   plan.row_cut.blocks(), kWarps * sizeof(Moments<A>));
+        const int64_t groups = plan.rows ? plan.row_cut.rows.groups : plan.column_cut.columns.outer * plan.column_cut.columns.inner;
+        if (V > 1 && a.gradient) {
+            if constexpr (V > 1)
+                launch(NfdOneReadRows<T, V>{student.data, teacher.data, plan.shares, a.eps, a.scale, loss, stats,
+                                            static_cast<T*>(a.gradient)},
+                       plan.shares.blocks(), plan.shares.shared.total, plan.shares.cluster);
         } else {
-            const ColumnCut& cut = plan.column_cut;
-            groups = cut.columns.outer * cut.columns.inner;
-            launch(NfdForwardColumns<T, V>{student, teacher, cut, a.eps, loss, stats, parts}, cut.blocks(),
-                   kWarps * cut.width() * static_cast<int64_t>(sizeof(Moments<A>)));
+            if (plan.rows) {
+                launch(NfdForwardRows<T, V>{student, teacher, plan.row_cut, a.eps, scale, loss, stats, parts},
+                       plan.row_cut.blocks(), kWarps * sizeof(Moments<A>));
+            } else {
+                const ColumnCut& cut = plan.column_cut;
+                launch(NfdForwardColumns<T, V>{student, teacher, cut, a.eps, scale, loss, stats, parts}, cut.blocks(),
+                       kWarps * cut.width() * static_cast<int64_t>(sizeof(Moments<A>)));
+            }
+            if (plan.parts() > 1)
+                launch(NfdMerge<A>{parts, groups, plan.parts(), a.eps, scale, loss, stats}, ceil_div(groups, kWarps), 0);
         }
-        if (plan.parts() > 1)
-            launch(NfdMerge<A>{parts, groups, plan.parts(), a.eps, loss, stats}, ceil_div(groups, kWarps), 0);
+        if (none) return;
+        const int blocks = count_blocks(groups);
+        launch(PartialSums<A>{loss, groups, a.sum_parts, blocks}, blocks, kSumScratch);
+        launch_total(Total<A>{nullptr, blocks, nullptr, 0, groups, false, a.scale, static_cast<A*>(a.loss), nullptr},
+                     a.sum_parts, launch);
     });
 }
 
@@ -591,15 +485,14 @@ void nfd_backward(const NfdBackward& a, const Launch& launch) {
         const Source<T, V> student(in.student, in.student_type), teacher(in.teacher, in.teacher_type);
         const Sink<T, V> out(a.out, in.student_type);
         const A *grad = static_cast<const A*>(a.grad), *stats = static_cast<const A*>(a.stats);
-        const A* guess = static_cast<const A*>(a.guess);
-        A* memory = static_cast<A*>(a.memory);
+        const A scale = static_cast<A>(a.scale);
         if (rows) {
             const RowCut lines_cut = cut(lines, V);
-            launch(NfdBackwardRows<T, V>{student, teacher, out, lines_cut, grad, stats, guess, memory},
+            launch(NfdBackwardRows<T, V>{student, teacher, out, lines_cut, grad, stats, a.per_group, scale},
                    lines_cut.blocks(), 0);
         } else {
             const ColumnCut strips = cut(columns, V);
-            launch(NfdBackwardColumns<T, V>{student, teacher, out, strips, grad, stats, guess, memory}, strips.blocks(),
+            launch(NfdBackwardColumns<T, V>{student, teacher, out, strips, grad, stats, a.per_group, scale}, strips.blocks(),
                    kStats * strips.width() * static_cast<int64_t>(sizeof(A)));
         }
     });

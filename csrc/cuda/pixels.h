@@ -1,7 +1,7 @@
 // What the losses over pixels share: exponentials, labels, sums over a block.
 #pragma once
 
-#include "types.h"
+#include "plan.h"
 
 namespace fastkd::gpu {
 
@@ -9,6 +9,20 @@ FASTKD_DEVICE float exponential(float x) { return expf(x); }
 FASTKD_DEVICE double exponential(double x) { return exp(x); }
 FASTKD_DEVICE float logarithm(float x) { return logf(x); }
 FASTKD_DEVICE double logarithm(double x) { return log(x); }
+
+// One instruction on a GPU for fp32: results below 2^-126 are 0.
+FASTKD_DEVICE float exp2_of(float x) {
+#if defined(__CUDA_ARCH__)
+    float out;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+#else
+    return exp2f(x);
+#endif
+}
+FASTKD_DEVICE double exp2_of(double x) { return exp2(x); }
+FASTKD_DEVICE float log2_of(float x) { return log2f(x); }
+FASTKD_DEVICE double log2_of(double x) { return log2(x); }
 
 template <class A>
 FASTKD_DEVICE A largest(A a, A b) {
@@ -28,6 +42,14 @@ FASTKD_DEVICE int class_of(const Pixels& pixels, int64_t classes, int64_t i) {
     return label != pixels.ignore_index && label >= 0 && label < classes ? static_cast<int>(label) : -1;
 }
 
+// The same of a label pixel that a mask, or a map of numbers that is NaN there, can leave out.
+template <class A>
+FASTKD_DEVICE int label_of(const LabelPixels& pixels, const A* known, int64_t classes, int64_t i) {
+    if (pixels.mask && !pixels.mask[i]) return -1;
+    if (known && known[i] != known[i]) return -1;
+    return class_of(pixels, classes, i);
+}
+
 // The sum over the block, in every thread, in an order of its own; `warps` is shared memory for kWarps of X.
 template <class Block, class X>
 FASTKD_DEVICE X sum_block(Block& block, X x, X* warps) {
@@ -38,6 +60,69 @@ FASTKD_DEVICE X sum_block(Block& block, X x, X* warps) {
     for (int w = 1; w < kWarps; ++w) sum = sum + warps[w];
     block.sync();  // warps can be used again
     return sum;
+}
+
+// Partial sums of `count` numbers, one a block.
+template <class X>
+struct PartialSums {
+    static constexpr int kBlocksPerCores = 4;
+
+    const X* terms;
+    int64_t count;
+    double* parts;  // (blocks,)
+    int blocks;
+
+    template <class Block>
+    FASTKD_DEVICE void operator()(Block& block) const {
+        double sum = 0;
+        for (int64_t i = block.index() * kThreads + block.thread(); i < count; i += static_cast<int64_t>(blocks) * kThreads)
+            sum += static_cast<double>(terms[i]);
+        sum = sum_block(block, sum, block.template shared<double>(0));
+        if (block.thread() == 0) parts[block.index()] = sum;
+    }
+};
+
+// One block adds up some hundred parts of a loss, and of what is counted.
+template <class A>
+struct Total {
+    static constexpr int kBlocksPerCores = 1;
+
+    const double* parts;  // (count,), or null
+    int64_t count;
+    const double* counted;  // (counters,), or null: all of them count
+    int counters;
+    int64_t all;
+    bool mean;
+    double scale;
+    A *loss, *total;  // or null
+
+    template <class Block>
+    FASTKD_DEVICE void operator()(Block& block) const {
+        double sum = 0, n = 0;
+        for (int64_t i = block.thread(); parts && i < count; i += kThreads) sum += parts[i];
+        for (int i = block.thread(); counted && i < counters; i += kThreads) n += counted[i];
+        sum = sum_block(block, sum, block.template shared<double>(0));
+        n = sum_block(block, n, block.template shared<double>(0));
+        if (block.thread() != 0) return;
+        if (!counted) n = static_cast<double>(all);
+        if (parts) *loss = static_cast<A>(scale * sum / (mean && n != 0 ? n : 1.0));
+        if (total) *total = static_cast<A>(n);
+    }
+};
+
+constexpr int64_t kSumScratch = kWarps * 8;  // bytes of shared memory that sum_block takes
+
+// `parts` are total.count numbers, and room for the partial sums behind them.
+template <class A, class Launch>
+void launch_total(Total<A> total, double* parts, const Launch& launch) {
+    if (parts && total.count > kFewParts) {
+        const int blocks = count_blocks(total.count);
+        launch(PartialSums<double>{parts, total.count, parts + total.count, blocks}, blocks, kSumScratch);
+        parts += total.count;
+        total.count = blocks;
+    }
+    total.parts = parts;
+    launch(total, 1, kSumScratch);
 }
 
 }  // namespace fastkd::gpu

@@ -13,6 +13,7 @@ struct Device {
     int64_t multiprocessors;
     int cluster;               // the most blocks in a cluster; 0: no clusters or no bulk copies (before sm_90)
     int64_t smallest = 4096;   // elements of a group that is worth a cluster; tests ask for less
+    int64_t smallest_budget = 8 << 20;  // bytes of extra memory that no map is cut for; tests ask for less
 };
 
 // ---- views -----------------------------------------------------------------------------------------------------------
@@ -193,45 +194,6 @@ FASTKD_ANYWHERE RowShares share_out(const Rows& rows, int bytes, const Device& d
     return out;
 }
 
-// Columns: a cluster takes a strip `lanes` vectors wide, block `rank` rows [rank * share, (rank + 1) * share) of it.
-struct ColumnShares {
-    Columns columns;
-    int cluster;  // blocks; 0: does not fit
-    int vector, lanes;
-    int64_t strips, share, stage;  // rows
-    SharedLayout shared;
-
-    FASTKD_ANYWHERE int slots() const { return kThreads / lanes; }
-    FASTKD_ANYWHERE int64_t width() const { return static_cast<int64_t>(lanes) * vector; }
-    FASTKD_ANYWHERE int64_t blocks() const { return columns.outer * strips * cluster; }
-    FASTKD_ANYWHERE int64_t first(int rank) const { return least(columns.rows, rank * share); }
-    FASTKD_ANYWHERE int64_t last(int rank) const { return least(columns.rows, (rank + 1) * share); }
-    FASTKD_ANYWHERE int64_t at(int64_t cluster_index, int64_t row, int64_t column) const {
-        return (cluster_index / strips * columns.rows + row) * columns.inner + column;
-    }
-};
-
-// Wide strips first: 128 bytes of a row if they fit comfortably, or else 64; then the same without room for others, then
-// 32, one sector of a cache line.
-FASTKD_ANYWHERE ColumnShares share_out(const Columns& columns, int bytes, const Device& device) {
-    ColumnShares out{columns, 0, 16 / bytes, 0, 0, 0, 0, {}};
-    if (columns.inner % out.vector != 0 || columns.rows < device.smallest / 16) return out;
-    const int widest = strip_lanes(columns.inner, out.vector);
-    for (int pass = 0; pass < 3 && out.cluster == 0; ++pass)
-        for (int lanes = pass == 2 ? 2 : widest; lanes >= (pass == 2 ? 2 : 4) && out.cluster == 0; lanes /= 2)
-            for (int blocks = 1; blocks <= device.cluster && out.cluster == 0; blocks *= 2) {
-                if (lanes > widest) break;
-                const int64_t share = round_up(ceil_div(columns.rows, blocks), kThreads / lanes);
-                const SharedLayout shared = shared_layout(lanes * out.vector, share * lanes * 16);
-                const int64_t room = pass == 0 ? least(comfortable(device), device.shared_per_block)
-                                               : device.shared_per_block;
-                if (shared.total > room) continue;
-                out = {columns, blocks, out.vector, lanes, ceil_div(columns.inner, static_cast<int64_t>(lanes) * out.vector),
-                       share, round_up(ceil_div(share, kStages), kThreads / lanes), shared};
-            }
-    return out;
-}
-
 // ---- NFD -------------------------------------------------------------------------------------------------------------
 
 // Elements that are read at a time: 16 bytes of them, or 1 where the dtypes differ or something is not aligned; fp64,
@@ -243,17 +205,16 @@ inline int vector_of(const Pair& in, int64_t line, const void* out = nullptr) {
     return aligned(in.student) && aligned(in.teacher) && aligned(out) && line % vector == 0 ? vector : 1;
 }
 
-// How a forward runs: in one read if a group fits a cluster, else streaming.
+// How a gradient is made: in one read if a group lies in rows and fits a cluster, else forward and backward stream.
 struct NfdPlan {
     bool rows;
     int vector;
-    RowShares row_shares;
-    ColumnShares column_shares;
+    RowShares shares;
     RowCut row_cut;
     ColumnCut column_cut;
 
-    bool one_read() const { return rows ? row_shares.cluster > 0 : column_shares.cluster > 0; }
-    int64_t parts() const { return one_read() ? 1 : rows ? row_cut.parts() : column_cut.chunks; }  // of a group
+    bool one_read() const { return shares.cluster > 0; }
+    int64_t parts() const { return rows ? row_cut.parts() : column_cut.chunks; }  // of a group, streaming
 };
 
 inline NfdPlan plan_nfd(const Pair& in, Group group, const Device& device) {
@@ -264,10 +225,9 @@ inline NfdPlan plan_nfd(const Pair& in, Group group, const Device& device) {
     plan.vector = vector_of(in, plan.rows ? rows.length : columns.inner);
     if (plan.rows) {
         plan.row_cut = cut(rows, plan.vector);
-        if (plan.vector > 1) plan.row_shares = share_out(rows, 16 / plan.vector, device);
+        if (plan.vector > 1) plan.shares = share_out(rows, 16 / plan.vector, device);
     } else {
         plan.column_cut = cut(columns, plan.vector);
-        if (plan.vector > 1) plan.column_shares = share_out(columns, 16 / plan.vector, device);
     }
     return plan;
 }
@@ -320,142 +280,241 @@ inline KdPlan plan_kd(const Pair& in, const Device& device, const void* out = nu
 
 // ---- losses at label resolution --------------------------------------------------------------------------------------
 
-// One direction of a bilinear resize, in exact integers. The outputs between a logit and the next one are that logit's cell;
-// those before the first logit are in its cell too (docs/full-resolution.md).
+// One direction of a bilinear resize, in exact integers. The outputs between a logit and the next one are that logit's
+// cell; those before the first logit are cell -1, those behind the last are that logit's (docs/full-resolution.md).
 struct Axis {
-    int in, out;  // 2 in out + in is below 2^31: a 64-bit division is a hundred instructions
+    int in, out;  // in (2 out + 1) is below 2^31: a 64-bit division is a hundred instructions
     bool align_corners;
 
-    FASTKD_ANYWHERE int left(int x) const { return min(over(x) / under(), in - 1); }
-    // What the logit to the right of output x weighs; the one to its left has the rest.
+    FASTKD_ANYWHERE int first_cell() const { return align_corners ? 0 : -1; }
+    FASTKD_ANYWHERE int cells() const { return in - first_cell(); }
+    FASTKD_ANYWHERE int cell(int x) const { return over(x) < 0 ? -1 : least(over(x) / under(), in - 1); }
+    // What the logit to the right of output x weighs; the one to its left has the rest. The borders repeat, so a cell
+    // there has two equal corners, and the one that exists has all the weight.
     template <class A>
-    FASTKD_ANYWHERE A right(int x, int left) const {
-        return left >= in - 1 ? A(0) : static_cast<A>(over(x) - left * under()) / static_cast<A>(under());
+    FASTKD_ANYWHERE A right(int x, int cell) const {
+        if (cell < 0) return 1;
+        return cell >= in - 1 ? A(0) : static_cast<A>(over(x) - cell * under()) / static_cast<A>(under());
     }
     // The first output of this cell or of a later one.
     FASTKD_ANYWHERE int first(int cell) const {
-        if (cell <= 0) return 0;
+        if (cell <= first_cell()) return 0;
         if (cell >= in) return out;
+        const int over = align_corners ? cell * most(out - 1, 1) : most((2 * cell + 1) * out - in, 0);
         const int under = align_corners ? in - 1 : 2 * in;
-        const int over = align_corners ? cell * max(out - 1, 1) : max((2 * cell + 1) * out - in, 0);
-        return min((over + under - 1) / under, out);
+        return least((over + under - 1) / under, out);
+    }
+    // The most outputs of a cell.
+    FASTKD_ANYWHERE int largest_cell() const {
+        if (!align_corners) return in == 1 ? (out + 1) / 2 : (out + in - 1) / in;
+        return in == 1 ? out : most((out - 1 + in - 2) / (in - 1), 1);
     }
 
 private:
-    FASTKD_ANYWHERE static int min(int a, int b) { return a < b ? a : b; }
-    FASTKD_ANYWHERE static int max(int a, int b) { return a > b ? a : b; }
-    FASTKD_ANYWHERE int over(int x) const { return align_corners ? x * (in - 1) : max((2 * x + 1) * in - out, 0); }
-    FASTKD_ANYWHERE int under() const { return align_corners ? max(out - 1, 1) : 2 * out; }
+    FASTKD_ANYWHERE int over(int x) const { return align_corners ? x * (in - 1) : (2 * x + 1) * in - out; }
+    FASTKD_ANYWHERE int under() const { return align_corners ? most(out - 1, 1) : 2 * out; }
 };
 
-// The logits whose gradient a block makes, and the cells around them: the label pixels of the cells above and to the left
-// are its neighbours' too.
-struct ResizedTile {
-    int64_t n;
-    int first_row, last_row, cell_row, first_column, last_column, cell_column;  // cell_: where the cells begin
-    int first_class, last_class;
-
-    FASTKD_ANYWHERE int cells() const { return last_column - cell_column; }
-    FASTKD_ANYWHERE int classes() const { return last_class - first_class; }
+// A thread's share of a cell in one direction: outputs [begin, end), which lie in one cell of the other map too.
+struct Piece {
+    int begin, end, other;
 };
 
-// A block goes down a tile of logits, `tall` rows of `wide`, one row of cells at a time.
-struct ResizedPlan {
-    int n, classes;
-    Axis rows, columns;
-    int tall, wide, chunk;   // chunk: classes of the gradient
-    bool held;               // the two rows of logits are in shared memory, or else read where they are
-    int label_rows, phases;  // label pixels of each cell that are taken at a time
-    int strips, bands, chunks;
-    // Shared memory, in bytes from its start: logits (sides, 2, wide + 2, stride), shares (4, wide + 1, chunk_stride),
-    // then of each cell's label pixels (label_rows, phases, wide + 1), columns (phases, wide + 1) and label rows.
-    int64_t logits, shares, sums, scale, label, right, weight_right, weight_left, down, weight_down, weight_top, start, warps;
-    int64_t total;
+struct Pieces {
+    Axis own, other;  // of student and teacher; the same where there is one map, or maps of one size
+    int crossed;      // cells of the other map that a cell crosses, at most
+    int splits;       // parts of what is common to both
 
-    FASTKD_ANYWHERE int cells() const { return wide + 1; }
-    FASTKD_ANYWHERE int stride() const { return classes | 1; }  // odd: cells do not share banks
-    FASTKD_ANYWHERE int chunk_stride() const { return chunk | 1; }
-    FASTKD_ANYWHERE int64_t blocks() const { return static_cast<int64_t>(n) * bands * strips * chunks; }
-
-    FASTKD_ANYWHERE ResizedTile tile(int64_t block, bool gradient) const {
-        const int index = static_cast<int>(block), part = index % chunks, strip = index / chunks % strips;
-        const int band = index / chunks / strips % bands;
-        ResizedTile t{};
-        t.n = index / chunks / strips / bands;
-        t.first_row = band * tall;
-        t.last_row = static_cast<int>(least(rows.in, t.first_row + tall));
-        t.cell_row = gradient && band > 0 ? t.first_row - 1 : t.first_row;
-        t.first_column = strip * wide;
-        t.last_column = static_cast<int>(least(columns.in, t.first_column + wide));
-        t.cell_column = gradient && strip > 0 ? t.first_column - 1 : t.first_column;
-        t.first_class = part * chunk;
-        t.last_class = static_cast<int>(least(classes, t.first_class + chunk));
-        return t;
+    FASTKD_ANYWHERE int count() const { return crossed * splits; }
+    FASTKD_ANYWHERE Piece piece(int cell, int which) const {
+        int begin = own.first(cell), end = own.first(cell + 1), beside = cell;
+        if (other.in != own.in) {
+            beside = other.cell(least(begin, own.out - 1)) + which / splits;
+            begin = most(begin, other.first(beside));
+            end = least(end, other.first(beside + 1));
+            beside = least(beside, other.in - 1);
+        }
+        const int size = (most(end - begin, 0) + splits - 1) / splits;
+        begin += which % splits * size;
+        return {begin, least(end, begin + size), beside};
     }
 };
 
-constexpr int kPixels = 4;  // label pixels of a cell that a thread takes together
+// Lanes run along cells, which are numbered in one line over samples, rows of cells and cells; the parts of a cell are lanes
+// of one warp, a `team`, as far as it has them. Extra memory is bounded by going through the map in chunks of rows of cells.
+struct CellsPlan {
+    int n, classes;
+    Pieces rows, columns;
+    int team, sets;           // lanes that share a cell, and how many such teams a cell has
+    int64_t chunk;            // rows of cells
 
-// The widest tile that leaves room for other blocks, then the widest that fits; where classes are so many that their rows do
-// not, logits are read from memory and the gradient is made by chunks of classes. Tiles are as tall as there are blocks left
-// for all multiprocessors. total is beyond the device's shared memory if nothing fits.
-inline ResizedPlan plan_resized(const Map& map, int64_t height, int64_t width, bool align_corners, int sides,
-                                const Device& device) {
-    ResizedPlan plan{};
-    plan.n = static_cast<int>(map.n);
-    plan.classes = static_cast<int>(map.c);
-    plan.rows = {static_cast<int>(map.h), static_cast<int>(height), align_corners};
-    plan.columns = {static_cast<int>(map.w), static_cast<int>(width), align_corners};
-    const int64_t bytes = map.type == DType::f64 ? 8 : 4;
-    const auto lay_out = [&](int64_t wide, bool held, int64_t chunk) {
-        plan.wide = static_cast<int>(wide);
-        plan.held = held;
-        plan.chunk = static_cast<int>(chunk);
-        plan.phases = static_cast<int>(least(round_up(ceil_div(width, map.w), kPixels), 4 * kPixels));
-        const int64_t row = static_cast<int64_t>(plan.phases) * plan.cells() * ((sides + 1) * bytes + 4);
-        plan.label_rows = static_cast<int>(most(least(ceil_div(height, map.h), device.shared_per_block / 6 / row), 1));
-        int64_t end = 0;
-        const auto take = [&](int64_t count, int64_t size) {
-            const int64_t at = end;
-            end = round_up(end + count * size, 16);
-            return at;
-        };
-        const int64_t columns = static_cast<int64_t>(plan.phases) * plan.cells(), pixels = plan.label_rows * columns;
-        plan.logits = take(held ? 2 * sides * (wide + 2) * plan.stride() : 0, bytes);
-        plan.shares = take(4 * plan.cells() * static_cast<int64_t>(plan.chunk_stride()), bytes);
-        plan.sums = take(sides * pixels, bytes);
-        plan.scale = take(pixels, bytes);
-        plan.label = take(pixels, 4);
-        plan.right = take(columns, bytes);
-        plan.weight_right = take(columns, bytes);
-        plan.weight_left = take(columns, 4);
-        plan.down = take(plan.label_rows, bytes);
-        plan.weight_down = take(plan.label_rows, bytes);
-        plan.weight_top = take(plan.label_rows, 4);
-        plan.start = take(plan.cells() + 1, 4);
-        plan.warps = take(kWarps, 8);
-        plan.total = end;
-    };
-    // From `from` logits down to `to`, of about equal strips.
-    const auto widest = [&](int64_t from, int64_t to, bool held, int64_t chunk, int64_t room) {
-        for (int64_t wide = from;; wide = plan.wide - 1) {
-            lay_out(ceil_div(map.w, ceil_div(map.w, wide)), held, chunk);
-            if (plan.total <= room) return true;
-            if (plan.wide <= to) return false;
-        }
-    };
-    // Two blocks have the registers.
-    const int64_t room = least(device.shared_per_cores / 2 - 1024, device.shared_per_block);
-    bool fits = widest(64, 4, true, map.c, room) || widest(8, 1, true, map.c, device.shared_per_block);
-    for (int64_t chunk = map.c; !fits && chunk > 0; chunk /= 2) fits = widest(8, 4, false, chunk, room);
-    plan.strips = static_cast<int>(ceil_div(map.w, plan.wide));
-    plan.chunks = static_cast<int>(ceil_div(map.c, plan.chunk));
-    int64_t tall = least(map.h, 16);
-    while (tall > 4 && map.n * plan.strips * plan.chunks * ceil_div(map.h, tall) < 2 * device.multiprocessors)
-        tall = (tall + 1) / 2;
-    plan.tall = static_cast<int>(ceil_div(map.h, ceil_div(map.h, tall)));
-    plan.bands = static_cast<int>(ceil_div(map.h, plan.tall));
-    return plan;
+    FASTKD_ANYWHERE int64_t lines() const { return static_cast<int64_t>(n) * rows.own.cells(); }
+    FASTKD_ANYWHERE int group() const { return kWarp / team; }  // cells of a warp
+    FASTKD_ANYWHERE int64_t groups(int64_t lines) const { return ceil_div(lines * columns.own.cells(), group()); }
+    FASTKD_ANYWHERE int64_t warps(int64_t lines) const { return groups(lines) * sets; }
+
+    // A map as the kernels read it has its borders repeated: rows -1 to h, columns -1 to w. A row of cells reads two rows.
+    FASTKD_ANYWHERE int64_t padded_row(int64_t line) const {
+        const int64_t cells = rows.own.cells();
+        return line / cells * (rows.own.in + 2) + line % cells + rows.own.first_cell() + 1;
+    }
+    FASTKD_ANYWHERE int64_t padded_rows(int64_t first, int64_t lines) const {
+        return padded_row(first + lines - 1) + 2 - padded_row(first);
+    }
+    // Of a map of another size, whole samples.
+    FASTKD_ANYWHERE int64_t sample(int64_t line) const { return line / rows.own.cells(); }
+    FASTKD_ANYWHERE int64_t samples(int64_t first, int64_t lines) const {
+        return sample(first + lines - 1) + 1 - sample(first);
+    }
+    FASTKD_ANYWHERE bool same_size() const {
+        return rows.own.in == rows.other.in && columns.own.in == columns.other.in;
+    }
+};
+
+// Label pixels of a cell that are a thread's own registers: rows and columns.
+struct Shape {
+    int rows, columns;
+};
+constexpr int kShapes = 4;
+constexpr Shape kShape[kShapes] = {{2, 2}, {4, 4}, {4, 8}, {5, 9}};
+
+struct CellsChoice {
+    CellsPlan plan;
+    int shape;
+};
+
+inline int power_of_two(int x) {
+    int out = 1;
+    while (out < x) out *= 2;
+    return out;
 }
+
+inline Pieces pieces_of(const Axis& own, const Axis& other, int* largest) {
+    Pieces out{own, other, 1, 1};
+    *largest = own.largest_cell();
+    if (own.in == other.in) return out;
+    for (int cell = own.first_cell(); cell < own.in; ++cell) {
+        const int begin = own.first(cell), end = own.first(cell + 1);
+        if (begin < end) out.crossed = most(out.crossed, other.cell(end - 1) - other.cell(begin) + 1);
+    }
+    *largest = least(*largest, other.largest_cell());
+    return out;
+}
+
+// The smallest shape that holds a cell, or the largest part of one that two maps share; larger ones are split. A part has
+// fewer rows where there would be fewer warps than 16 a multiprocessor. fp64, which is for checking, has the smallest.
+inline CellsChoice plan_cells(const Map& own, const Map& other, int64_t height, int64_t width, bool align_corners,
+                              const Device& device) {
+    const auto axis = [&](int64_t in, int64_t out) {
+        return Axis{static_cast<int>(in), static_cast<int>(out), align_corners};
+    };
+    CellsChoice out{};
+    CellsPlan& plan = out.plan;
+    plan.n = static_cast<int>(own.n);
+    plan.classes = static_cast<int>(own.c);
+    int tall = 1, wide = 1;
+    plan.rows = pieces_of(axis(own.h, height), axis(other.h, height), &tall);
+    plan.columns = pieces_of(axis(own.w, width), axis(other.w, width), &wide);
+    const bool wide_shape = own.type != DType::f64;
+    while (wide_shape && out.shape < kShapes - 1 && wide > kShape[out.shape].columns) ++out.shape;
+    if (wide > kShape[out.shape].columns && wide_shape) out.shape = kShapes - 2;
+    plan.columns.splits = power_of_two((wide + kShape[out.shape].columns - 1) / kShape[out.shape].columns);
+    plan.rows.splits = power_of_two((tall + kShape[out.shape].rows - 1) / kShape[out.shape].rows);
+    const auto lay_out = [&] {
+        const int parts = plan.rows.count() * plan.columns.count();
+        plan.team = least(power_of_two(parts), kWarp);
+        plan.sets = (parts + plan.team - 1) / plan.team;
+    };
+    lay_out();
+    while (plan.warps(plan.lines()) < 16 * device.multiprocessors && plan.rows.splits < tall) {
+        plan.rows.splits *= 2;
+        lay_out();
+    }
+    plan.chunk = plan.lines();
+    return out;
+}
+
+// Bytes that a chunk of so many rows takes: maps as the kernels read them, and planes of the gradient.
+inline int64_t cells_bytes(const CellsPlan& plan, int sides, bool gradient, int64_t lines, int64_t acc) {
+    const int64_t w = plan.columns.own.in, c = plan.classes;
+    const int64_t map = (lines + 3) * (c + 1) * (w + 2) * acc * (plan.same_size() ? sides : 1);
+    return map + (gradient ? plan.sets * 2 * c * acc * (lines * w + plan.groups(lines)) : 0);
+}
+
+// At most about a fortieth of what plain PyTorch takes, some 12 bytes a class and label pixel for each map, but as many rows
+// as fill the device.
+inline int64_t chunk_of(const CellsPlan& plan, int sides, bool gradient, int64_t acc, const Device& device) {
+    const int64_t pixels = static_cast<int64_t>(plan.n) * plan.rows.own.out * plan.columns.own.out;
+    const int64_t budget = most(device.smallest_budget, pixels * plan.classes * 3 * sides * acc / 40);
+    const int64_t row = most(plan.warps(1), 1), fill = ceil_div(8 * device.multiprocessors, row);
+    int64_t chunk = plan.lines();
+    while (chunk > 1 && chunk > fill && cells_bytes(plan, sides, gradient, chunk, acc) > budget) chunk = (chunk + 1) / 2;
+    return chunk;
+}
+
+// Warps of all chunks.
+inline int64_t total_warps(const CellsPlan& plan) {
+    int64_t warps = 0;
+    for (int64_t first = 0; first < plan.lines(); first += plan.chunk)
+        warps += plan.warps(least(plan.chunk, plan.lines() - first));
+    return warps;
+}
+
+template <class A>
+struct CellsBuffers {
+    A *map[2], *peak[2], *planes, *edges, *carry[2];
+    int64_t bytes;
+};
+
+// Where the parts of a chunk's scratch memory are; from a null pointer, how much it is.
+template <class A>
+CellsBuffers<A> lay_out(const CellsPlan& plan, int sides, bool gradient, void* scratch) {
+    CellsBuffers<A> out{};
+    const auto take = [&](int64_t count) {
+        A* at = reinterpret_cast<A*>(static_cast<char*>(scratch) + out.bytes);
+        out.bytes = round_up(out.bytes + count * static_cast<int64_t>(sizeof(A)), 128);
+        return at;
+    };
+    const int64_t c = plan.classes, w = plan.columns.own.in;
+    int64_t rows = 0, samples = 0;
+    for (int64_t first = 0; first < plan.lines(); first += plan.chunk) {
+        const int64_t lines = least(plan.chunk, plan.lines() - first);
+        rows = most(rows, plan.padded_rows(first, lines));
+        samples = most(samples, plan.samples(first, lines));
+    }
+    for (int side = 0; side < sides; ++side) {
+        const bool other = side == 1 && !plan.same_size();
+        const int64_t wide = (other ? plan.columns.other.in : w) + 2;
+        const int64_t tall = other ? samples * (plan.rows.other.in + 2) : rows;
+        out.map[side] = take((tall * c + 1) * wide);  // one more row: the loops read a class ahead
+        out.peak[side] = take(tall * wide);
+    }
+    if (gradient) {
+        out.planes = take(plan.sets * plan.chunk * 2 * c * w);
+        out.edges = take(plan.sets * plan.groups(plan.chunk) * 2 * c);
+        for (A*& carry : out.carry) carry = take(c * w);
+    }
+    return out;
+}
+
+inline int64_t scratch_bytes(const CellsPlan& plan, int sides, bool gradient, bool wide) {
+    return wide ? lay_out<double>(plan, sides, gradient, nullptr).bytes : lay_out<float>(plan, sides, gradient, nullptr).bytes;
+}
+
+// ---- sums and selections ---------------------------------------------------------------------------------------------
+
+constexpr int64_t kFewParts = 1024;  // more are added by many blocks first
+
+// How many parts `count` numbers leave room for: their own, and those of the blocks that add them.
+FASTKD_ANYWHERE int64_t part_space(int64_t count) { return count > kFewParts ? count + kThreads : count; }
+
+constexpr int kDigit = 11, kBins = 1 << kDigit;  // of a radix select
+
+FASTKD_ANYWHERE int kth_blocks(int64_t n) { return static_cast<int>(least(int64_t{264}, ceil_div(n, 4 * kThreads))); }
+
+struct KthSpace {
+    int64_t parts, bins = kBins;
+    explicit KthSpace(int64_t n) : parts(kth_blocks(n) * kBins) {}
+};
 
 }  // namespace fastkd::gpu

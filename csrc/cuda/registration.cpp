@@ -1,5 +1,5 @@
-// The operators torch.ops.fastkd_cuda.*, on LibTorch's stable ABI: schemas, checks, allocation; the work is in the .cu
-// files. Compiled with FASTKD_EMULATION, the same for CPU tensors on the emulation (emulation.cpp).
+// The operators torch.ops.fastkd_cuda.*, on LibTorch's stable ABI: checks and allocation. Their schemas are defined in
+// Python (fastkd/ops); the work is in the .cu files. Compiled with FASTKD_EMULATION, the same for CPU tensors on the emulation (emulation.cpp).
 #if !defined(FASTKD_EMULATION)
 #define USE_CUDA  // declares the stream below
 #endif
@@ -49,471 +49,391 @@ Pair pair_on_device(const Tensor& student, const Tensor& teacher) {
     return pair_of(student, teacher);
 }
 
-void* scratch_of(const Tensor& x, int64_t doubles, Tensor& keep) {
-    if (doubles == 0) return nullptr;
-    keep = new_empty(x, Sizes{doubles}, ScalarType::Double);
-    return keep.mutable_data_ptr();
-}
+// Scratch memory of some doubles; none for none.
+struct Doubles {
+    explicit Doubles(const Tensor& x, int64_t count) {
+        if (count > 0) keep = new_empty(x, Sizes{count}, ScalarType::Double);
+    }
+    double* data() const { return keep ? static_cast<double*>(keep->mutable_data_ptr()) : nullptr; }
+    std::optional<Tensor> keep;
+};
 
-// The next guess of grad_output. A copy: another backward may change the memory while this forward's kernels run.
-Tensor guess_of(const On& on, const Tensor& student, DType type, const Tensor& memory) {
-    check_device(student, memory, "memory");
-    const auto* guesses = static_cast<const char*>(acc_data(memory, type, 2, "memory"));
-    Tensor guess = new_empty(student, Sizes{}, acc_type(type));
-    const int64_t bytes = acc_type(type) == ScalarType::Double ? 8 : 4;
-    gpu::copy(guess.mutable_data_ptr(), guesses + bytes, bytes, on.stream);
-    return guess;
-}
+using Two = std::tuple<Tensor, Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
 
-void check_early(const Tensor& student, const Tensor& gradient, const Pair& in, const Tensor& memory) {
-    pair_on_device(student, gradient);
-    STD_TORCH_CHECK(gradient.scalar_type() == student.scalar_type(), "gradient must have the student's dtype");
-    check_device(student, memory, "memory");
-    acc_data(memory, in, 2, "memory");
+// f(pointer) makes loss and kept, and the gradient there.
+template <class F>
+Three with_gradient(const Tensor& student, const std::string& reduction, const F& f) {
+    STD_TORCH_CHECK(reduction != "none", "a gradient is that of one number: reduction must be 'sum' or 'mean'");
+    Tensor gradient = empty_like(student);
+    const auto [loss, kept] = f(gradient.mutable_data_ptr());
+    return {loss, kept, gradient};
 }
 
 // ---- NFD -------------------------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> run_nfd_forward(const On& on, const Tensor& student, const Tensor& teacher,
-                                           const std::string& dims, double eps, void* gradient, const void* guess) {
-    const Pair in = pair_on_device(student, teacher);
-    const Group group = group_of(dims);
-    const Sizes sizes = group_sizes(group, student);
-    const gpu::NfdPlan plan = gpu::plan_nfd(in, group, on.device);
-    STD_TORCH_CHECK(!gradient || plan.one_read(), "a group of this map does not fit a cluster: ask nfd_fits first");
-    Tensor loss = new_empty(student, sizes, acc_type(in)), stats = new_empty(student, with(sizes, 6), acc_type(in));
-    Tensor keep;
-    void* parts = scratch_of(student, plan.parts() > 1 ? product(sizes) * plan.parts() * 6 : 0, keep);
-    gpu::nfd_forward({in, group, eps, plan, loss.mutable_data_ptr(), stats.mutable_data_ptr(), parts, gradient, guess},
-                     on.stream);
-    return {loss, stats};
-}
+struct NfdArgs {
+    const std::string& dims;
+    double eps;
+    const std::string& reduction;
+    double scale;
+};
 
-std::tuple<Tensor, Tensor> nfd_forward(const Tensor& student, const Tensor& teacher, std::string dims, double eps) {
-    const On on(student);
-    return run_nfd_forward(on, student, teacher, dims, eps, nullptr, nullptr);
-}
-
-bool nfd_fits(const Tensor& student, const Tensor& teacher, std::string dims) {
-    const On on(student);
-    return gpu::plan_nfd(pair_on_device(student, teacher), group_of(dims), on.device).one_read();
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> nfd_forward_ahead(const Tensor& student, const Tensor& teacher,
-                                                             std::string dims, double eps, const Tensor& memory) {
-    const On on(student);
-    const Pair in = pair_on_device(student, teacher);
-    Tensor gradient = empty_like(student);
-    const Tensor guess = guess_of(on, student, in.student_type, memory);
-    const auto [loss, stats] = run_nfd_forward(on, student, teacher, dims, eps, gradient.mutable_data_ptr(),
-                                               guess.const_data_ptr());
-    return {loss, stats, gradient, guess};
-}
-
-void run_nfd_backward(const On& on, const Tensor& grad, const Tensor& student, const Tensor& teacher,
-                      const Tensor& stats, const std::string& dims, void* out, const void* guess, void* memory) {
-    const Pair in = pair_on_device(student, teacher);
-    const Group group = group_of(dims);
-    const int64_t groups = product(group_sizes(group, student));
-    check_device(student, grad, "grad");
-    check_device(student, stats, "stats");
-    gpu::nfd_backward({in, group, acc_data(grad, in, groups, "grad"), acc_data(stats, in, groups * 6, "stats"), out, guess,
-                       memory},
+void run_nfd_backward(const On& on, const Tensor* grad, const Pair& in, const Tensor& stats, const NfdArgs& args,
+                      void* out) {
+    const Group group = group_of(args.dims);
+    const bool per_group = grad && reduce_of(args.reduction) == Reduce::none;
+    const int64_t groups = stats.numel() / 6;
+    gpu::nfd_backward({in, group, grad ? acc_data(*grad, in, per_group ? groups : 1, "grad") : nullptr, per_group, args.scale,
+                       acc_data(stats, in, groups * 6, "stats"), out},
                       on.stream);
 }
 
-Tensor nfd_backward(const Tensor& grad, const Tensor& student, const Tensor& teacher, const Tensor& stats,
-                    std::string dims) {
+Two run_nfd(const On& on, const Tensor& student, const Tensor& teacher, const NfdArgs& args, void* gradient) {
+    const Pair in = pair_on_device(student, teacher);
+    const Group group = group_of(args.dims);
+    const Reduce reduce = reduce_of(args.reduction);
+    STD_TORCH_CHECK(reduce != Reduce::mean, "reduction must be 'sum' or 'none'");
+    const Sizes sizes = group_sizes(group, student);
+    const int64_t groups = product(sizes);
+    const gpu::NfdPlan plan = gpu::plan_nfd(in, group, on.device);
+    const bool none = reduce == Reduce::none;
+    Tensor loss = new_empty(student, none ? sizes : Sizes{}, acc_type(in)), stats = new_empty(student, with(sizes, 6), acc_type(in));
+    std::optional<Tensor> losses;
+    if (!none) losses = new_empty(student, Sizes{groups}, acc_type(in));
+    const bool one_read = gradient && plan.one_read() && reinterpret_cast<uintptr_t>(gradient) % 16 == 0;
+    const Doubles parts(student, !one_read && plan.parts() > 1 ? groups * plan.parts() * 6 : 0);
+    const Doubles sums(student, none ? 0 : gpu::count_blocks(groups));
+    gpu::nfd_forward({in, group, args.eps, plan, reduce, args.scale, loss.mutable_data_ptr(), stats.mutable_data_ptr(),
+                      losses ? losses->mutable_data_ptr() : nullptr, sums.data(), parts.data(), one_read ? gradient : nullptr},
+                     on.stream);
+    if (gradient && !one_read) run_nfd_backward(on, nullptr, in, stats, args, gradient);
+    return {loss, stats};
+}
+
+Two nfd_forward(const Tensor& student, const Tensor& teacher, std::string dims, double eps, std::string reduction,
+                double scale) {
     const On on(student);
+    return run_nfd(on, student, teacher, {dims, eps, reduction, scale}, nullptr);
+}
+
+// In one read where a group fits a cluster, else in two.
+Three nfd_gradient(const Tensor& student, const Tensor& teacher, std::string dims, double eps, std::string reduction,
+                   double scale) {
+    const On on(student);
+    return with_gradient(student, reduction,
+                         [&](void* g) { return run_nfd(on, student, teacher, {dims, eps, reduction, scale}, g); });
+}
+
+Tensor nfd_backward(const Tensor& grad, const Tensor& student, const Tensor& teacher, std::string dims, double eps,
+                    std::string reduction, double scale, const Tensor& stats) {
+    const On on(student);
+    const Pair in = pair_on_device(student, teacher);
+    check_device(student, grad, "grad");
+    check_device(student, stats, "stats");
+    STD_TORCH_CHECK(stats.numel() == 6 * product(group_sizes(group_of(dims), student)), "stats must have 6 numbers a group");
     Tensor out = empty_like(student);
-    run_nfd_backward(on, grad, student, teacher, stats, dims, out.mutable_data_ptr(), nullptr, nullptr);
+    run_nfd_backward(on, &grad, in, stats, {dims, eps, reduction, scale}, out.mutable_data_ptr());
     return out;
 }
 
-void nfd_backward_ahead(const Tensor& grad, const Tensor& student, const Tensor& teacher, const Tensor& stats,
-                        std::string dims, const Tensor& guess, Tensor gradient, Tensor memory) {
-    const On on(student);
-    const Pair in = pair_on_device(student, teacher);
-    check_early(student, gradient, in, memory);
-    run_nfd_backward(on, grad, student, teacher, stats, dims, gradient.mutable_data_ptr(),
-                     acc_data(guess, in, 1, "guess"), memory.mutable_data_ptr());
-}
+// ---- losses of pixels ------------------------------------------------------------------------------------------------
 
-// ---- KD --------------------------------------------------------------------------------------------------------------
-
-gpu::Kd kd_of(const On& on, const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
-              const std::optional<Tensor>& weight, double temperature, int64_t ignore_index, const void* gradient) {
-    const Pair in = pair_on_device(student, teacher);
-    if (target) check_device(student, *target, "target");
-    if (weight) check_device(student, *weight, "weight");
-    gpu::Kd a{};
-    a.in = in;
-    a.pixels = pixels_of(in, target, weight, ignore_index);
-    a.plan = gpu::plan_kd(in, on.device, gradient);
-    a.temperature = temperature;
-    a.scale = 1;
-    STD_TORCH_CHECK(a.plan.pixels > 0, "the ", in.c, " classes of a pixel do not fit this device's shared memory");
-    return a;
-}
-
-// What a forward fills, and where its kernels keep their sums in between.
-struct KdSums {
-    KdSums(gpu::Kd& a, const Tensor& student, bool per_pixel)
-        : loss(new_empty(student, per_pixel ? Sizes{student.size(0), student.size(2), student.size(3)} : Sizes{},
-                         acc_type(a.in))),
-          count(new_empty(student, Sizes{}, ScalarType::Long)) {
-        a.count = static_cast<int64_t*>(count.mutable_data_ptr());
-        if (per_pixel) {
-            a.losses = loss.mutable_data_ptr();
-        } else {
-            a.loss = loss.mutable_data_ptr();
-            a.parts = static_cast<double*>(scratch_of(student, a.plan.blocks(), parts));
-        }
-        if (a.pixels.label != Label::none) {
-            count_parts = new_empty(student, Sizes{gpu::count_blocks(a.in.n * a.in.hw)}, ScalarType::Long);
-            a.count_parts = static_cast<int64_t*>(count_parts.mutable_data_ptr());
-        }
-    }
-    Tensor loss, count, parts, count_parts;
+struct PixelArgs {
+    const std::optional<Tensor>& target;
+    const std::optional<Tensor>& weight;
+    int64_t ignore_index;
+    const std::string& reduction;
+    double scale;
 };
 
-std::tuple<Tensor, Tensor> kd_forward(const Tensor& student, const Tensor& teacher, std::optional<Tensor> target,
-                                      std::optional<Tensor> weight, double temperature, int64_t ignore_index,
-                                      bool per_pixel) {
-    const On on(student);
-    gpu::Kd a = kd_of(on, student, teacher, target, weight, temperature, ignore_index, nullptr);
-    const KdSums sums(a, student, per_pixel);
-    gpu::kd(a, on.stream);
-    return {sums.loss, sums.count};
+void check_devices(const Tensor& student, std::initializer_list<const std::optional<Tensor>*> others) {
+    for (const auto* other : others)
+        if (*other) check_device(student, **other, "target, its weights and what is selected");
 }
 
-Tensor kd_backward(const Tensor& grad, const Tensor& student, const Tensor& teacher, std::optional<Tensor> target,
-                   std::optional<Tensor> weight, double temperature, int64_t ignore_index) {
+Two run_kd(const Tensor& student, const Tensor& teacher, double temperature, const PixelArgs& args, void* gradient) {
     const On on(student);
-    Tensor out = empty_like(student);
-    gpu::Kd a = kd_of(on, student, teacher, target, weight, temperature, ignore_index, out.const_data_ptr());
-    check_device(student, grad, "grad");
-    a.per_pixel = grad.dim() > 0;
-    a.grad = acc_data(grad, a.in, a.per_pixel ? a.in.n * a.in.hw : 1, "grad");
-    a.gradient = out.mutable_data_ptr();
+    gpu::Kd a{};
+    a.in = pair_on_device(student, teacher);
+    check_devices(student, {&args.target, &args.weight});
+    a.pixels = pixels_of(a.in, args.target, args.weight, args.ignore_index);
+    a.plan = gpu::plan_kd(a.in, on.device, gradient);
+    STD_TORCH_CHECK(a.plan.pixels > 0, "the ", a.in.c, " classes of a pixel do not fit this device's shared memory");
+    a.temperature = temperature;
+    a.reduce = reduce_of(args.reduction);
+    a.scale = args.scale;
+    const bool none = a.reduce == Reduce::none;
+    const ScalarType acc = acc_type(a.in);
+    Tensor loss = new_empty(student, none ? Sizes{student.size(0), student.size(2), student.size(3)} : Sizes{}, acc);
+    Tensor count = new_empty(student, Sizes{}, acc);
+    const Doubles parts(student, none ? 0 : gpu::part_space(a.plan.blocks()));
+    const Doubles counted(student, a.pixels.label != Label::none ? gpu::count_blocks(a.in.n * a.in.hw) : 0);
+    a.loss = loss.mutable_data_ptr();
+    a.count = count.mutable_data_ptr();
+    a.parts = parts.data();
+    a.count_parts = counted.data();
+    a.gradient = gradient;
     gpu::kd(a, on.stream);
-    return out;
+    return {loss, count};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> kd_forward_ahead(const Tensor& student, const Tensor& teacher,
-                                                            std::optional<Tensor> target, std::optional<Tensor> weight,
-                                                            double temperature, int64_t ignore_index, double scale,
-                                                            bool by_count, const Tensor& memory) {
-    const On on(student);
-    Tensor gradient = empty_like(student);
-    gpu::Kd a = kd_of(on, student, teacher, target, weight, temperature, ignore_index, gradient.const_data_ptr());
-    STD_TORCH_CHECK(target.has_value() || !by_count, "by_count needs a target");
-    const KdSums sums(a, student, false);
-    const Tensor guess = guess_of(on, student, a.in.student_type, memory);
-    a.grad = guess.const_data_ptr();
-    a.early = true;
-    a.scale = scale;
-    a.by_count = by_count;
-    a.gradient = gradient.mutable_data_ptr();
-    gpu::kd(a, on.stream);
-    return {sums.loss, sums.count, gradient, guess};
+Two kd_forward(const Tensor& student, const Tensor& teacher, std::optional<Tensor> target, std::optional<Tensor> weight,
+               double temperature, int64_t ignore_index, std::string reduction, double scale) {
+    return run_kd(student, teacher, temperature, {target, weight, ignore_index, reduction, scale}, nullptr);
 }
 
-void kd_backward_ahead(const Tensor& grad, const Tensor& student, const Tensor& teacher, std::optional<Tensor> target,
-                       std::optional<Tensor> weight, double temperature, int64_t ignore_index, double scale, bool by_count,
-                       const Tensor& count, const Tensor& guess, Tensor gradient, Tensor memory) {
-    const On on(student);
-    gpu::Kd a = kd_of(on, student, teacher, target, weight, temperature, ignore_index, gradient.const_data_ptr());
-    check_early(student, gradient, a.in, memory);
-    check_device(student, grad, "grad");
-    STD_TORCH_CHECK(count.scalar_type() == ScalarType::Long && count.numel() == 1, "count must be one int64");
-    a.grad = acc_data(grad, a.in, 1, "grad");
-    a.scale = scale;
-    a.by_count = by_count;
-    a.count = static_cast<int64_t*>(count.mutable_data_ptr());
-    a.guess = acc_data(guess, a.in, 1, "guess");
-    a.memory = memory.mutable_data_ptr();
-    a.gradient = gradient.mutable_data_ptr();
-    gpu::kd(a, on.stream);
+Three kd_gradient(const Tensor& student, const Tensor& teacher, std::optional<Tensor> target, std::optional<Tensor> weight,
+                  double temperature, int64_t ignore_index, std::string reduction, double scale) {
+    const PixelArgs args{target, weight, ignore_index, reduction, scale};
+    return with_gradient(student, reduction, [&](void* g) { return run_kd(student, teacher, temperature, args, g); });
 }
 
 // ---- losses at label resolution --------------------------------------------------------------------------------------
 
-gpu::Resized resized_of(const On& on, std::initializer_list<const Tensor*> sides, int64_t height, int64_t width,
-                        const std::optional<Tensor>& target, const std::optional<Tensor>& class_weight,
-                        const std::optional<Tensor>& pixel_weight, const std::optional<Tensor>& mask, double temperature,
-                        int64_t ignore_index, bool align_corners) {
-    gpu::Resized a{};
-    for (const Tensor* map : sides) {
-        check_device(**sides.begin(), *map, "teacher");
-        const Map& side = a.maps[a.sides++] = map_of(*map, "logits");
-        STD_TORCH_CHECK(side.n == a.maps[0].n && side.c == a.maps[0].c && side.h == a.maps[0].h && side.w == a.maps[0].w &&
-                            (side.type == DType::f64) == (a.maps[0].type == DType::f64),
-                        "student and teacher must have the same shape, and both float64 or neither");
-    }
-    for (const auto& other : {target, class_weight, pixel_weight, mask})
-        if (other) check_device(**sides.begin(), *other, "target, its weights and mask");
-    a.pixels = label_pixels(a.maps[0], height, width, target, class_weight, pixel_weight, mask, ignore_index);
-    const auto small = [](int64_t in, int64_t out) {
-        return in < (1 << 30) && out < (1 << 30) && in * (2 * out + 1) < INT32_MAX;
-    };
-    const bool small_weight = !a.pixels.weight || (small(a.pixels.weight_h, height) && small(a.pixels.weight_w, width));
-    STD_TORCH_CHECK(small(a.maps[0].h, height) && small(a.maps[0].w, width) && small_weight && a.maps[0].c < INT32_MAX,
-                    "maps this large need another backend: fastkd.use_backend(\"triton\")");
-    a.plan = gpu::plan_resized(a.maps[0], height, width, align_corners, a.sides, on.device);
-    STD_TORCH_CHECK(a.plan.total <= on.device.shared_per_block, "the gradient of one column of logits does not fit this ",
-                    "device's shared memory: ", a.plan.total, " bytes of ", on.device.shared_per_block);
-    a.temperature = temperature;
-    a.scale = 1;
-    return a;
-}
+// Whether the kernels' 32-bit arithmetic of a resize holds.
+bool fits(int64_t in, int64_t out) { return in < (1 << 30) && out < (1 << 30) && in * (2 * out + 1) < INT32_MAX; }
 
-// What a forward fills, and where its kernels keep their sums in between.
-struct ResizedSums {
-    ResizedSums(gpu::Resized& a, const Tensor& logits, bool per_pixel)
-        : acc(acc_type(a.maps[0].type)),
-          loss(new_empty(logits, per_pixel ? Sizes{a.plan.n, a.plan.rows.out, a.plan.columns.out} : Sizes{}, acc)),
-          count(new_empty(logits, Sizes{}, acc)) {
-        a.count = count.mutable_data_ptr();
-        if (per_pixel) {
-            a.losses = loss.mutable_data_ptr();
-        } else {
-            a.loss = loss.mutable_data_ptr();
-            a.parts = static_cast<double*>(scratch_of(logits, a.plan.blocks(), parts));
+// The maps, their labels and how their cells are shared out; memory for the kernels' scratch.
+struct AtLabels {
+    AtLabels(const On& on, std::initializer_list<const Tensor*> maps, const Sizes& size, bool align_corners, bool gradient)
+        : on(on), first(**maps.begin()), height(size.at(0)), width(size.at(1)) {
+        for (const Tensor* map : maps) {
+            check_device(first, *map, "teacher");
+            const Map& side = a.maps[a.sides++] = map_of(*map, "logits");
+            STD_TORCH_CHECK(side.n == a.maps[0].n && side.c == a.maps[0].c &&
+                                (side.type == DType::f64) == (a.maps[0].type == DType::f64),
+                            "student and teacher must have the same N and C, and both be float64 or neither");
+            STD_TORCH_CHECK(fits(side.h, height) && fits(side.w, width) && side.c < (1 << 24),
+                            "maps this large need another backend: fastkd.use_backend(\"triton\")");
         }
-        const int64_t pixels = static_cast<int64_t>(a.plan.n) * a.plan.rows.out * a.plan.columns.out;
-        if (a.pixels.label != Label::none)
-            a.count_parts = static_cast<double*>(scratch_of(logits, gpu::count_blocks(pixels), count_parts));
+        acc = acc_type(a.maps[0].type);
+        a.temperature = 1;
+        a.scale = 1;
+        a.choice = gpu::plan_cells(a.maps[0], a.maps[a.sides - 1], height, width, align_corners, on.device);
+        const bool wide = acc == ScalarType::Double;
+        a.choice.plan.chunk = gpu::chunk_of(a.choice.plan, a.sides, gradient, wide ? 8 : 4, on.device);
+        scratch = new_empty(first, Sizes{gpu::scratch_bytes(a.choice.plan, a.sides, gradient, wide)}, ScalarType::Byte);
+        a.scratch = scratch->mutable_data_ptr();
     }
-    const ScalarType acc;
-    Tensor loss, count, parts, count_parts;
+    void set_weights(const std::optional<Tensor>& class_weight, const PixelArgs& args, const std::optional<Tensor>& selected) {
+        check_devices(first, {&args.target, &class_weight, &args.weight, &selected});
+        const bool known = selected && selected->scalar_type() != ScalarType::Bool;
+        a.pixels = label_pixels(a.maps[0], height, width, args.target, class_weight, args.weight,
+                                known ? std::nullopt : selected, args.ignore_index);
+        STD_TORCH_CHECK(!a.pixels.weight || (fits(a.pixels.weight_h, height) && fits(a.pixels.weight_w, width)),
+                        "weights this large need another backend: fastkd.use_backend(\"triton\")");
+        if (known) {
+            check_pixels(*selected, a.maps[0].n, height, width, "selected");
+            a.known = acc_map(*selected, a.maps[0].type, "selected");
+        }
+        a.reduce = reduce_of(args.reduction);
+        a.scale = args.scale;
+    }
+    // Allocates loss and count, runs the kernels, and returns both.
+    template <class F>
+    Two run(const F& kernels, void* gradient) {
+        const bool none = a.reduce == Reduce::none;
+        const int64_t pixels = a.maps[0].n * height * width;
+        Tensor loss = new_empty(first, none ? Sizes{a.maps[0].n, height, width} : Sizes{}, acc);
+        Tensor count = new_empty(first, Sizes{}, acc);
+        const Doubles parts(first, none ? 0 : gpu::part_space(gpu::total_warps(a.choice.plan)));
+        const Doubles counted(first, a.pixels.label != Label::none || a.known ? gpu::count_blocks(pixels) : 0);
+        (none ? a.terms : a.loss) = loss.mutable_data_ptr();
+        a.count = count.mutable_data_ptr();
+        a.parts = parts.data();
+        a.count_parts = counted.data();
+        a.gradient = gradient;
+        kernels(a, on.stream);
+        return {loss, count};
+    }
+    const On& on;
+    const Tensor& first;
+    int64_t height, width;
+    gpu::Resized a{};
+    ScalarType acc{};
+    std::optional<Tensor> scratch;
 };
 
-void run(const On& on, const gpu::Resized& a) {
-    a.sides == 2 ? gpu::resized_kd(a, on.stream) : gpu::resized_cross_entropy(a, on.stream);
-}
-
-std::tuple<Tensor, Tensor> forward(const On& on, gpu::Resized a, const Tensor& logits, bool per_pixel) {
-    const ResizedSums sums(a, logits, per_pixel);
-    run(on, a);
-    return {sums.loss, sums.count};
-}
-
-std::tuple<Tensor, Tensor, Tensor> with_gradient(const On& on, gpu::Resized a, const Tensor& logits) {
-    const ResizedSums sums(a, logits, false);
-    Tensor gradient = empty_like_as(logits, sums.acc);
-    a.gradient = gradient.mutable_data_ptr();
-    a.gradient_type = sums.acc == ScalarType::Double ? DType::f64 : DType::f32;
-    run(on, a);
-    return {sums.loss, sums.count, gradient};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_ahead(const On& on, gpu::Resized a, const Tensor& logits, double scale,
-                                                         bool by_count, const Tensor& memory) {
-    const ResizedSums sums(a, logits, false);
-    Tensor gradient = empty_like(logits);
-    a.gradient = gradient.mutable_data_ptr();
-    a.gradient_type = a.maps[0].type;
-    const Tensor guess = guess_of(on, logits, a.maps[0].type, memory);
-    a.grad = guess.const_data_ptr();
-    a.early = true;
-    a.scale = scale;
-    a.by_count = by_count;
-    run(on, a);
-    return {sums.loss, sums.count, gradient, guess};
-}
-
-void backward_ahead(const On& on, gpu::Resized a, const Tensor& grad, const Tensor& logits, double scale, bool by_count,
-                    const Tensor& count, const Tensor& guess, Tensor& gradient, Tensor& memory) {
-    const DType type = a.maps[0].type;
-    check_early(logits, gradient, pair_of(logits, logits), memory);
-    check_device(logits, grad, "grad");
-    a.gradient = gradient.mutable_data_ptr();
-    a.gradient_type = type;
-    a.grad = acc_data(grad, type, 1, "grad");
-    a.scale = scale;
-    a.by_count = by_count;
-    a.count = const_cast<void*>(acc_data(count, type, 1, "count"));
-    a.guess = acc_data(guess, type, 1, "guess");
-    a.memory = memory.mutable_data_ptr();
-    run(on, a);
-}
-
-gpu::Resized cross_entropy_of(const On& on, const Tensor& logits, const Tensor& target,
-                              const std::optional<Tensor>& class_weight, const std::optional<Tensor>& pixel_weight,
-                              const std::optional<Tensor>& mask, int64_t ignore_index, bool align_corners) {
+Sizes size_of(const Tensor& target) {
     STD_TORCH_CHECK(target.dim() == 3, "target must be (N, H, W), got ", target.dim(), " dimensions");
-    return resized_of(on, {&logits}, target.size(1), target.size(2), target, class_weight, pixel_weight, mask, 1,
-                      ignore_index, align_corners);
+    return {target.size(1), target.size(2)};
 }
 
-std::tuple<Tensor, Tensor> resized_cross_entropy_forward(const Tensor& logits, const Tensor& target,
-                                                         std::optional<Tensor> class_weight,
-                                                         std::optional<Tensor> pixel_weight, std::optional<Tensor> mask,
-                                                         int64_t ignore_index, bool align_corners, bool per_pixel) {
+struct Selected {
+    const std::optional<Tensor>&class_weight, &selected;
+};
+
+Two run_cross_entropy(const Tensor& logits, const Selected& which, const PixelArgs& args, bool align_corners,
+                      void* gradient) {
     const On on(logits);
-    return forward(on, cross_entropy_of(on, logits, target, class_weight, pixel_weight, mask, ignore_index, align_corners),
-                   logits, per_pixel);
+    AtLabels at(on, {&logits}, size_of(*args.target), align_corners, gradient);
+    at.set_weights(which.class_weight, args, which.selected);
+    return at.run([](const auto& a, auto stream) { gpu::resized_cross_entropy(a, stream); }, gradient);
 }
 
-std::tuple<Tensor, Tensor, Tensor> resized_cross_entropy_gradient(const Tensor& logits, const Tensor& target,
-                                                                  std::optional<Tensor> class_weight,
-                                                                  std::optional<Tensor> pixel_weight,
-                                                                  std::optional<Tensor> mask, int64_t ignore_index,
-                                                                  bool align_corners) {
-    const On on(logits);
-    return with_gradient(
-        on, cross_entropy_of(on, logits, target, class_weight, pixel_weight, mask, ignore_index, align_corners), logits);
+Two resized_cross_entropy_forward(const Tensor& logits, const Tensor& target, std::optional<Tensor> class_weight,
+                                  std::optional<Tensor> pixel_weight, std::optional<Tensor> selected, int64_t ignore_index,
+                                  bool align_corners, std::string reduction, double scale) {
+    const std::optional<Tensor> labels = target;
+    return run_cross_entropy(logits, {class_weight, selected}, {labels, pixel_weight, ignore_index, reduction, scale},
+                             align_corners, nullptr);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> resized_cross_entropy_forward_ahead(
-    const Tensor& logits, const Tensor& target, std::optional<Tensor> class_weight, std::optional<Tensor> pixel_weight,
-    std::optional<Tensor> mask, int64_t ignore_index, bool align_corners, double scale, bool by_count,
-    const Tensor& memory) {
-    const On on(logits);
-    return forward_ahead(
-        on, cross_entropy_of(on, logits, target, class_weight, pixel_weight, mask, ignore_index, align_corners), logits,
-        scale, by_count, memory);
+Three resized_cross_entropy_gradient(const Tensor& logits, const Tensor& target, std::optional<Tensor> class_weight,
+                                     std::optional<Tensor> pixel_weight, std::optional<Tensor> selected,
+                                     int64_t ignore_index, bool align_corners, std::string reduction, double scale) {
+    const std::optional<Tensor> labels = target;
+    const PixelArgs args{labels, pixel_weight, ignore_index, reduction, scale};
+    return with_gradient(logits, reduction, [&](void* g) {
+        return run_cross_entropy(logits, {class_weight, selected}, args, align_corners, g);
+    });
 }
 
-void resized_cross_entropy_backward_ahead(const Tensor& grad, const Tensor& logits, const Tensor& target,
-                                          std::optional<Tensor> class_weight, std::optional<Tensor> pixel_weight,
-                                          std::optional<Tensor> mask, int64_t ignore_index, bool align_corners,
-                                          double scale, bool by_count, const Tensor& count, const Tensor& guess,
-                                          Tensor gradient, Tensor memory) {
-    const On on(logits);
-    backward_ahead(on,
-                   cross_entropy_of(on, logits, target, class_weight, pixel_weight, mask, ignore_index, align_corners), grad,
-                   logits, scale, by_count, count, guess, gradient, memory);
-}
+struct Teacher {
+    const Tensor& map;
+    double temperature;
+};
 
-gpu::Resized kd_at_labels_of(const On& on, const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
-                             const std::optional<Tensor>& pixel_weight, int64_t height, int64_t width, double temperature,
-                             int64_t ignore_index, bool align_corners) {
-    return resized_of(on, {&student, &teacher}, height, width, target, std::nullopt, pixel_weight, std::nullopt, temperature,
-                      ignore_index, align_corners);
-}
-
-std::tuple<Tensor, Tensor> resized_kd_forward(const Tensor& student, const Tensor& teacher, std::optional<Tensor> target,
-                                              std::optional<Tensor> pixel_weight, int64_t height, int64_t width,
-                                              double temperature, int64_t ignore_index, bool align_corners,
-                                              bool per_pixel) {
+Two run_resized_kd(const Tensor& student, const Teacher& teacher, const Sizes& size, const PixelArgs& args,
+                   bool align_corners, void* gradient) {
     const On on(student);
-    return forward(on,
-                   kd_at_labels_of(on, student, teacher, target, pixel_weight, height, width, temperature, ignore_index,
-                                   align_corners),
-                   student, per_pixel);
+    STD_TORCH_CHECK(size.size() == 2, "size must be (height, width)");
+    AtLabels at(on, {&student, &teacher.map}, size, align_corners, gradient);
+    at.set_weights(std::nullopt, args, std::nullopt);
+    at.a.temperature = teacher.temperature;
+    return at.run([](const auto& a, auto stream) { gpu::resized_kd(a, stream); }, gradient);
 }
 
-std::tuple<Tensor, Tensor, Tensor> resized_kd_gradient(const Tensor& student, const Tensor& teacher,
-                                                       std::optional<Tensor> target, std::optional<Tensor> pixel_weight,
-                                                       int64_t height, int64_t width, double temperature,
-                                                       int64_t ignore_index, bool align_corners) {
-    const On on(student);
-    return with_gradient(on,
-                         kd_at_labels_of(on, student, teacher, target, pixel_weight, height, width, temperature,
-                                         ignore_index, align_corners),
-                         student);
+Two resized_kd_forward(const Tensor& student, const Tensor& teacher, std::optional<Tensor> target,
+                       std::optional<Tensor> pixel_weight, Sizes size, double temperature, int64_t ignore_index,
+                       bool align_corners, std::string reduction, double scale) {
+    return run_resized_kd(student, {teacher, temperature}, size, {target, pixel_weight, ignore_index, reduction, scale},
+                          align_corners, nullptr);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> resized_kd_forward_ahead(const Tensor& student, const Tensor& teacher,
-                                                                    std::optional<Tensor> target,
-                                                                    std::optional<Tensor> pixel_weight, int64_t height,
-                                                                    int64_t width, double temperature,
-                                                                    int64_t ignore_index, bool align_corners, double scale,
-                                                                    bool by_count, const Tensor& memory) {
-    const On on(student);
-    return forward_ahead(on,
-                         kd_at_labels_of(on, student, teacher, target, pixel_weight, height, width, temperature,
-                                         ignore_index, align_corners),
-                         student, scale, by_count, memory);
+Three resized_kd_gradient(const Tensor& student, const Tensor& teacher, std::optional<Tensor> target,
+                          std::optional<Tensor> pixel_weight, Sizes size, double temperature, int64_t ignore_index,
+                          bool align_corners, std::string reduction, double scale) {
+    const PixelArgs args{target, pixel_weight, ignore_index, reduction, scale};
+    return with_gradient(student, reduction, [&](void* g) {
+        return run_resized_kd(student, {teacher, temperature}, size, args, align_corners, g);
+    });
 }
 
-void resized_kd_backward_ahead(const Tensor& grad, const Tensor& student, const Tensor& teacher,
-                               std::optional<Tensor> target, std::optional<Tensor> pixel_weight, int64_t height,
-                               int64_t width, double temperature, int64_t ignore_index, bool align_corners, double scale,
-                               bool by_count, const Tensor& count, const Tensor& guess, Tensor gradient, Tensor memory) {
+// ---- RDD -------------------------------------------------------------------------------------------------------------
+
+Tensor run_kth(const On& on, const Tensor& x, int64_t k) {
+    const DType type = dtype_of(x, "x");
+    STD_TORCH_CHECK(type == DType::f32 || type == DType::f64, "x must be float32 or float64");
+    STD_TORCH_CHECK(x.is_contiguous() && x.numel() > 0, "x must be contiguous and not empty");
+    const gpu::KthSpace space(x.numel());
+    Tensor out = new_empty(x, Sizes{}, x.scalar_type());
+    Tensor parts = new_empty(x, Sizes{space.parts}, ScalarType::Int), bins = new_empty(x, Sizes{space.bins}, ScalarType::Long);
+    Tensor state = new_empty(x, Sizes{4}, ScalarType::Long);
+    gpu::kth_smallest({type, x.const_data_ptr(), x.numel(), k, static_cast<int*>(parts.mutable_data_ptr()),
+                       static_cast<int64_t*>(bins.mutable_data_ptr()), static_cast<int64_t*>(state.mutable_data_ptr()),
+                       out.mutable_data_ptr()},
+                      on.stream);
+    return out;
+}
+
+Tensor kth_smallest(const Tensor& x, int64_t k) {
+    const On on(x);
+    return run_kth(on, x, k);
+}
+
+struct DifficultyArgs {
+    double threshold;
+    int64_t min_kept;
+    const std::string &confidence, &select;
+    int64_t ignore_index;
+    bool align_corners;
+};
+
+// The first result: the mask, or the student's log-sum-exps.
+Two run_difficulty(const Tensor& student, const Tensor& teacher, const Tensor& target, const DifficultyArgs& args, bool lse) {
     const On on(student);
-    backward_ahead(on,
-                   kd_at_labels_of(on, student, teacher, target, pixel_weight, height, width, temperature, ignore_index,
-                                   align_corners),
-                   grad, student, scale, by_count, count, guess, gradient, memory);
+    STD_TORCH_CHECK(args.confidence == "max" || args.confidence == "label", "confidence must be 'max' or 'label', got '",
+                    args.confidence, "'");
+    const Sizes size = size_of(target);
+    const std::optional<Tensor> labels = target;
+    const std::string none = "none";
+    const PixelArgs pixels{labels, std::nullopt, args.ignore_index, none, 1};
+    const ScalarType acc = acc_type(dtype_of(student, "student"));
+    const Sizes sizes{target.size(0), size[0], size[1]};
+    STD_TORCH_CHECK(student.size(1) == teacher.size(1), "student and teacher must have the same C");
+    Tensor first = new_empty(student, sizes, lse ? acc : ScalarType::Bool), share = new_empty(student, Sizes{}, acc);
+
+    gpu::Difficulty a{};
+    std::optional<Tensor> confidences[2], limits[2];
+    const Tensor* const maps[] = {&student, &teacher};
+    for (int side = 0; side < 2; ++side) {
+        AtLabels at(on, {maps[side]}, size, args.align_corners, false);
+        STD_TORCH_CHECK(at.acc == acc, "float64 goes with float64 only");
+        at.set_weights(std::nullopt, pixels, std::nullopt);
+        confidences[side] = new_empty(student, sizes, acc);
+        at.a.terms = confidences[side]->mutable_data_ptr();
+        at.a.sums = lse && side == 0 ? first.mutable_data_ptr() : nullptr;
+        gpu::confidence(at.a, args.confidence == "label", on.stream);
+        if (args.min_kept > 0) limits[side] = run_kth(on, *confidences[side], args.min_kept);
+        a.limits[side] = limits[side] ? limits[side]->const_data_ptr() : nullptr;
+        a.pixels = at.a.pixels;
+        a.classes = at.a.maps[0].c;
+    }
+    a.total = target.numel();
+    a.wide = acc == ScalarType::Double;
+    a.student = confidences[0]->const_data_ptr();
+    a.teacher = confidences[1]->const_data_ptr();
+    a.threshold = args.threshold;
+    a.select = select_of(args.select);
+    (lse ? a.lse : reinterpret_cast<void*&>(a.mask)) = first.mutable_data_ptr();
+    const Doubles parts(student, 2 * gpu::count_blocks(a.total));
+    a.parts = parts.data();
+    a.share = share.mutable_data_ptr();
+    gpu::difficulty(a, on.stream);
+    return {first, share};
+}
+
+Two difficulty_mask(const Tensor& student, const Tensor& teacher, const Tensor& target, double threshold, int64_t min_kept,
+                    std::string confidence, std::string select, int64_t ignore_index, bool align_corners) {
+    return run_difficulty(student, teacher, target, {threshold, min_kept, confidence, select, ignore_index, align_corners},
+                          false);
+}
+
+Two difficulty_lse(const Tensor& student, const Tensor& teacher, const Tensor& target, double threshold, int64_t min_kept,
+                   std::string confidence, std::string select, int64_t ignore_index, bool align_corners) {
+    return run_difficulty(student, teacher, target, {threshold, min_kept, confidence, select, ignore_index, align_corners},
+                          true);
+}
+
+// ---- rescale ---------------------------------------------------------------------------------------------------------
+
+void rescale_(Tensor gradient, const Tensor& factor) {
+    const On on(gradient);
+    const DType type = dtype_of(gradient, "gradient");
+    check_device(gradient, factor, "factor");
+    STD_TORCH_CHECK(gradient.dim() != 4 || gradient.numel() == 0 || gradient.is_contiguous() ||
+                        is_channels_last(gradient, "gradient"),
+                    "gradient must be dense");
+    if (gradient.numel() == 0) return;
+    gpu::rescale({type, gradient.mutable_data_ptr(), gradient.numel(), acc_data(factor, type, 1, "factor")}, on.stream);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(fastkd_cuda, m) {
-    m.def("nfd_forward(Tensor student, Tensor teacher, str dims, float eps) -> (Tensor loss, Tensor stats)");
-    m.def("nfd_backward(Tensor grad, Tensor student, Tensor teacher, Tensor stats, str dims) -> Tensor");
-    m.def("nfd_fits(Tensor student, Tensor teacher, str dims) -> bool");
-    m.def(
-        "nfd_forward_ahead(Tensor student, Tensor teacher, str dims, float eps, Tensor memory) "
-        "-> (Tensor loss, Tensor stats, Tensor gradient, Tensor guess)");
-    m.def(
-        "nfd_backward_ahead(Tensor grad, Tensor student, Tensor teacher, Tensor stats, str dims, Tensor guess, "
-        "Tensor(a!) gradient, Tensor(b!) memory) -> ()");
-    m.def(
-        "kd_forward(Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
-        "int ignore_index, bool per_pixel) -> (Tensor loss, Tensor count)");
-    m.def(
-        "kd_backward(Tensor grad, Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
-        "int ignore_index) -> Tensor");
-    m.def(
-        "kd_forward_ahead(Tensor student, Tensor teacher, Tensor? target, Tensor? weight, float temperature, "
-        "int ignore_index, float scale, bool by_count, Tensor memory) "
-        "-> (Tensor loss, Tensor count, Tensor gradient, Tensor guess)");
-    m.def(
-        "kd_backward_ahead(Tensor grad, Tensor student, Tensor teacher, Tensor? target, Tensor? weight, "
-        "float temperature, int ignore_index, float scale, bool by_count, Tensor count, Tensor guess, "
-        "Tensor(a!) gradient, Tensor(b!) memory) -> ()");
-    m.def(
-        "resized_cross_entropy_forward(Tensor logits, Tensor target, Tensor? class_weight, Tensor? pixel_weight, "
-        "Tensor? mask, int ignore_index, bool align_corners, bool per_pixel) -> (Tensor loss, Tensor count)");
-    m.def(
-        "resized_cross_entropy_gradient(Tensor logits, Tensor target, Tensor? class_weight, Tensor? pixel_weight, "
-        "Tensor? mask, int ignore_index, bool align_corners) -> (Tensor loss, Tensor count, Tensor gradient)");
-    m.def(
-        "resized_cross_entropy_forward_ahead(Tensor logits, Tensor target, Tensor? class_weight, Tensor? pixel_weight, "
-        "Tensor? mask, int ignore_index, bool align_corners, float scale, bool by_count, Tensor memory) "
-        "-> (Tensor loss, Tensor count, Tensor gradient, Tensor guess)");
-    m.def(
-        "resized_cross_entropy_backward_ahead(Tensor grad, Tensor logits, Tensor target, Tensor? class_weight, "
-        "Tensor? pixel_weight, Tensor? mask, int ignore_index, bool align_corners, float scale, bool by_count, "
-        "Tensor count, Tensor guess, Tensor(a!) gradient, Tensor(b!) memory) -> ()");
-    m.def(
-        "resized_kd_forward(Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, SymInt height, "
-        "SymInt width, float temperature, int ignore_index, bool align_corners, bool per_pixel) "
-        "-> (Tensor loss, Tensor count)");
-    m.def(
-        "resized_kd_gradient(Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, SymInt height, "
-        "SymInt width, float temperature, int ignore_index, bool align_corners) "
-        "-> (Tensor loss, Tensor count, Tensor gradient)");
-    m.def(
-        "resized_kd_forward_ahead(Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, SymInt height, "
-        "SymInt width, float temperature, int ignore_index, bool align_corners, float scale, bool by_count, "
-        "Tensor memory) -> (Tensor loss, Tensor count, Tensor gradient, Tensor guess)");
-    m.def(
-        "resized_kd_backward_ahead(Tensor grad, Tensor student, Tensor teacher, Tensor? target, Tensor? pixel_weight, "
-        "SymInt height, SymInt width, float temperature, int ignore_index, bool align_corners, float scale, "
-        "bool by_count, Tensor count, Tensor guess, Tensor(a!) gradient, Tensor(b!) memory) -> ()");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastkd_cuda, FASTKD_KEY, m) {
     m.impl("nfd_forward", TORCH_BOX(&nfd_forward));
+    m.impl("nfd_gradient", TORCH_BOX(&nfd_gradient));
     m.impl("nfd_backward", TORCH_BOX(&nfd_backward));
-    m.impl("nfd_fits", TORCH_BOX(&nfd_fits));
-    m.impl("nfd_forward_ahead", TORCH_BOX(&nfd_forward_ahead));
-    m.impl("nfd_backward_ahead", TORCH_BOX(&nfd_backward_ahead));
     m.impl("kd_forward", TORCH_BOX(&kd_forward));
-    m.impl("kd_backward", TORCH_BOX(&kd_backward));
-    m.impl("kd_forward_ahead", TORCH_BOX(&kd_forward_ahead));
-    m.impl("kd_backward_ahead", TORCH_BOX(&kd_backward_ahead));
+    m.impl("kd_gradient", TORCH_BOX(&kd_gradient));
     m.impl("resized_cross_entropy_forward", TORCH_BOX(&resized_cross_entropy_forward));
     m.impl("resized_cross_entropy_gradient", TORCH_BOX(&resized_cross_entropy_gradient));
-    m.impl("resized_cross_entropy_forward_ahead", TORCH_BOX(&resized_cross_entropy_forward_ahead));
-    m.impl("resized_cross_entropy_backward_ahead", TORCH_BOX(&resized_cross_entropy_backward_ahead));
     m.impl("resized_kd_forward", TORCH_BOX(&resized_kd_forward));
     m.impl("resized_kd_gradient", TORCH_BOX(&resized_kd_gradient));
-    m.impl("resized_kd_forward_ahead", TORCH_BOX(&resized_kd_forward_ahead));
-    m.impl("resized_kd_backward_ahead", TORCH_BOX(&resized_kd_backward_ahead));
+    m.impl("difficulty_mask", TORCH_BOX(&difficulty_mask));
+    m.impl("difficulty_lse", TORCH_BOX(&difficulty_lse));
+    m.impl("kth_smallest", TORCH_BOX(&kth_smallest));
+    m.impl("rescale_", TORCH_BOX(&rescale_));
 }

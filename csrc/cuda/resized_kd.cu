@@ -1,8 +1,8 @@
 #include "block.h"
-#include "resize.h"
+#include "losses.h"
 
 namespace fastkd::gpu {
 
-void resized_kd(const Resized& a, Stream stream) { resized<2>(a, Launcher{static_cast<cudaStream_t>(stream)}); }
+void resized_kd(const Resized& a, Stream stream) { resized_kd(a, Launcher{static_cast<cudaStream_t>(stream)}); }
 
 }  // namespace fastkd::gpu

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../cpu/kernels.h"
 
@@ -15,6 +16,7 @@
 #define FASTKD_ANYWHERE __host__ __device__ inline
 #define FASTKD_UNROLL _Pragma("unroll")
 #define FASTKD_ROLLED _Pragma("unroll 1")
+#define FASTKD_UNROLL_BY(n) _Pragma("unroll")
 #else
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -24,6 +26,7 @@
 #define FASTKD_ANYWHERE inline
 #define FASTKD_UNROLL
 #define FASTKD_ROLLED
+#define FASTKD_UNROLL_BY(n)
 #endif
 
 namespace fastkd::gpu {
@@ -36,9 +39,24 @@ using f16 = torch::headeronly::Half;
 using bf16 = torch::headeronly::BFloat16;
 #endif
 
-constexpr int kThreads = 256;  // of every block
+constexpr int kThreads = 256;  // of a block
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
+
+// Threads of a kernel's block, where it is not kThreads.
+template <class Body, class = void>
+struct ThreadsOf {
+    static constexpr int value = kThreads;
+};
+template <class Body>
+struct ThreadsOf<Body, std::void_t<decltype(Body::kThreadsOfBlock)>> {
+    static constexpr int value = Body::kThreadsOfBlock;
+};
+// Whether it needs clusters and bulk copies.
+template <class Body, class = void>
+struct NeedsClusters : std::false_type {};
+template <class Body>
+struct NeedsClusters<Body, std::void_t<decltype(Body::kOneRead)>> : std::true_type {};
 
 // fp32, fp16 or bf16, known when the kernel runs: for pairs of unlike dtypes, and for maps that are not aligned to 16
 // bytes. Read one element a thread.
@@ -165,8 +183,14 @@ struct Sink<Any, 1> {
     FASTKD_DEVICE void write(int64_t at, const float (&from)[1]) const { one(at, from[0]); }
 };
 
-FASTKD_ANYWHERE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTKD_ANYWHERE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+template <class X, class Y>
+FASTKD_ANYWHERE std::common_type_t<X, Y> least(X a, Y b) {
+    return a < b ? a : b;
+}
+template <class X, class Y>
+FASTKD_ANYWHERE std::common_type_t<X, Y> most(X a, Y b) {
+    return a > b ? a : b;
+}
 FASTKD_ANYWHERE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FASTKD_ANYWHERE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 

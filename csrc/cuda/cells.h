@@ -1,0 +1,791 @@
+// The losses at label resolution (docs/full-resolution.md) and their gradients at logit size (docs/cuda.md).
+//
+// The label pixels between four neighbouring logits are a cell, and a thread owns a cell or a part of one: its PY x PX label
+// pixels are registers, and lanes run along neighbouring cells. A loop over the classes reads the four corners once for all
+// of them. The largest corner of the cell bounds every interpolated value and stabilises the exponentials; warps with a pixel
+// so far below its bound that its exponentials would vanish run again from the maximum of each pixel. A second loop makes the
+// gradient of the corners from the sums in registers, so nothing of the labels' size is written.
+//
+// What a thread's pixels give to its left corners and the neighbouring lane's to its right ones is one number; the parts of
+// a cell are lanes of one warp. The two rows of corners go to two planes, and CellsJoin adds these, casts, and writes the
+// student's layout. Every sum has an order of its own, without atomics.
+//
+// CellsPrepare first brings a map of any dtype and layout into the form that the loops read: (row, class, column), in the
+// accumulation type, times log2(e) / temperature, borders repeated; and takes the maximum over the classes.
+//
+// A loss is a struct (losses.h) that says what it sums over the classes of a label pixel, what it makes of the sums, and how
+// large the gradient of a class is.
+#pragma once
+
+#include <type_traits>
+
+#include "dispatch.h"
+#include "kernels.h"
+#include "pixels.h"
+
+namespace fastkd::gpu {
+
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+// Instead of -inf, which times a neighbour's weight of 0 is NaN: its exponential is 0 whatever it is blended with.
+constexpr double kLow = -1e37, kMasked = -1e29;
+
+// ---- before the loops ------------------------------------------------------------------------------------------------
+
+// Counts the label pixels, by their class weights where there are any.
+template <class A>
+struct CellsCount {
+    static constexpr int kBlocksPerCores = 4;
+
+    LabelPixels pixels;
+    const A* known;
+    int64_t classes, total;
+    double* parts;  // (blocks,)
+    int blocks;
+
+    template <class Block>
+    FASTKD_DEVICE void operator()(Block& block) const {
+        const A* weight = static_cast<const A*>(pixels.class_weight);
+        double n = 0;
+        for (int64_t i = block.index() * kThreads + block.thread(); i < total; i += static_cast<int64_t>(blocks) * kThreads) {
+            const int label = label_of(pixels, known, classes, i);
+            if (label >= 0) n += weight ? static_cast<double>(weight[label]) : 1.0;
+        }
+        n = sum_block(block, n, block.template shared<double>(0));
+        if (block.thread() == 0) parts[block.index()] = n;
+    }
+};
+
+// Brings `rows` rows of a map, from `first` of all its padded ones on, into the form that the loops read.
+template <class T>
+struct CellsPrepare {
+    using A = Accumulator<T>;
+    static constexpr int kBlocksPerCores = 4;
+    static constexpr int kStride = kWarp + 1;
+    static constexpr int64_t kShared = (kWarps + kWarp) * kStride * 8;
+
+    Source<T, 1> map;
+    bool channels_last;
+    int64_t c, h, w, first, rows;
+    A scale;
+    A* out;   // (rows, c, w + 2)
+    A* peak;  // (rows, w + 2)
+
+    FASTKD_ANYWHERE int64_t blocks() const { return ceil_div(rows * (w + 2), kWarp); }
+
+    template <class Block>
+    FASTKD_DEVICE void operator()(Block& block) const {
+        const int lane = block.thread() % kWarp, warp = block.thread() / kWarp;
+        const int64_t at = block.index() * kWarp + lane;
+        const bool exists = at < rows * (w + 2);
+        A* to = out + at / (w + 2) * c * (w + 2) + at % (w + 2);
+        A top = static_cast<A>(-INFINITY);
+        const auto take = [&](int64_t k, A value) {
+            value *= scale;
+            if (value < static_cast<A>(kLow)) value = static_cast<A>(kLow);
+            top = value != value ? value : largest(top, value);
+            to[k * (w + 2)] = value;
+        };
+        if (!channels_last) {
+            const int64_t from = exists ? pixel(at) : 0;
+            FASTKD_UNROLL_BY(4)
+            for (int64_t k = warp; exists && k < c; k += kWarps) take(k, map.one(from + k * h * w));
+        } else {
+            A* tile = block.template shared<A>(0);  // (kWarp pixels, kWarp classes)
+            for (int64_t k = 0; k < c; k += kWarp) {
+                for (int i = warp; i < kWarp; i += kWarps) {
+                    const int64_t there = block.index() * kWarp + i;
+                    if (there < rows * (w + 2) && k + lane < c) tile[i * kStride + lane] = map.one(pixel(there) + k + lane);
+                }
+                block.sync();
+                for (int i = warp; exists && i < kWarp && k + i < c; i += kWarps) take(k + i, tile[lane * kStride + i]);
+                block.sync();
+            }
+        }
+        A* all = block.template shared<A>(0);
+        all[warp * kStride + lane] = top;
+        block.sync();
+        for (int i = 0; i < kWarps && warp == 0; ++i) {
+            const A other = all[i * kStride + lane];
+            top = other != other ? other : largest(top, other);
+        }
+        if (warp == 0 && exists) peak[at] = top;
+    }
+
+private:
+    // Class 0 of what stands at a place of the padded map.
+    FASTKD_DEVICE int64_t pixel(int64_t at) const {
+        const int64_t row = first + at / (w + 2), n = row / (h + 2);
+        const int64_t y = least(most(row % (h + 2) - 1, 0), h - 1), x = least(most(at % (w + 2) - 1, 0), w - 1);
+        return channels_last ? ((n * h + y) * w + x) * c : n * c * h * w + y * w + x;
+    }
+};
+
+// ---- the loops -------------------------------------------------------------------------------------------------------
+
+template <class A>
+struct Corners {
+    A top_left, top_right, bottom_left, bottom_right;
+};
+
+// A side's logits at a thread's cell, from class to class.
+template <class A>
+struct Walk {
+    const A *top, *bottom;
+
+    FASTKD_DEVICE Corners<A> next(int step) {
+        const Corners<A> out{top[0], top[1], bottom[0], bottom[1]};
+        top += step;
+        bottom += step;
+        return out;
+    }
+};
+
+// The corners less what stabilises the exponentials: a label pixel is one fused multiplication and addition a row, and one
+// more a pixel.
+template <class A>
+struct Blend {
+    A left, down_left, step, down_step;
+
+    FASTKD_DEVICE Blend(const Corners<A>& c, A peak)
+        : left(c.top_left - peak), down_left(c.bottom_left - c.top_left), step(c.top_right - c.top_left),
+          down_step((c.bottom_right - c.bottom_left) - step) {}
+};
+
+// Where the digits must be kept: a neighbour that weighs 0 contributes exactly 0, whatever it is.
+template <class A>
+FASTKD_DEVICE A blended(A one, A other, A weight) {
+    return weight == 0 ? one : multiply_add(weight, other, (1 - weight) * one);
+}
+template <class A>
+FASTKD_DEVICE A exact_value(const Corners<A>& c, A down, A right) {
+    return blended(blended(c.top_left, c.bottom_left, down), blended(c.top_right, c.bottom_right, down), right);
+}
+
+template <class Loss, int PY, int PX, bool kGradient>
+struct Cells {
+    using A = typename Loss::A;
+    static constexpr int kSides = Loss::kSides;
+    static constexpr int kThreadsOfBlock = 128;
+    static constexpr int kBlocksPerCores = PY * PX > 40 ? (kSides == 2 ? 2 : 3) : sizeof(A) == 8 ? 2 : PY * PX > 16 ? 3 : 4;
+    static constexpr bool kMakesGradient = kGradient;
+    static constexpr bool kWeights = kGradient && Loss::kWeights;  // of pixels, in registers while the gradient is made
+
+    CellsPlan plan;
+    int64_t first, lines;   // the chunk: rows of cells
+    LabelPixels pixels;
+    Loss loss;
+    const A* map[kSides];   // from CellsPrepare
+    const A* peak[kSides];
+    const A* known;         // null, or (n, height, width): log-sum-exps, NaN where a pixel does not count
+    A* terms;               // null, or (n, height, width)
+    A* sums_of;             // null, or (n, height, width): log-sum-exps of the first side
+    double* parts;          // null, or (warps,): sums of terms
+    const double* counted;  // `counters` numbers whose sum divides the terms; counters is 0 where nothing does
+    int counters;
+    A scale;                // of the gradient, and of each term
+    A* planes;              // (sets, lines, 2, c, w)
+    A* edges;               // (sets, groups, 2, c): what a warp's last cell gives to the right
+
+    FASTKD_ANYWHERE int64_t blocks() const { return ceil_div(plan.warps(lines), kThreadsOfBlock / kWarp); }
+
+    template <class Block>
+    FASTKD_DEVICE void operator()(Block& block) const {
+        const int lane = block.thread() % kWarp;
+        const int64_t warp = block.index() * (kThreadsOfBlock / kWarp) + block.thread() / kWarp;
+        if (warp >= plan.warps(lines)) return;
+        const A factor = factor_of(block, lane);
+        const Place at = place_of(warp, lane);
+
+        // ---- the thread's pixels
+        A right[kSides][PX], down[kSides][PY];  // what the right and the lower corners weigh
+        int label[PY][PX];
+        A weight[PY][PX];
+        const unsigned rows = setup(block, at, right, down, label, weight);
+        Walk<A> start[kSides];
+        A bound[kSides];
+        FASTKD_UNROLL
+        for (int side = 0; side < kSides; ++side) begin(at, side, start[side], bound[side]);
+
+        // ---- sums over the classes
+        typename Loss::Sums sums[PY][PX] = {};
+        A own_peak[kSides][PY][PX];  // in place of the bound, where a pixel is far below it
+        bool exact;
+        if (Loss::kKnown && known) {
+            exact = take_known(block, at, start[0], bound[0], right, down, label, sums, own_peak[0]);
+        } else {
+            add_up<false>(start, bound, own_peak, rows, right, down, label, sums);
+            bool far = false;
+            FASTKD_UNROLL
+            for (int i = 0; i < PY * PX; ++i)
+                far |= label[i / PX][i % PX] >= 0 && !Loss::near(sums[i / PX][i % PX]);
+            exact = block.any(far);
+            if (exact) {
+                find_peaks(start, rows, right, down, own_peak);
+                FASTKD_UNROLL
+                for (int i = 0; i < PY * PX; ++i) sums[i / PX][i % PX] = typename Loss::Sums{};
+                add_up<true>(start, bound, own_peak, rows, right, down, label, sums);
+            }
+        }
+
+        // ---- the loss
+        double sum = 0;
+        A slope[PY][PX], ratio[PY][PX];
+        FASTKD_UNROLL
+        for (int i = 0; i < PY; ++i)
+            FASTKD_UNROLL
+            for (int j = 0; j < PX; ++j) {
+                const bool counts = label[i][j] >= 0;
+                const A term = counts ? weight[i][j] * loss.term(sums[i][j]) : Loss::ignored();
+                if (parts && counts) sum += static_cast<double>(term);
+                if (terms && i < at.rows() && j < at.columns()) terms[at.pixel(*this, i, j)] = term * scale;
+                if (Loss::kWritesSums && sums_of && counts)
+                    sums_of[at.pixel(*this, i, j)] =
+                        ((exact ? own_peak[0][i][j] : bound[0]) + log2_of(sums[i][j].sum)) * static_cast<A>(kLn2);
+                if constexpr (kGradient) {
+                    weight[i][j] = counts ? weight[i][j] * factor * loss.gradient() : A(0);
+                    slope[i][j] = counts ? weight[i][j] / sums[i][j].sum : A(0);
+                    ratio[i][j] = counts ? Loss::ratio(sums[i][j]) : A(0);
+                }
+            }
+        if (parts) {
+            for (int bit = 1; bit < kWarp; bit *= 2) sum += block.shuffle_xor(sum, bit);
+            if (lane == 0) parts[warp] = sum;
+        }
+
+        // ---- the gradient
+        if constexpr (kGradient) {
+            const A whole = factor * loss.gradient();
+            if (exact)
+                gradient<true>(block, at, start, bound, own_peak, rows, right, down, label, weight, slope, ratio, whole);
+            else
+                gradient<false>(block, at, start, bound, own_peak, rows, right, down, label, weight, slope, ratio, whole);
+        }
+    }
+
+private:
+    struct Place {
+        bool exists;
+        int lane, part, set;
+        int64_t group, line, n;
+        int y, x;  // of the cell
+        Piece down, across;
+
+        FASTKD_DEVICE int rows() const { return down.end - down.begin; }
+        FASTKD_DEVICE int columns() const { return across.end - across.begin; }
+        FASTKD_DEVICE int64_t pixel(const Cells& of, int i, int j) const {
+            return (n * of.plan.rows.own.out + down.begin + i) * of.plan.columns.own.out + across.begin + j;
+        }
+    };
+
+    FASTKD_DEVICE Place place_of(int64_t warp, int lane) const {
+        Place at{};
+        const int group = plan.group(), cells = plan.columns.own.cells();
+        at.lane = lane;
+        at.part = lane / group;
+        at.set = static_cast<int>(warp % plan.sets);
+        at.group = warp / plan.sets;
+        const int64_t cell = at.group * group + lane % group;
+        at.exists = cell < lines * cells;
+        at.line = at.exists ? cell / cells : 0;
+        at.x = static_cast<int>(at.exists ? cell % cells : 0) + plan.columns.own.first_cell();
+        const int64_t line = first + at.line;
+        at.n = line / plan.rows.own.cells();
+        at.y = static_cast<int>(line % plan.rows.own.cells()) + plan.rows.own.first_cell();
+        const int part = at.set * plan.team + at.part, wide = plan.columns.count();
+        if (at.exists && part < plan.rows.count() * wide) {
+            at.down = plan.rows.piece(at.y, part / wide);
+            at.across = plan.columns.piece(at.x, part % wide);
+        }
+        return at;
+    }
+
+    template <class Block>
+    FASTKD_DEVICE A factor_of(Block& block, int lane) const {
+        if (!kGradient || counters == 0) return scale;
+        double n = 0;
+        for (int i = lane; i < counters; i += kWarp) n += counted[i];
+        for (int bit = 1; bit < kWarp; bit *= 2) n += block.shuffle_xor(n, bit);
+        return n == 0 ? scale : scale / static_cast<A>(n);
+    }
+
+    // Labels and weights. Returns the rows in which the warp has a pixel that counts.
+    template <class Block>
+    FASTKD_DEVICE unsigned setup(Block& block, const Place& at, A (&right)[kSides][PX], A (&down)[kSides][PY], int (&label)[PY][PX],
+                                 A (&weight)[PY][PX]) const {
+        const Axis along{static_cast<int>(pixels.weight_h), plan.rows.own.out, plan.rows.own.align_corners};
+        const Axis across{static_cast<int>(pixels.weight_w), plan.columns.own.out, plan.columns.own.align_corners};
+        const A* class_weight = static_cast<const A*>(pixels.class_weight);
+        FASTKD_UNROLL
+        for (int side = 0; side < kSides; ++side) {
+            const Axis &rows_of = side == 1 ? plan.rows.other : plan.rows.own;
+            const Axis &columns_of = side == 1 ? plan.columns.other : plan.columns.own;
+            const int y = side == 1 ? at.down.other : at.y, x = side == 1 ? at.across.other : at.x;
+            FASTKD_UNROLL
+            for (int j = 0; j < PX; ++j)
+                right[side][j] = j < at.columns() ? columns_of.template right<A>(at.across.begin + j, x) : A(0);
+            FASTKD_UNROLL
+            for (int i = 0; i < PY; ++i)
+                down[side][i] = i < at.rows() ? rows_of.template right<A>(at.down.begin + i, y) : A(0);
+        }
+        unsigned rows = 0;
+        FASTKD_UNROLL
+        for (int i = 0; i < PY; ++i) {
+            bool any = false;
+            FASTKD_UNROLL
+            for (int j = 0; j < PX; ++j) {
+                label[i][j] = -1;
+                weight[i][j] = 0;
+                if (i >= at.rows() || j >= at.columns()) continue;
+                const int64_t pixel = at.pixel(*this, i, j);
+                label[i][j] = label_of(pixels, known, plan.classes, pixel);
+                if (label[i][j] < 0) continue;
+                any = true;
+                weight[i][j] = class_weight ? class_weight[label[i][j]] : A(1);
+                if (pixels.weight)
+                    weight[i][j] *= weight_at(along, across, at.n, at.down.begin + i, at.across.begin + j);
+            }
+            if (block.any(any)) rows |= 1u << i;
+        }
+        return rows;
+    }
+
+    // From a map of any size.
+    FASTKD_DEVICE A weight_at(const Axis& along, const Axis& across, int64_t n, int y, int x) const {
+        const A* map = static_cast<const A*>(pixels.weight) + n * along.in * across.in;
+        if (along.in == along.out && across.in == across.out) return map[static_cast<int64_t>(y) * across.in + x];
+        const int top = along.cell(y), left = across.cell(x);
+        const auto at = [&](int row, int column) {
+            return map[static_cast<int64_t>(least(most(row, 0), along.in - 1)) * across.in +
+                       least(most(column, 0), across.in - 1)];
+        };
+        const A down = along.template right<A>(y, top), right = across.template right<A>(x, left);
+        return blended(blended(at(top, left), at(top + 1, left), down), blended(at(top, left + 1), at(top + 1, left + 1), down),
+                       right);
+    }
+
+    // Where a side's corners are, class 0, and their largest class.
+    FASTKD_DEVICE void begin(const Place& at, int side, Walk<A>& start, A& bound) const {
+        const bool other = side == 1 && !plan.same_size();
+        const int64_t w = (other ? plan.columns.other.in : plan.columns.own.in) + 2;
+        const int x = (other ? at.across.other : at.x) + 1;
+        const int64_t row = other ? (at.n - plan.sample(first)) * (plan.rows.other.in + 2) + at.down.other + 1
+                                  : plan.padded_row(first + at.line) - plan.padded_row(first);
+        start.top = map[side] + row * plan.classes * w + x;
+        start.bottom = start.top + plan.classes * w;
+        const A* top = peak[side] + row * w + x;
+        bound = higher(higher(top[0], top[1]), higher(top[w], top[w + 1]));
+    }
+    FASTKD_DEVICE static A higher(A a, A b) { return a != a ? a : b != b ? b : largest(a, b); }
+
+    FASTKD_DEVICE int step(int side) const {
+        return (side == 1 && !plan.same_size() ? plan.columns.other.in : plan.columns.own.in) + 2;
+    }
+
+    // f(class, corners of each side) for every class; the next class's corners are on their way meanwhile.
+    template <class F>
+    FASTKD_DEVICE void each_class(const Walk<A> (&start)[kSides], const F& f) const {
+        Walk<A> walk[kSides];
+        Corners<A> next[kSides];
+        FASTKD_UNROLL
+        for (int side = 0; side < kSides; ++side) {
+            walk[side] = start[side];
+            next[side] = walk[side].next(step(side));
+        }
+        FASTKD_ROLLED
+        for (int c = 0; c < plan.classes; ++c) {
+            Corners<A> now[kSides];
+            FASTKD_UNROLL
+            for (int side = 0; side < kSides; ++side) {
+                now[side] = next[side];
+                next[side] = walk[side].next(step(side));  // behind the last class another row begins
+            }
+            f(c, now);
+        }
+    }
+
+    // f(row, column, value of each side) for the pixels of the rows, less the bounds, or less each pixel's own peak.
+    template <bool kExact, class F, class G>
+    FASTKD_DEVICE static void each_pixel(const Corners<A> (&corners)[kSides], const A (&bound)[kSides],
+                                         const A (&own_peak)[kSides][PY][PX], unsigned rows, const A (&right)[kSides][PX],
+                                         const A (&down)[kSides][PY], const F& f, const G& end_of_row) {
+        const Blend<A> first(corners[0], bound[0]), last(corners[kSides - 1], bound[kSides - 1]);
+        FASTKD_UNROLL
+        for (int i = 0; i < PY; ++i) {
+            if (!(rows >> i & 1)) continue;
+            A left[kSides], step[kSides];
+            FASTKD_UNROLL
+            for (int side = 0; side < kSides; ++side) {
+                const Blend<A>& blend = side == 0 ? first : last;
+                left[side] = multiply_add(down[side][i], blend.down_left, blend.left);
+                step[side] = multiply_add(down[side][i], blend.down_step, blend.step);
+            }
+            FASTKD_UNROLL
+            for (int j = 0; j < PX; ++j) {
+                A value[kSides];
+                FASTKD_UNROLL
+                for (int side = 0; side < kSides; ++side)
+                    value[side] = kExact ? exact_value(corners[side], down[side][i], right[side][j]) - own_peak[side][i][j]
+                                         : multiply_add(right[side][j], step[side], left[side]);
+                f(i, j, value);
+            }
+            end_of_row(i);
+        }
+    }
+
+    template <bool kExact>
+    FASTKD_DEVICE void add_up(const Walk<A> (&start)[kSides], const A (&bound)[kSides], const A (&own_peak)[kSides][PY][PX],
+                              unsigned rows, const A (&right)[kSides][PX], const A (&down)[kSides][PY], const int (&label)[PY][PX],
+                              typename Loss::Sums (&sums)[PY][PX]) const {
+        if (rows == 0) return;
+        each_class(start, [&](int c, const Corners<A>(&corners)[kSides]) {
+            each_pixel<kExact>(
+                corners, bound, own_peak, rows, right, down,
+                [&](int i, int j, const A(&value)[kSides]) {
+                    A power[kSides];
+                    FASTKD_UNROLL
+                    for (int side = 0; side < kSides; ++side) power[side] = exp2_of(value[side]);
+                    Loss::add(sums[i][j], value, power, label[i][j] == c);
+                },
+                [](int) {});
+        });
+    }
+
+    FASTKD_DEVICE void find_peaks(const Walk<A> (&start)[kSides], unsigned rows, const A (&right)[kSides][PX], const A (&down)[kSides][PY],
+                                  A (&own_peak)[kSides][PY][PX]) const {
+        FASTKD_UNROLL
+        for (int i = 0; i < kSides * PY * PX; ++i) own_peak[i / (PY * PX)][i / PX % PY][i % PX] = static_cast<A>(-INFINITY);
+        each_class(start, [&](int, const Corners<A>(&corners)[kSides]) {
+            FASTKD_UNROLL
+            for (int i = 0; i < PY; ++i) {
+                if (!(rows >> i & 1)) continue;
+                FASTKD_UNROLL
+                for (int j = 0; j < PX; ++j)
+                    FASTKD_UNROLL
+                    for (int side = 0; side < kSides; ++side)
+                        own_peak[side][i][j] = higher(own_peak[side][i][j], exact_value(corners[side], down[side][i], right[side][j]));
+            }
+        });
+    }
+
+    // The log-sum-exps are given; the labelled class is read where it is. Returns whether one is far below its bound, so
+    // that the sums are relative to the log-sum-exps themselves.
+    template <class Block>
+    FASTKD_DEVICE bool take_known(Block& block, const Place& at, const Walk<A>& start, A bound, const A (&right)[kSides][PX],
+                                  const A (&down)[kSides][PY], const int (&label)[PY][PX], typename Loss::Sums (&sums)[PY][PX],
+                                  A (&own_peak)[PY][PX]) const {
+        bool far = false;
+        FASTKD_UNROLL
+        for (int i = 0; i < PY * PX; ++i) {
+            own_peak[i / PX][i % PX] = 0;
+            if (label[i / PX][i % PX] < 0) continue;
+            own_peak[i / PX][i % PX] = known[at.pixel(*this, i / PX, i % PX)] * static_cast<A>(kLog2E);
+            far |= !(own_peak[i / PX][i % PX] - bound > static_cast<A>(-60));
+        }
+        far = block.any(far);
+        FASTKD_UNROLL
+        for (int i = 0; i < PY; ++i)
+            FASTKD_UNROLL
+            for (int j = 0; j < PX; ++j) {
+                if (label[i][j] < 0) continue;
+                Walk<A> own = start;
+                const int64_t move = static_cast<int64_t>(label[i][j]) * step(0);
+                own.top += move;
+                own.bottom += move;
+                const A value = exact_value(own.next(0), down[0][i], right[0][j]), peak_of = far ? own_peak[i][j] : bound;
+                sums[i][j] = {far ? A(1) : exp2_of(own_peak[i][j] - bound), value - peak_of};
+            }
+        return far;
+    }
+
+    struct Shares {
+        A all = 0, right = 0, low = 0, low_right = 0;  // sums of the gradient by 1, right, down, right * down
+    };
+
+    // Fills both planes for all classes. `far` warps use each pixel's own peak.
+    template <bool kExact, class Block>
+    FASTKD_DEVICE void gradient(Block& block, const Place& at, const Walk<A> (&start)[kSides], const A (&bound)[kSides],
+                                const A (&own_peak)[kSides][PY][PX], unsigned rows, const A (&right)[kSides][PX],
+                                const A (&down)[kSides][PY], const int (&label)[PY][PX], const A (&weight)[PY][PX],
+                                const A (&slope)[PY][PX], const A (&ratio)[PY][PX], A whole) const {
+        const int w = plan.columns.own.in, group = plan.group(), classes = plan.classes;
+        const int64_t row = at.set * lines + at.line;
+        const bool team = plan.team > 1, low = team && (at.part & 1);
+        const bool owns = at.exists && at.part < 2 && at.x >= 0, last = at.part < 2 && at.lane % group == group - 1;
+        A* to = planes + (row * 2 + low) * classes * w + at.x;
+        A* edge = edges + (((at.set * plan.groups(lines)) + at.group) * 2 + low) * classes;
+        uint64_t present = 0;  // a bit for the classes among the labels, modulo 64
+        if constexpr (Loss::kOwn) {
+            FASTKD_UNROLL
+            for (int i = 0; i < PY * PX; ++i)
+                if (label[i / PX][i % PX] >= 0) present |= uint64_t{1} << (label[i / PX][i % PX] & 63);
+            for (int bit = 1; bit < kWarp; bit *= 2) present |= block.shuffle_xor(present, bit);
+        }
+        each_class(start, [&](int c, const Corners<A>(&corners)[kSides]) {
+            Shares mine;
+            const auto add = [&](auto own) {
+                A sum = 0, sum_right = 0;
+                each_pixel<kExact>(
+                    corners, bound, own_peak, rows, right, down,
+                    [&](int i, int j, const A(&value)[kSides]) {
+                        A g;
+                        if constexpr (kSides == 2)
+                            g = slope[i][j] * multiply_add(-exp2_of(value[kSides - 1]), ratio[i][j], exp2_of(value[0]));
+                        else
+                            g = slope[i][j] * exp2_of(value[0]);
+                        if constexpr (decltype(own)::value)
+                            if (label[i][j] == c) g -= kWeights ? weight[i][j] : whole;
+                        sum += g;
+                        sum_right = multiply_add(right[0][j], g, sum_right);
+                    },
+                    [&](int i) {
+                        mine.all += sum;
+                        mine.right += sum_right;
+                        mine.low = multiply_add(down[0][i], sum, mine.low);
+                        mine.low_right = multiply_add(down[0][i], sum_right, mine.low_right);
+                        sum = sum_right = 0;
+                    });
+            };
+            if (Loss::kOwn && (present >> (c & 63) & 1))
+                add(std::bool_constant<Loss::kOwn>{});
+            else
+                add(std::false_type{});
+            A top_left = (mine.all - mine.right) - (mine.low - mine.low_right), top_right = mine.right - mine.low_right;
+            A low_left = mine.low - mine.low_right, low_right = mine.low_right;
+            if (team) {
+                // Even parts keep the upper corners and get those of the odd ones; the lower ones the other way round.
+                const A give_left = low ? top_left : low_left, give_right = low ? top_right : low_right;
+                A left = low ? low_left : top_left, right_ = low ? low_right : top_right;
+                left += block.shuffle_xor(give_left, group);
+                right_ += block.shuffle_xor(give_right, group);
+                FASTKD_ROLLED
+                for (int bit = 2 * group; bit < kWarp; bit *= 2) {
+                    left += block.shuffle_xor(left, bit);
+                    right_ += block.shuffle_xor(right_, bit);
+                }
+                const A before = block.shuffle_up(right_, 1);
+                if (owns) *to = at.lane % group ? left + before : left;
+                if (last) *edge = right_;
+            } else {
+                const A above = block.shuffle_up(top_right, 1), below = block.shuffle_up(low_right, 1);
+                if (owns) {
+                    to[0] = at.lane ? top_left + above : top_left;
+                    to[static_cast<int64_t>(classes) * w] = at.lane ? low_left + below : low_left;
+                }
+                if (last) {
+                    edge[0] = top_right;
+                    edge[classes] = low_right;
+                }
+            }
+            to += w;
+            ++edge;
+        });
+    }
+};
+
+// ---- after the loops -------------------------------------------------------------------------------------------------
+
+// Adds the planes of a chunk's rows of cells: of a row of logits the upper ones of the cells below it and the lower ones of
+// the cells above it. The lower ones of the chunk's last row wait in `carry` for the next chunk.
+template <class T>
+struct CellsJoin {
+    using A = Accumulator<T>;
+    static constexpr int kBlocksPerCores = 4;
+    static constexpr int kClasses = 64;  // of a block
+    static constexpr int kStride = kWarp + 1;
+    static constexpr int64_t kShared = kWarp * kStride * 8;
+
+    CellsPlan plan;
+    int64_t first, lines;
+    const A *planes, *edges, *before;  // before: (c, w), the carry of the chunk above
+    A* carry;
+    Sink<T, 1> out;
+    bool channels_last;
+
+    FASTKD_ANYWHERE int64_t places() const { return (lines + 1) * plan.columns.own.in; }
+    FASTKD_ANYWHERE int64_t parts() const { return ceil_div(plan.classes, kClasses); }
+    FASTKD_ANYWHERE int64_t blocks() const { return ceil_div(places(), kWarp) * parts(); }
+
+    template <class Block>
+    FASTKD_DEVICE void operator()(Block& block) const {
+        const int lane = block.thread() % kWarp, warp = block.thread() / kWarp, w = plan.columns.own.in;
+        const int64_t tile = block.index() / parts() * kWarp, part = block.index() % parts() * kClasses;
+        const int last = static_cast<int>(least(part + kClasses, static_cast<int64_t>(plan.classes)));
+        const Place mine = place_of(tile + lane);
+        A* shared = block.template shared<A>(0);  // (kWarp classes, kWarp places)
+        for (int c = static_cast<int>(part); c < last; c += kWarp) {
+            for (int k = c + warp; k < least(c + kWarp, last); k += kWarps) {
+                if (!mine.exists) continue;
+                const A value = gathered(mine, k);
+                if (mine.carries)
+                    carry[static_cast<int64_t>(k) * w + mine.x] = value;
+                else if (!channels_last)
+                    out.one(mine.out + k * static_cast<int64_t>(plan.rows.own.in) * w, value);
+                else
+                    shared[(k - c) * kStride + lane] = value;
+            }
+            if (!channels_last) continue;
+            block.sync();
+            for (int i = warp; i < kWarp && c + lane < last; i += kWarps) {
+                const Place other = place_of(tile + i);
+                if (other.exists && !other.carries) out.one(other.out + c + lane, shared[lane * kStride + i]);
+            }
+            block.sync();
+        }
+    }
+
+private:
+    struct Place {
+        bool exists, carries, above, below;  // whether it has cells above and below it
+        int64_t line, out;
+        int x;
+    };
+
+    FASTKD_DEVICE Place place_of(int64_t at) const {
+        Place out{};
+        const int w = plan.columns.own.in, h = plan.rows.own.in, cells = plan.rows.own.cells();
+        if (at >= places()) return out;
+        out.line = at / w;
+        out.x = static_cast<int>(at % w);
+        const int64_t line = first + out.line, n = line / cells;
+        const int y = static_cast<int>(line % cells) + plan.rows.own.first_cell();
+        out.carries = out.line == lines;
+        out.exists = out.carries || y >= 0;
+        out.below = !out.carries;
+        out.above = out.carries || y > plan.rows.own.first_cell();
+        out.out = channels_last ? ((n * h + y) * w + out.x) * plan.classes
+                                : (n * plan.classes * h + y) * static_cast<int64_t>(w) + out.x;
+        return out;
+    }
+
+    FASTKD_DEVICE A gathered(const Place& at, int c) const {
+        A sum = 0;
+        if (at.below) sum = plane(at.line, 0, c, at.x);
+        if (at.above) sum += at.line > 0 ? plane(at.line - 1, 1, c, at.x) : before[static_cast<int64_t>(c) * plan.columns.own.in + at.x];
+        return sum;
+    }
+    FASTKD_DEVICE A plane(int64_t line, int low, int c, int x) const {
+        const int w = plan.columns.own.in, group = plan.group();
+        const int64_t cell = line * plan.columns.own.cells() + x - plan.columns.own.first_cell();
+        A sum = 0;
+        for (int set = 0; set < plan.sets; ++set) {
+            sum += planes[(((set * lines + line) * 2 + low) * plan.classes + c) * w + x];
+            if (cell % group == 0 && cell > 0)
+                sum += edges[((set * plan.groups(lines) + cell / group - 1) * 2 + low) * plan.classes + c];
+        }
+        return sum;
+    }
+};
+
+// ---- launches --------------------------------------------------------------------------------------------------------
+
+template <class A, class Launch>
+void prepare(const Map& map, double scale, int64_t first, int64_t rows, A* out, A* peak, const Launch& launch) {
+    const auto run = [&](auto kind) {
+        using T = typename decltype(kind)::type;
+        if constexpr (std::is_same_v<Accumulator<T>, A>) {
+            const CellsPrepare<T> body{Source<T, 1>(map.data, map.type), map.channels_last, map.c, map.h, map.w, first, rows,
+                                       static_cast<A>(scale), out, peak};
+            launch(body, body.blocks(), CellsPrepare<T>::kShared);
+        }
+    };
+    map.type == DType::f64 ? run(Kind<double, 1>{}) : run(Kind<Any, 1>{});
+}
+
+// What is the same for all chunks of a call; `body` is a loss's Cells.
+template <class Body, class Launch>
+void run_cells(const Resized& a, Body body, const Launch& launch) {
+    using A = typename Body::A;
+    constexpr bool gradient = Body::kMakesGradient;
+    const CellsPlan& plan = a.choice.plan;
+    const CellsBuffers<A> at = lay_out<A>(plan, a.sides, gradient, a.scratch);
+    double* parts = body.parts;
+    int chunk = 0;
+    for (int64_t first = 0; first < plan.lines(); first += plan.chunk, ++chunk) {
+        const int64_t lines = least(plan.chunk, plan.lines() - first);
+        for (int side = 0; side < Body::kSides; ++side) {
+            const Map& map = a.maps[side];
+            const bool other = side == 1 && !plan.same_size();
+            const int64_t from = other ? plan.sample(first) * (map.h + 2) : plan.padded_row(first);
+            const int64_t rows = other ? plan.samples(first, lines) * (map.h + 2) : plan.padded_rows(first, lines);
+            prepare<A>(map, kLog2E / a.temperature, from, rows, at.map[side], at.peak[side], launch);
+            body.map[side] = at.map[side];
+            body.peak[side] = at.peak[side];
+        }
+        body.first = first;
+        body.lines = lines;
+        body.parts = parts;
+        body.planes = at.planes;
+        body.edges = at.edges;
+        launch(body, body.blocks(), 0);
+        if (parts) parts += plan.warps(lines);
+        if constexpr (gradient) {
+            const auto join = [&](auto kind) {
+                using T = typename decltype(kind)::type;
+                if constexpr (std::is_same_v<Accumulator<T>, A>) {
+                    const CellsJoin<T> body_of_join{plan, first, lines, at.planes, at.edges, at.carry[chunk % 2],
+                                                    at.carry[1 - chunk % 2], Sink<T, 1>(a.gradient, a.maps[0].type),
+                                                    a.maps[0].channels_last};
+                    launch(body_of_join, body_of_join.blocks(), CellsJoin<T>::kShared);
+                }
+            };
+            a.maps[0].type == DType::f64 ? join(Kind<double, 1>{}) : join(Kind<Any, 1>{});
+        }
+    }
+}
+
+// f(Shape) for the choice's number of rows and columns.
+template <int PY, int PX>
+struct ShapeOf {
+    static constexpr int rows = PY, columns = PX;
+};
+template <class A, class F>
+void with_shape(int shape, const F& f) {
+    if constexpr (sizeof(A) == 8) return f(ShapeOf<kShape[0].rows, kShape[0].columns>{});
+    else switch (shape) {
+        case 0: return f(ShapeOf<kShape[0].rows, kShape[0].columns>{});
+        case 1: return f(ShapeOf<kShape[1].rows, kShape[1].columns>{});
+        case 2: return f(ShapeOf<kShape[2].rows, kShape[2].columns>{});
+        default: return f(ShapeOf<kShape[3].rows, kShape[3].columns>{});
+    }
+}
+
+// One loss: counts, runs the chunks, and adds up. `loss` is the struct of losses.h.
+template <class Loss, class Launch>
+void resized(const Resized& a, const Loss& loss, const Launch& launch) {
+    using A = typename Loss::A;
+    const CellsPlan& plan = a.choice.plan;
+    const int64_t all = static_cast<int64_t>(plan.n) * plan.rows.own.out * plan.columns.own.out;
+    const bool counts = a.pixels.label != Label::none || a.known;
+    const int counters = count_blocks(all);
+    if (counts && a.count)
+        launch(CellsCount<A>{a.pixels, static_cast<const A*>(a.known), plan.classes, all, a.count_parts, counters}, counters,
+               kSumScratch);
+    const bool divides = a.reduce == Reduce::mean;
+    const A scale = static_cast<A>(divides && !counts ? a.scale / static_cast<double>(all) : a.scale);
+    with_shape<A>(a.choice.shape, [&](auto shape) {
+        const auto run = [&](auto gradient) {
+            Cells<Loss, decltype(shape)::rows, decltype(shape)::columns, decltype(gradient)::value> body{};
+            body.plan = plan;
+            body.pixels = a.pixels;
+            body.loss = loss;
+            body.known = static_cast<const A*>(a.known);
+            body.terms = static_cast<A*>(a.terms);
+            body.sums_of = static_cast<A*>(a.sums);
+            body.parts = a.parts;
+            body.counted = a.count_parts;
+            body.counters = divides && counts ? counters : 0;
+            body.scale = scale;
+            run_cells(a, body, launch);
+        };
+        if constexpr (Loss::kGradient) {
+            if (a.gradient) return run(std::true_type{});
+        }
+        if constexpr (Loss::kForward) run(std::false_type{});
+    });
+    if (a.count)
+        launch_total(Total<A>{nullptr, total_warps(plan), counts ? a.count_parts : nullptr, counters, all, divides, a.scale,
+                              static_cast<A*>(a.loss), static_cast<A*>(a.count)},
+                     a.parts, launch);
+}
+
+}  // namespace fastkd::gpu
