@@ -2,16 +2,17 @@
 //
 // The label pixels between four neighbouring logits are a cell, and a thread owns a cell or a part of one: its PY x PX label
 // pixels are registers, and lanes run along neighbouring cells. A loop over the classes reads the four corners once for all
-// of them. The largest corner of the cell bounds every interpolated value and stabilises the exponentials; warps with a pixel
-// so far below its bound that its exponentials would vanish run again from the maximum of each pixel. A second loop makes the
-// gradient of the corners from the sums in registers, so nothing of the labels' size is written.
+// of them, and sums exponentials; a second loop makes the gradient of the corners from the sums in registers, so nothing of
+// the labels' size is written. Logits are read less the maximum of their classes. The interpolated maximum is what stabilises
+// a label pixel's exponentials then: it bounds the pixel's logits, and the same for all classes. A pixel so far below it that
+// its exponentials would vanish (neighbours whose maxima are of other classes, by 90 or more) is done again on its own.
 //
 // What a thread's pixels give to its left corners and the neighbouring lane's to its right ones is one number; the parts of
 // a cell are lanes of one warp. The two rows of corners go to two planes, and CellsJoin adds these, casts, and writes the
 // student's layout. Every sum has an order of its own, without atomics.
 //
 // CellsPrepare first brings a map of any dtype and layout into the form that the loops read: (row, class, column), in the
-// accumulation type, times log2(e) / temperature, borders repeated; and takes the maximum over the classes.
+// accumulation type, less the maximum over the classes, times log2(e) / temperature, borders repeated.
 //
 // A loss is a struct (losses.h) that says what it sums over the classes of a label pixel, what it makes of the sums, and how
 // large the gradient of a class is.
@@ -68,7 +69,7 @@ struct CellsPrepare {
     int64_t c, h, w, first, rows;
     A scale;
     A* out;   // (rows, c, w + 2)
-    A* peak;  // (rows, w + 2)
+    A* peak;  // (rows, w + 2): the maxima, scaled
 
     FASTKD_ANYWHERE int64_t blocks() const { return ceil_div(rows * (w + 2), kWarp); }
 
@@ -77,41 +78,47 @@ struct CellsPrepare {
         const int lane = block.thread() % kWarp, warp = block.thread() / kWarp;
         const int64_t at = block.index() * kWarp + lane;
         const bool exists = at < rows * (w + 2);
-        A* to = out + at / (w + 2) * c * (w + 2) + at % (w + 2);
+        A* all = block.template shared<A>(kWarp * kStride * sizeof(A));
         A top = static_cast<A>(-INFINITY);
-        const auto take = [&](int64_t k, A value) {
-            value *= scale;
-            if (value < static_cast<A>(kLow)) value = static_cast<A>(kLow);
-            top = value != value ? value : largest(top, value);
-            to[k * (w + 2)] = value;
-        };
-        if (!channels_last) {
-            const int64_t from = exists ? pixel(at) : 0;
-            FASTKD_UNROLL_BY(4)
-            for (int64_t k = warp; exists && k < c; k += kWarps) take(k, map.one(from + k * h * w));
-        } else {
-            A* tile = block.template shared<A>(0);  // (kWarp pixels, kWarp classes)
-            for (int64_t k = 0; k < c; k += kWarp) {
-                for (int i = warp; i < kWarp; i += kWarps) {
-                    const int64_t there = block.index() * kWarp + i;
-                    if (there < rows * (w + 2) && k + lane < c) tile[i * kStride + lane] = map.one(pixel(there) + k + lane);
-                }
-                block.sync();
-                for (int i = warp; exists && i < kWarp && k + i < c; i += kWarps) take(k + i, tile[lane * kStride + i]);
-                block.sync();
-            }
-        }
-        A* all = block.template shared<A>(0);
+        each(block, [&](int64_t, A value) { top = higher(top, value); });
         all[warp * kStride + lane] = top;
         block.sync();
-        for (int i = 0; i < kWarps && warp == 0; ++i) {
-            const A other = all[i * kStride + lane];
-            top = other != other ? other : largest(top, other);
-        }
-        if (warp == 0 && exists) peak[at] = top;
+        for (int i = 0; i < kWarps; ++i) top = higher(top, all[i * kStride + lane]);
+        if (top == static_cast<A>(-INFINITY)) top = 0;
+        A* to = out + at / (w + 2) * c * (w + 2) + at % (w + 2);
+        each(block, [&](int64_t k, A value) {
+            value = (value - top) * scale;
+            to[k * (w + 2)] = value < static_cast<A>(kLow) ? static_cast<A>(kLow) : value;
+        });
+        if (warp == 0 && exists) peak[at] = top * scale;
     }
 
 private:
+    FASTKD_DEVICE static A higher(A a, A b) { return a != a ? a : b != b ? b : largest(a, b); }
+
+    // f(class, logit) for this thread's share of the classes of its place.
+    template <class Block, class F>
+    FASTKD_DEVICE void each(Block& block, const F& f) const {
+        const int lane = block.thread() % kWarp, warp = block.thread() / kWarp;
+        const int64_t at = block.index() * kWarp + lane;
+        const bool exists = at < rows * (w + 2);
+        if (!channels_last) {
+            const int64_t from = exists ? pixel(at) : 0;
+            FASTKD_UNROLL_BY(4)
+            for (int64_t k = warp; exists && k < c; k += kWarps) f(k, map.one(from + k * h * w));
+            return;
+        }
+        A* tile = block.template shared<A>(0);  // (kWarp pixels, kWarp classes)
+        for (int64_t k = 0; k < c; k += kWarp) {
+            for (int i = warp; i < kWarp; i += kWarps) {
+                const int64_t there = block.index() * kWarp + i;
+                if (there < rows * (w + 2) && k + lane < c) tile[i * kStride + lane] = map.one(pixel(there) + k + lane);
+            }
+            block.sync();
+            for (int i = warp; exists && i < kWarp && k + i < c; i += kWarps) f(k + i, tile[lane * kStride + i]);
+            block.sync();
+        }
+    }
     // Class 0 of what stands at a place of the padded map.
     FASTKD_DEVICE int64_t pixel(int64_t at) const {
         const int64_t row = first + at / (w + 2), n = row / (h + 2);
@@ -140,14 +147,13 @@ struct Walk {
     }
 };
 
-// The corners less what stabilises the exponentials: a label pixel is one fused multiplication and addition a row, and one
-// more a pixel.
+// A label pixel is one fused multiplication and addition a row for each end, and one more a pixel.
 template <class A>
 struct Blend {
     A left, down_left, step, down_step;
 
-    FASTKD_DEVICE Blend(const Corners<A>& c, A peak)
-        : left(c.top_left - peak), down_left(c.bottom_left - c.top_left), step(c.top_right - c.top_left),
+    FASTKD_DEVICE explicit Blend(const Corners<A>& c)
+        : left(c.top_left), down_left(c.bottom_left - c.top_left), step(c.top_right - c.top_left),
           down_step((c.bottom_right - c.bottom_left) - step) {}
 };
 
@@ -165,9 +171,11 @@ template <class Loss, int PY, int PX, bool kGradient>
 struct Cells {
     using A = typename Loss::A;
     static constexpr int kSides = Loss::kSides;
-    static constexpr int kThreadsOfBlock = 128;
-    static constexpr int kBlocksPerCores = PY * PX > 40 ? (kSides == 2 ? 2 : 3) : sizeof(A) == 8 ? 2 : PY * PX > 16 ? 3 : 4;
+    static constexpr int kGrids = Loss::kGrids;  // 2 where the maps' sizes differ, and so what their corners weigh
+    static constexpr int kThreadsOfBlock = 64;
+    static constexpr int kBlocksPerCores = PY * PX > 32 || sizeof(A) == 8 ? 4 : PY * PX > 16 ? 6 : 8;  // 255, 168, 128 registers
     static constexpr bool kMakesGradient = kGradient;
+    static constexpr bool kWeighs = !kGradient || !Loss::kOwn || Loss::kWeights;  // whether there may be weights
     static constexpr bool kWeights = kGradient && Loss::kWeights;  // of pixels, in registers while the gradient is made
 
     CellsPlan plan;
@@ -175,7 +183,7 @@ struct Cells {
     LabelPixels pixels;
     Loss loss;
     const A* map[kSides];   // from CellsPrepare
-    const A* peak[kSides];
+    const A* peak[kSides];  // the maxima of the classes
     const A* known;         // null, or (n, height, width): log-sum-exps, NaN where a pixel does not count
     A* terms;               // null, or (n, height, width)
     A* sums_of;             // null, or (n, height, width): log-sum-exps of the first side
@@ -196,69 +204,60 @@ struct Cells {
         const A factor = factor_of(block, lane);
         const Place at = place_of(warp, lane);
 
-        // ---- the thread's pixels
-        A right[kSides][PX], down[kSides][PY];  // what the right and the lower corners weigh
-        int label[PY][PX];
-        A weight[PY][PX];
-        const unsigned rows = setup(block, at, right, down, label, weight);
+        // The thread's pixels: what the right and the lower corners weigh, which pixels count, and their labels.
+        A right[kGrids][PX], down[kGrids][PY];
+        int label[PY][PX];  // only with Loss::kOwn
+        uint64_t counts = 0;
+        const unsigned rows = setup(block, at, right, down, label, counts);
         Walk<A> start[kSides];
-        A bound[kSides];
         FASTKD_UNROLL
-        for (int side = 0; side < kSides; ++side) begin(at, side, start[side], bound[side]);
+        for (int side = 0; side < kSides; ++side) start[side] = walk(at, side);
 
-        // ---- sums over the classes
+        // Sums over the classes.
         typename Loss::Sums sums[PY][PX] = {};
-        A own_peak[kSides][PY][PX];  // in place of the bound, where a pixel is far below it
-        bool exact;
-        if (Loss::kKnown && known) {
-            exact = take_known(block, at, start[0], bound[0], right, down, label, sums, own_peak[0]);
-        } else {
-            add_up<false>(start, bound, own_peak, rows, right, down, label, sums);
-            bool far = false;
-            FASTKD_UNROLL
-            for (int i = 0; i < PY * PX; ++i)
-                far |= label[i / PX][i % PX] >= 0 && !Loss::near(sums[i / PX][i % PX]);
-            exact = block.any(far);
-            if (exact) {
-                find_peaks(start, rows, right, down, own_peak);
-                FASTKD_UNROLL
-                for (int i = 0; i < PY * PX; ++i) sums[i / PX][i % PX] = typename Loss::Sums{};
-                add_up<true>(start, bound, own_peak, rows, right, down, label, sums);
-            }
-        }
-
-        // ---- the loss
-        double sum = 0;
-        A slope[PY][PX], ratio[PY][PX];
+        if (Loss::kKnown && known)
+            take_known(at, start[0], right[0], down[0], label, counts, sums);
+        else if (rows != 0)
+            add_up(start, rows, right, down, label, sums);
+        uint64_t far = 0;
         FASTKD_UNROLL
-        for (int i = 0; i < PY; ++i)
+        for (int i = 0; i < PY * PX; ++i)
+            if (counts >> i & 1 && !Loss::near(sums[i / PX][i % PX])) far |= uint64_t{1} << i;
+
+        // The loss, and what the gradient of a pixel is made of.
+        double sum = 0;
+        A slope[PY][PX], ratio[PY][PX], weight[PY][PX];
+        FASTKD_UNROLL
+        for (int j = 0; j < PX; ++j) {
+            const Between across = kWeighs && pixels.weight ? weight_column(at, j) : Between{};
             FASTKD_UNROLL
-            for (int j = 0; j < PX; ++j) {
-                const bool counts = label[i][j] >= 0;
-                const A term = counts ? weight[i][j] * loss.term(sums[i][j]) : Loss::ignored();
-                if (parts && counts) sum += static_cast<double>(term);
-                if (terms && i < at.rows() && j < at.columns()) terms[at.pixel(*this, i, j)] = term * scale;
-                if (Loss::kWritesSums && sums_of && counts)
-                    sums_of[at.pixel(*this, i, j)] =
-                        ((exact ? own_peak[0][i][j] : bound[0]) + log2_of(sums[i][j].sum)) * static_cast<A>(kLn2);
+            for (int i = 0; i < PY; ++i) {
+                const bool here = (counts & ~far) >> (i * PX + j) & 1;
+                A own = here ? A(1) : A(0), term = Loss::ignored();
+                if (here) {
+                    if (kWeighs && Loss::kOwn) own = class_weight(label[i][j]);
+                    if (kWeighs && pixels.weight) own *= weight_at(at, weight_row(at, i), across);
+                    term = own * loss.term(sums[i][j]);
+                    sum += static_cast<double>(term);
+                    if (Loss::kWritesSums && !kGradient && sums_of)
+                        sums_of[at.pixel(*this, i, j)] =
+                            (peak_of(at, down[0][i], right[0][j]) + log2_of(sums[i][j].sum)) * static_cast<A>(kLn2);
+                }
+                if (!kGradient && terms && i < at.rows() && j < at.columns()) terms[at.pixel(*this, i, j)] = term * scale;
                 if constexpr (kGradient) {
-                    weight[i][j] = counts ? weight[i][j] * factor * loss.gradient() : A(0);
-                    slope[i][j] = counts ? weight[i][j] / sums[i][j].sum : A(0);
-                    ratio[i][j] = counts ? Loss::ratio(sums[i][j]) : A(0);
+                    weight[i][j] = own * factor * loss.gradient();
+                    slope[i][j] = here ? weight[i][j] / sums[i][j].sum : A(0);
+                    ratio[i][j] = here ? Loss::ratio(sums[i][j]) : A(0);
+                    if (Loss::kOwn && !here) label[i][j] = -1;
                 }
             }
+        }
+        if constexpr (kGradient)
+            gradient(block, at, start, rows, right, down, label, weight, slope, ratio, factor * loss.gradient());
+        if (block.any(far != 0)) far_pixels(block, at, start, far, factor, sum);
         if (parts) {
             for (int bit = 1; bit < kWarp; bit *= 2) sum += block.shuffle_xor(sum, bit);
             if (lane == 0) parts[warp] = sum;
-        }
-
-        // ---- the gradient
-        if constexpr (kGradient) {
-            const A whole = factor * loss.gradient();
-            if (exact)
-                gradient<true>(block, at, start, bound, own_peak, rows, right, down, label, weight, slope, ratio, whole);
-            else
-                gradient<false>(block, at, start, bound, own_peak, rows, right, down, label, weight, slope, ratio, whole);
         }
     }
 
@@ -308,24 +307,16 @@ private:
         return n == 0 ? scale : scale / static_cast<A>(n);
     }
 
-    // Labels and weights. Returns the rows in which the warp has a pixel that counts.
+    // Returns the rows in which the warp has a pixel that counts.
     template <class Block>
-    FASTKD_DEVICE unsigned setup(Block& block, const Place& at, A (&right)[kSides][PX], A (&down)[kSides][PY], int (&label)[PY][PX],
-                                 A (&weight)[PY][PX]) const {
-        const Axis along{static_cast<int>(pixels.weight_h), plan.rows.own.out, plan.rows.own.align_corners};
-        const Axis across{static_cast<int>(pixels.weight_w), plan.columns.own.out, plan.columns.own.align_corners};
-        const A* class_weight = static_cast<const A*>(pixels.class_weight);
+    FASTKD_DEVICE unsigned setup(Block& block, const Place& at, A (&right)[kGrids][PX], A (&down)[kGrids][PY],
+                                 int (&label)[PY][PX], uint64_t& counts) const {
         FASTKD_UNROLL
-        for (int side = 0; side < kSides; ++side) {
-            const Axis &rows_of = side == 1 ? plan.rows.other : plan.rows.own;
-            const Axis &columns_of = side == 1 ? plan.columns.other : plan.columns.own;
-            const int y = side == 1 ? at.down.other : at.y, x = side == 1 ? at.across.other : at.x;
+        for (int side = 0; side < kGrids; ++side) {
             FASTKD_UNROLL
-            for (int j = 0; j < PX; ++j)
-                right[side][j] = j < at.columns() ? columns_of.template right<A>(at.across.begin + j, x) : A(0);
+            for (int j = 0; j < PX; ++j) right[side][j] = j < at.columns() ? right_of(at, side, j) : A(0);
             FASTKD_UNROLL
-            for (int i = 0; i < PY; ++i)
-                down[side][i] = i < at.rows() ? rows_of.template right<A>(at.down.begin + i, y) : A(0);
+            for (int i = 0; i < PY; ++i) down[side][i] = i < at.rows() ? down_of(at, side, i) : A(0);
         }
         unsigned rows = 0;
         FASTKD_UNROLL
@@ -334,51 +325,77 @@ private:
             FASTKD_UNROLL
             for (int j = 0; j < PX; ++j) {
                 label[i][j] = -1;
-                weight[i][j] = 0;
                 if (i >= at.rows() || j >= at.columns()) continue;
-                const int64_t pixel = at.pixel(*this, i, j);
-                label[i][j] = label_of(pixels, known, plan.classes, pixel);
-                if (label[i][j] < 0) continue;
-                any = true;
-                weight[i][j] = class_weight ? class_weight[label[i][j]] : A(1);
-                if (pixels.weight)
-                    weight[i][j] *= weight_at(along, across, at.n, at.down.begin + i, at.across.begin + j);
+                label[i][j] = label_of(pixels, known, plan.classes, at.pixel(*this, i, j));
+                any |= label[i][j] >= 0;
+                if (label[i][j] >= 0) counts |= uint64_t{1} << (i * PX + j);
             }
             if (block.any(any)) rows |= 1u << i;
         }
         return rows;
     }
-
-    // From a map of any size.
-    FASTKD_DEVICE A weight_at(const Axis& along, const Axis& across, int64_t n, int y, int x) const {
-        const A* map = static_cast<const A*>(pixels.weight) + n * along.in * across.in;
-        if (along.in == along.out && across.in == across.out) return map[static_cast<int64_t>(y) * across.in + x];
-        const int top = along.cell(y), left = across.cell(x);
-        const auto at = [&](int row, int column) {
-            return map[static_cast<int64_t>(least(most(row, 0), along.in - 1)) * across.in +
-                       least(most(column, 0), across.in - 1)];
-        };
-        const A down = along.template right<A>(y, top), right = across.template right<A>(x, left);
-        return blended(blended(at(top, left), at(top + 1, left), down), blended(at(top, left + 1), at(top + 1, left + 1), down),
-                       right);
+    FASTKD_DEVICE A right_of(const Place& at, int side, int j) const {
+        const Axis& axis = side == 1 ? plan.columns.other : plan.columns.own;
+        return axis.template right<A>(at.across.begin + j, side == 1 ? at.across.other : at.x);
+    }
+    FASTKD_DEVICE A down_of(const Place& at, int side, int i) const {
+        const Axis& axis = side == 1 ? plan.rows.other : plan.rows.own;
+        return axis.template right<A>(at.down.begin + i, side == 1 ? at.down.other : at.y);
     }
 
-    // Where a side's corners are, class 0, and their largest class.
-    FASTKD_DEVICE void begin(const Place& at, int side, Walk<A>& start, A& bound) const {
-        const bool other = side == 1 && !plan.same_size();
-        const int64_t w = (other ? plan.columns.other.in : plan.columns.own.in) + 2;
-        const int x = (other ? at.across.other : at.x) + 1;
-        const int64_t row = other ? (at.n - plan.sample(first)) * (plan.rows.other.in + 2) + at.down.other + 1
-                                  : plan.padded_row(first + at.line) - plan.padded_row(first);
-        start.top = map[side] + row * plan.classes * w + x;
-        start.bottom = start.top + plan.classes * w;
-        const A* top = peak[side] + row * w + x;
-        bound = higher(higher(top[0], top[1]), higher(top[w], top[w + 1]));
+    // What a label pixel takes from the map of weights, which may have any size: where from, in one direction.
+    struct Between {
+        int from, step;
+        A right;
+        Between() = default;
+        FASTKD_DEVICE Between(const Axis& axis, int at) {
+            const int cell = axis.cell(at);
+            right = axis.template right<A>(at, cell);
+            from = most(cell, 0);
+            step = least(cell + 1, axis.in - 1) - from;
+        }
+    };
+    FASTKD_DEVICE Between weight_row(const Place& at, int i) const {
+        const Axis axis{static_cast<int>(pixels.weight_h), plan.rows.own.out, plan.rows.own.align_corners};
+        return Between(axis, least(at.down.begin + i, axis.out - 1));
     }
-    FASTKD_DEVICE static A higher(A a, A b) { return a != a ? a : b != b ? b : largest(a, b); }
+    FASTKD_DEVICE Between weight_column(const Place& at, int j) const {
+        const Axis axis{static_cast<int>(pixels.weight_w), plan.columns.own.out, plan.columns.own.align_corners};
+        return Between(axis, least(at.across.begin + j, axis.out - 1));
+    }
+    FASTKD_DEVICE A weight_at(const Place& at, const Between& down, const Between& across) const {
+        const A* top = static_cast<const A*>(pixels.weight) +
+                       (at.n * pixels.weight_h + down.from) * pixels.weight_w + across.from;
+        const A* low = top + down.step * pixels.weight_w;
+        return blended(blended(top[0], low[0], down.right), blended(top[across.step], low[across.step], down.right),
+                       across.right);
+    }
+    // Of a pixel that counts.
+    FASTKD_DEVICE A class_weight(int label) const {
+        return pixels.class_weight ? static_cast<const A*>(pixels.class_weight)[label] : A(1);
+    }
+
+    // A side's row of the padded map, counted from the chunk's first.
+    FASTKD_DEVICE int64_t row_of(const Place& at, int side) const {
+        if (side == 1 && kGrids == 2)
+            return (at.n - plan.sample(first)) * (plan.rows.other.in + 2) + at.down.other + 1;
+        return plan.padded_row(first + at.line) - plan.padded_row(first);
+    }
+    FASTKD_DEVICE Walk<A> walk(const Place& at, int side) const {
+        const int x = (side == 1 && kGrids == 2 ? at.across.other : at.x) + 1;
+        const A* top = map[side] + row_of(at, side) * plan.classes * step(side) + x;
+        return {top, top + static_cast<int64_t>(plan.classes) * step(side)};
+    }
+    // What the first side's logits of a label pixel are less.
+    FASTKD_DEVICE Corners<A> peaks(const Place& at) const {
+        const int w = step(0);
+        const A* top = peak[0] + row_of(at, 0) * w + at.x + 1;
+        return {top[0], top[1], top[w], top[w + 1]};
+    }
+    FASTKD_DEVICE A peak_of(const Place& at, A down, A right) const { return exact_value(peaks(at), down, right); }
 
     FASTKD_DEVICE int step(int side) const {
-        return (side == 1 && !plan.same_size() ? plan.columns.other.in : plan.columns.own.in) + 2;
+        return (side == 1 && kGrids == 2 ? plan.columns.other.in : plan.columns.own.in) + 2;
     }
 
     // f(class, corners of each side) for every class; the next class's corners are on their way meanwhile.
@@ -403,12 +420,11 @@ private:
         }
     }
 
-    // f(row, column, value of each side) for the pixels of the rows, less the bounds, or less each pixel's own peak.
-    template <bool kExact, class F, class G>
-    FASTKD_DEVICE static void each_pixel(const Corners<A> (&corners)[kSides], const A (&bound)[kSides],
-                                         const A (&own_peak)[kSides][PY][PX], unsigned rows, const A (&right)[kSides][PX],
-                                         const A (&down)[kSides][PY], const F& f, const G& end_of_row) {
-        const Blend<A> first(corners[0], bound[0]), last(corners[kSides - 1], bound[kSides - 1]);
+    // f(row, column, logit of each side) for the pixels of the rows.
+    template <class F, class G>
+    FASTKD_DEVICE static void each_pixel(const Corners<A> (&corners)[kSides], unsigned rows, const A (&right)[kGrids][PX],
+                                         const A (&down)[kGrids][PY], const F& f, const G& end_of_row) {
+        const Blend<A> first(corners[0]), last(corners[kSides - 1]);
         FASTKD_UNROLL
         for (int i = 0; i < PY; ++i) {
             if (!(rows >> i & 1)) continue;
@@ -416,104 +432,133 @@ private:
             FASTKD_UNROLL
             for (int side = 0; side < kSides; ++side) {
                 const Blend<A>& blend = side == 0 ? first : last;
-                left[side] = multiply_add(down[side][i], blend.down_left, blend.left);
-                step[side] = multiply_add(down[side][i], blend.down_step, blend.step);
+                left[side] = multiply_add(down[side % kGrids][i], blend.down_left, blend.left);
+                step[side] = multiply_add(down[side % kGrids][i], blend.down_step, blend.step);
             }
             FASTKD_UNROLL
             for (int j = 0; j < PX; ++j) {
                 A value[kSides];
                 FASTKD_UNROLL
                 for (int side = 0; side < kSides; ++side)
-                    value[side] = kExact ? exact_value(corners[side], down[side][i], right[side][j]) - own_peak[side][i][j]
-                                         : multiply_add(right[side][j], step[side], left[side]);
+                    value[side] = multiply_add(right[side % kGrids][j], step[side], left[side]);
                 f(i, j, value);
             }
             end_of_row(i);
         }
     }
 
-    template <bool kExact>
-    FASTKD_DEVICE void add_up(const Walk<A> (&start)[kSides], const A (&bound)[kSides], const A (&own_peak)[kSides][PY][PX],
-                              unsigned rows, const A (&right)[kSides][PX], const A (&down)[kSides][PY], const int (&label)[PY][PX],
+    FASTKD_DEVICE void add_up(const Walk<A> (&start)[kSides], unsigned rows, const A (&right)[kGrids][PX],
+                              const A (&down)[kGrids][PY], const int (&label)[PY][PX],
                               typename Loss::Sums (&sums)[PY][PX]) const {
-        if (rows == 0) return;
         each_class(start, [&](int c, const Corners<A>(&corners)[kSides]) {
-            each_pixel<kExact>(
-                corners, bound, own_peak, rows, right, down,
+            each_pixel(
+                corners, rows, right, down,
                 [&](int i, int j, const A(&value)[kSides]) {
                     A power[kSides];
                     FASTKD_UNROLL
                     for (int side = 0; side < kSides; ++side) power[side] = exp2_of(value[side]);
-                    Loss::add(sums[i][j], value, power, label[i][j] == c);
+                    Loss::add(sums[i][j], value, power, Loss::kOwn && label[i][j] == c);
                 },
                 [](int) {});
         });
     }
 
-    FASTKD_DEVICE void find_peaks(const Walk<A> (&start)[kSides], unsigned rows, const A (&right)[kSides][PX], const A (&down)[kSides][PY],
-                                  A (&own_peak)[kSides][PY][PX]) const {
+    // The log-sum-exps are given; the labelled class is read where it is.
+    FASTKD_DEVICE void take_known(const Place& at, const Walk<A>& start, const A (&right)[PX], const A (&down)[PY],
+                                  const int (&label)[PY][PX], uint64_t counts, typename Loss::Sums (&sums)[PY][PX]) const {
+        const Blend<A> top(peaks(at));
         FASTKD_UNROLL
-        for (int i = 0; i < kSides * PY * PX; ++i) own_peak[i / (PY * PX)][i / PX % PY][i % PX] = static_cast<A>(-INFINITY);
-        each_class(start, [&](int, const Corners<A>(&corners)[kSides]) {
-            FASTKD_UNROLL
-            for (int i = 0; i < PY; ++i) {
-                if (!(rows >> i & 1)) continue;
-                FASTKD_UNROLL
-                for (int j = 0; j < PX; ++j)
-                    FASTKD_UNROLL
-                    for (int side = 0; side < kSides; ++side)
-                        own_peak[side][i][j] = higher(own_peak[side][i][j], exact_value(corners[side], down[side][i], right[side][j]));
-            }
-        });
-    }
-
-    // The log-sum-exps are given; the labelled class is read where it is. Returns whether one is far below its bound, so
-    // that the sums are relative to the log-sum-exps themselves.
-    template <class Block>
-    FASTKD_DEVICE bool take_known(Block& block, const Place& at, const Walk<A>& start, A bound, const A (&right)[kSides][PX],
-                                  const A (&down)[kSides][PY], const int (&label)[PY][PX], typename Loss::Sums (&sums)[PY][PX],
-                                  A (&own_peak)[PY][PX]) const {
-        bool far = false;
-        FASTKD_UNROLL
-        for (int i = 0; i < PY * PX; ++i) {
-            own_peak[i / PX][i % PX] = 0;
-            if (label[i / PX][i % PX] < 0) continue;
-            own_peak[i / PX][i % PX] = known[at.pixel(*this, i / PX, i % PX)] * static_cast<A>(kLog2E);
-            far |= !(own_peak[i / PX][i % PX] - bound > static_cast<A>(-60));
-        }
-        far = block.any(far);
-        FASTKD_UNROLL
-        for (int i = 0; i < PY; ++i)
+        for (int i = 0; i < PY; ++i) {
+            const A left = multiply_add(down[i], top.down_left, top.left);
+            const A step_right = multiply_add(down[i], top.down_step, top.step);
             FASTKD_UNROLL
             for (int j = 0; j < PX; ++j) {
-                if (label[i][j] < 0) continue;
+                if (!(counts >> (i * PX + j) & 1)) continue;
                 Walk<A> own = start;
-                const int64_t move = static_cast<int64_t>(label[i][j]) * step(0);
+                const int move = label[i][j] * step(0);
                 own.top += move;
                 own.bottom += move;
-                const A value = exact_value(own.next(0), down[0][i], right[0][j]), peak_of = far ? own_peak[i][j] : bound;
-                sums[i][j] = {far ? A(1) : exp2_of(own_peak[i][j] - bound), value - peak_of};
+                const Blend<A> value(own.next(0));
+                const A lse = known[at.pixel(*this, i, j)] * static_cast<A>(kLog2E);
+                sums[i][j] = {exp2_of(lse - multiply_add(right[j], step_right, left)),
+                              multiply_add(right[j], multiply_add(down[i], value.down_step, value.step),
+                                           multiply_add(down[i], value.down_left, value.left))};
             }
-        return far;
+        }
     }
 
     struct Shares {
         A all = 0, right = 0, low = 0, low_right = 0;  // sums of the gradient by 1, right, down, right * down
     };
 
-    // Fills both planes for all classes. `far` warps use each pixel's own peak.
-    template <bool kExact, class Block>
-    FASTKD_DEVICE void gradient(Block& block, const Place& at, const Walk<A> (&start)[kSides], const A (&bound)[kSides],
-                                const A (&own_peak)[kSides][PY][PX], unsigned rows, const A (&right)[kSides][PX],
-                                const A (&down)[kSides][PY], const int (&label)[PY][PX], const A (&weight)[PY][PX],
-                                const A (&slope)[PY][PX], const A (&ratio)[PY][PX], A whole) const {
+    // Where a lane's corners go, class by class.
+    struct Planes {
+        A *to, *edge;
+        int64_t low;  // from the upper to the lower corners' plane, where the lane has both
+        int w, group, classes;
+        bool owns, last, first, odd;
+    };
+    FASTKD_DEVICE Planes planes_of(const Place& at) const {
         const int w = plan.columns.own.in, group = plan.group(), classes = plan.classes;
+        const bool odd = plan.team > 1 && (at.part & 1);
         const int64_t row = at.set * lines + at.line;
-        const bool team = plan.team > 1, low = team && (at.part & 1);
-        const bool owns = at.exists && at.part < 2 && at.x >= 0, last = at.part < 2 && at.lane % group == group - 1;
-        A* to = planes + (row * 2 + low) * classes * w + at.x;
-        A* edge = edges + (((at.set * plan.groups(lines)) + at.group) * 2 + low) * classes;
-        uint64_t present = 0;  // a bit for the classes among the labels, modulo 64
+        return {planes + (row * 2 + odd) * classes * w + at.x,
+                edges + ((at.set * plan.groups(lines) + at.group) * 2 + odd) * classes,
+                static_cast<int64_t>(classes) * w,
+                w,
+                group,
+                classes,
+                at.exists && at.part < 2 && at.x >= 0,
+                at.part < 2 && at.lane % group == group - 1,
+                at.lane % group == 0,
+                odd};
+    }
+
+    // Merges the parts of a cell and what the cell to the left gives to this one's left corners, and puts it in the planes:
+    // what is there is kept where kMore.
+    template <bool kMore, class Block>
+    FASTKD_DEVICE void put(Block& block, Planes& planes, const Shares& mine) const {
+        const auto write = [](A* to, A value) { *to = kMore ? *to + value : value; };
+        const A top_right = mine.right - mine.low_right, low_left = mine.low - mine.low_right;
+        const A top_left = (mine.all - mine.right) - low_left, low_right = mine.low_right;
+        if (plan.team > 1) {
+            // Even parts keep the upper corners and get those of the odd ones; the lower ones the other way round.
+            const bool odd = planes.odd;
+            A left = odd ? low_left : top_left, right = odd ? low_right : top_right;
+            const A give_left = odd ? top_left : low_left, give_right = odd ? top_right : low_right;
+            left += block.shuffle_xor(give_left, planes.group);
+            right += block.shuffle_xor(give_right, planes.group);
+            FASTKD_ROLLED
+            for (int bit = 2 * planes.group; bit < kWarp; bit *= 2) {
+                left += block.shuffle_xor(left, bit);
+                right += block.shuffle_xor(right, bit);
+            }
+            const A before = block.shuffle_up(right, 1);
+            if (planes.owns) write(planes.to, planes.first ? left : left + before);
+            if (planes.last) write(planes.edge, right);
+        } else {
+            const A above = block.shuffle_up(top_right, 1), below = block.shuffle_up(low_right, 1);
+            if (planes.owns) {
+                write(planes.to, planes.first ? top_left : top_left + above);
+                write(planes.to + planes.low, planes.first ? low_left : low_left + below);
+            }
+            if (planes.last) {
+                write(planes.edge, top_right);
+                write(planes.edge + planes.classes, low_right);
+            }
+        }
+        planes.to += planes.w;
+        ++planes.edge;
+    }
+
+    // Fills the planes for all classes.
+    template <class Block>
+    FASTKD_DEVICE void gradient(Block& block, const Place& at, const Walk<A> (&start)[kSides], unsigned rows,
+                                const A (&right)[kGrids][PX], const A (&down)[kGrids][PY], const int (&label)[PY][PX],
+                                const A (&weight)[PY][PX], const A (&slope)[PY][PX], const A (&ratio)[PY][PX],
+                                A whole) const {
+        Planes planes = planes_of(at);
+        uint64_t present = 0;  // a bit for the classes among the warp's labels, modulo 64
         if constexpr (Loss::kOwn) {
             FASTKD_UNROLL
             for (int i = 0; i < PY * PX; ++i)
@@ -524,14 +569,12 @@ private:
             Shares mine;
             const auto add = [&](auto own) {
                 A sum = 0, sum_right = 0;
-                each_pixel<kExact>(
-                    corners, bound, own_peak, rows, right, down,
+                each_pixel(
+                    corners, rows, right, down,
                     [&](int i, int j, const A(&value)[kSides]) {
-                        A g;
-                        if constexpr (kSides == 2)
-                            g = slope[i][j] * multiply_add(-exp2_of(value[kSides - 1]), ratio[i][j], exp2_of(value[0]));
-                        else
-                            g = slope[i][j] * exp2_of(value[0]);
+                        A g = exp2_of(value[0]);
+                        if constexpr (kSides == 2) g = multiply_add(-exp2_of(value[kSides - 1]), ratio[i][j], g);
+                        g *= slope[i][j];
                         if constexpr (decltype(own)::value)
                             if (label[i][j] == c) g -= kWeights ? weight[i][j] : whole;
                         sum += g;
@@ -549,36 +592,74 @@ private:
                 add(std::bool_constant<Loss::kOwn>{});
             else
                 add(std::false_type{});
-            A top_left = (mine.all - mine.right) - (mine.low - mine.low_right), top_right = mine.right - mine.low_right;
-            A low_left = mine.low - mine.low_right, low_right = mine.low_right;
-            if (team) {
-                // Even parts keep the upper corners and get those of the odd ones; the lower ones the other way round.
-                const A give_left = low ? top_left : low_left, give_right = low ? top_right : low_right;
-                A left = low ? low_left : top_left, right_ = low ? low_right : top_right;
-                left += block.shuffle_xor(give_left, group);
-                right_ += block.shuffle_xor(give_right, group);
-                FASTKD_ROLLED
-                for (int bit = 2 * group; bit < kWarp; bit *= 2) {
-                    left += block.shuffle_xor(left, bit);
-                    right_ += block.shuffle_xor(right_, bit);
-                }
-                const A before = block.shuffle_up(right_, 1);
-                if (owns) *to = at.lane % group ? left + before : left;
-                if (last) *edge = right_;
-            } else {
-                const A above = block.shuffle_up(top_right, 1), below = block.shuffle_up(low_right, 1);
-                if (owns) {
-                    to[0] = at.lane ? top_left + above : top_left;
-                    to[static_cast<int64_t>(classes) * w] = at.lane ? low_left + below : low_left;
-                }
-                if (last) {
-                    edge[0] = top_right;
-                    edge[classes] = low_right;
-                }
-            }
-            to += w;
-            ++edge;
+            put<false>(block, planes, mine);
         });
+    }
+
+    // Pixels whose exponentials vanish, one of each lane at a time, from the maximum of their own logits.
+    template <class Block>
+    FASTKD_DEVICE void far_pixels(Block& block, const Place& at, const Walk<A> (&start)[kSides], uint64_t far, A factor,
+                                  double& sum) const {
+        FASTKD_ROLLED
+        for (int which = 0; which < PY * PX; ++which) {
+            const bool mine = far >> which & 1;
+            if (!block.any(mine)) continue;
+            const int i = which / PX, j = which % PX;
+            A right[kSides], down[kSides], top[kSides];
+            FASTKD_UNROLL
+            for (int side = 0; side < kSides; ++side) {
+                right[side] = mine ? right_of(at, side, j) : A(0);
+                down[side] = mine ? down_of(at, side, i) : A(0);
+                top[side] = static_cast<A>(-INFINITY);
+            }
+            const int64_t pixel = at.pixel(*this, i, j);
+            const int label = mine ? class_of(pixels, plan.classes, pixel) : -1;
+            each_class(start, [&](int, const Corners<A>(&corners)[kSides]) {
+                FASTKD_UNROLL
+                for (int side = 0; side < kSides; ++side) {
+                    const A value = exact_value(corners[side], down[side], right[side]);
+                    top[side] = value != value ? value : largest(top[side], value);
+                }
+            });
+            typename Loss::Sums sums;
+            const auto powers = [&](const Corners<A>(&corners)[kSides], A(&value)[kSides], A(&power)[kSides]) {
+                FASTKD_UNROLL
+                for (int side = 0; side < kSides; ++side) {
+                    value[side] = exact_value(corners[side], down[side], right[side]) - top[side];
+                    power[side] = exp2_of(value[side]);
+                }
+            };
+            each_class(start, [&](int c, const Corners<A>(&corners)[kSides]) {
+                A value[kSides], power[kSides];
+                powers(corners, value, power);
+                Loss::add(sums, value, power, label == c);
+            });
+            A weight = 0;
+            if (mine) {
+                weight = class_weight(label);
+                if (pixels.weight) weight *= weight_at(at, weight_row(at, i), weight_column(at, j));
+                const A term = weight * loss.term(sums);
+                sum += static_cast<double>(term);
+                if (!kGradient && terms) terms[pixel] = term * scale;
+                if (Loss::kWritesSums && !kGradient && sums_of)
+                    sums_of[pixel] =
+                        (peak_of(at, down[0], right[0]) + (top[0] + log2_of(sums.sum))) * static_cast<A>(kLn2);
+                weight *= factor * loss.gradient();
+            }
+            if constexpr (kGradient) {
+                const A slope = weight / sums.sum, ratio = Loss::ratio(sums);
+                Planes planes = planes_of(at);
+                each_class(start, [&](int c, const Corners<A>(&corners)[kSides]) {
+                    A value[kSides], power[kSides];
+                    powers(corners, value, power);
+                    A g = kSides == 2 ? multiply_add(-power[kSides - 1], ratio, power[0]) : power[0];
+                    g *= slope;
+                    if (Loss::kOwn && label == c) g -= weight;
+                    if (!mine) g = 0;
+                    put<true>(block, planes, {g, right[0] * g, down[0] * g, right[0] * down[0] * g});
+                });
+            }
+        }
     }
 };
 
@@ -704,7 +785,7 @@ void run_cells(const Resized& a, Body body, const Launch& launch) {
         const int64_t lines = least(plan.chunk, plan.lines() - first);
         for (int side = 0; side < Body::kSides; ++side) {
             const Map& map = a.maps[side];
-            const bool other = side == 1 && !plan.same_size();
+            const bool other = side == 1 && Body::kGrids == 2;
             const int64_t from = other ? plan.sample(first) * (map.h + 2) : plan.padded_row(first);
             const int64_t rows = other ? plan.samples(first, lines) * (map.h + 2) : plan.padded_rows(first, lines);
             prepare<A>(map, kLog2E / a.temperature, from, rows, at.map[side], at.peak[side], launch);
@@ -733,19 +814,16 @@ void run_cells(const Resized& a, Body body, const Launch& launch) {
     }
 }
 
-// f(Shape) for the choice's number of rows and columns.
+// f(ShapeOf) for one of the first `count` shapes.
 template <int PY, int PX>
 struct ShapeOf {
     static constexpr int rows = PY, columns = PX;
 };
-template <class A, class F>
+template <int count, class F>
 void with_shape(int shape, const F& f) {
-    if constexpr (sizeof(A) == 8) return f(ShapeOf<kShape[0].rows, kShape[0].columns>{});
-    else switch (shape) {
-        case 0: return f(ShapeOf<kShape[0].rows, kShape[0].columns>{});
-        case 1: return f(ShapeOf<kShape[1].rows, kShape[1].columns>{});
-        case 2: return f(ShapeOf<kShape[2].rows, kShape[2].columns>{});
-        default: return f(ShapeOf<kShape[3].rows, kShape[3].columns>{});
+    if constexpr (count > 0) {
+        if (shape == count - 1) return f(ShapeOf<kShape[count - 1].rows, kShape[count - 1].columns>{});
+        with_shape<count - 1>(shape, f);
     }
 }
 
@@ -762,7 +840,7 @@ void resized(const Resized& a, const Loss& loss, const Launch& launch) {
                kSumScratch);
     const bool divides = a.reduce == Reduce::mean;
     const A scale = static_cast<A>(divides && !counts ? a.scale / static_cast<double>(all) : a.scale);
-    with_shape<A>(a.choice.shape, [&](auto shape) {
+    with_shape<shapes_of(sizeof(A) == 8, Loss::kGrids == 1)>(a.choice.shape, [&](auto shape) {
         const auto run = [&](auto gradient) {
             Cells<Loss, decltype(shape)::rows, decltype(shape)::columns, decltype(gradient)::value> body{};
             body.plan = plan;

@@ -13,12 +13,12 @@
 
 namespace fastkd::gpu {
 
-constexpr double kNear = 0x1p-60;  // sums of exponentials below this have lost digits, or everything
+constexpr double kNear = 0x1p-96;  // sums of exponentials below this lose digits: single ones end at 2^-126
 
 template <class T, bool kHasWeights>
 struct CrossEntropyLoss {
     using A = T;
-    static constexpr int kSides = 1;
+    static constexpr int kSides = 1, kGrids = 1;
     static constexpr bool kGradient = true, kForward = !kHasWeights;
     static constexpr bool kOwn = true, kWeights = kHasWeights, kKnown = true, kWritesSums = false;
 
@@ -40,10 +40,11 @@ struct CrossEntropyLoss {
     FASTKD_DEVICE static A ratio(const Sums&) { return 0; }
 };
 
-template <class T>
+// kSame: the teacher's map has the student's size.
+template <class T, bool kSame>
 struct KdLoss {
     using A = T;
-    static constexpr int kSides = 2;
+    static constexpr int kSides = 2, kGrids = kSame ? 1 : 2;
     static constexpr bool kGradient = true, kForward = true;
     static constexpr bool kOwn = false, kWeights = false, kKnown = false, kWritesSums = false;
 
@@ -74,7 +75,7 @@ struct KdLoss {
 template <class T, bool kLabel>
 struct Confidence {
     using A = T;
-    static constexpr int kSides = 1;
+    static constexpr int kSides = 1, kGrids = 1;
     static constexpr bool kGradient = false, kForward = true;
     static constexpr bool kOwn = kLabel, kWeights = false, kKnown = false, kWritesSums = true;
 
@@ -105,8 +106,13 @@ void resized_cross_entropy(const Resized& a, const Launch& launch) {
 
 template <class Launch>
 void resized_kd(const Resized& a, const Launch& launch) {
-    if (a.maps[0].type == DType::f64) return resized(a, KdLoss<double>{a.temperature}, launch);
-    resized(a, KdLoss<float>{static_cast<float>(a.temperature)}, launch);
+    const auto run = [&](auto zero) {
+        using A = decltype(zero);
+        const A temperature = static_cast<A>(a.temperature);
+        if (a.choice.plan.same_size()) return resized(a, KdLoss<A, true>{temperature}, launch);
+        resized(a, KdLoss<A, false>{temperature}, launch);
+    };
+    a.maps[0].type == DType::f64 ? run(double{}) : run(float{});
 }
 
 // Fills a.terms, and a.sums where it is there.

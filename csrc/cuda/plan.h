@@ -378,6 +378,9 @@ struct Shape {
 constexpr int kShapes = 4;
 constexpr Shape kShape[kShapes] = {{2, 2}, {4, 4}, {4, 8}, {5, 9}};
 
+// The first shapes: the smallest for fp64, which is for checking; the small ones where the maps' sizes differ.
+constexpr int shapes_of(bool wide, bool same_size) { return wide ? 1 : same_size ? kShapes : 2; }
+
 struct CellsChoice {
     CellsPlan plan;
     int shape;
@@ -402,7 +405,7 @@ inline Pieces pieces_of(const Axis& own, const Axis& other, int* largest) {
 }
 
 // The smallest shape that holds a cell, or the largest part of one that two maps share; larger ones are split. A part has
-// fewer rows where there would be fewer warps than 16 a multiprocessor. fp64, which is for checking, has the smallest.
+// fewer rows where there would be fewer warps than 16 a multiprocessor.
 inline CellsChoice plan_cells(const Map& own, const Map& other, int64_t height, int64_t width, bool align_corners,
                               const Device& device) {
     const auto axis = [&](int64_t in, int64_t out) {
@@ -415,9 +418,9 @@ inline CellsChoice plan_cells(const Map& own, const Map& other, int64_t height, 
     int tall = 1, wide = 1;
     plan.rows = pieces_of(axis(own.h, height), axis(other.h, height), &tall);
     plan.columns = pieces_of(axis(own.w, width), axis(other.w, width), &wide);
-    const bool wide_shape = own.type != DType::f64;
-    while (wide_shape && out.shape < kShapes - 1 && wide > kShape[out.shape].columns) ++out.shape;
-    if (wide > kShape[out.shape].columns && wide_shape) out.shape = kShapes - 2;
+    const int shapes = shapes_of(own.type == DType::f64, plan.same_size());
+    while (out.shape < shapes - 1 && wide > kShape[out.shape].columns) ++out.shape;
+    if (out.shape == kShapes - 1 && wide > kShape[out.shape].columns) --out.shape;  // split: 9 columns fit 9 alone
     plan.columns.splits = power_of_two((wide + kShape[out.shape].columns - 1) / kShape[out.shape].columns);
     plan.rows.splits = power_of_two((tall + kShape[out.shape].rows - 1) / kShape[out.shape].rows);
     const auto lay_out = [&] {
