@@ -1,18 +1,22 @@
-"""Everything a GPU is needed for, in one command on a bare machine: build, GPU tests, benchmarks, plots, one summary.
+"""Everything a GPU is needed for, in one command on a bare machine: build, compile, GPU tests, benchmarks, one summary.
 
-    python3 benchmarks/gpu_check.py --out DIR [--wheels FOLDER] [--minutes 8]
+    python3 benchmarks/gpu_check.py --out DIR [--wheels FOLDER] [--minutes 14]
 
 Needs Python >= 3.10, torch >= 2.11 with CUDA, Triton >= 3.6 and a C++ compiler. What else a step needs and the machine lacks
 can come as wheels in FOLDER, which are installed beside the environment and not into it; a step that lacks something is
 left out, and the summary says what to install.
 
+The order is that of what is learnt: Triton's kernels are compiled by as many processes as there are cores, then come the tests
+benchmarks leave out the cases they have. DIR holds log.txt, summary.md, cuda.csv, cuda_steps.csv, kernels.txt and losses-cuda.png.
+
 Repeated with the same DIR and the same checkout it goes on where it stopped: finished steps are not run again, and the
-benchmarks leave out the cases they have. DIR holds log.txt, summary.md, cuda.csv, cuda_steps.csv and losses-cuda.png.
+benchmarks leave out the cases they have. DIR holds log.txt, summary.md, cuda.csv, cuda_steps.csv, kernels.txt and losses-cuda.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import re
@@ -47,7 +51,7 @@ class Step(NamedTuple):
 def steps(out: Path) -> list[Step]:
     pytest = [PYTHON, "-m", "pytest", "-q", "-m", "not slow", "--hypothesis-profile=quick", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist"):  # most of the time goes into compiling kernels on the host
-        pytest += ["-n", str(min(os.cpu_count() or 1, 12))]
+        pytest += ["-n", str(min(os.cpu_count() or 1, 14))]
     if missing(["expecttest"]):
         pytest += ["-k", "not opcheck"]
     return [
@@ -58,13 +62,15 @@ def steps(out: Path) -> list[Step]:
             ("setuptools",),
             vital=True,
         ),
+        Step("compile", 100, [PYTHON, "-m", "benchmarks.gpu_kernels", "--compile"]),
         Step(
             "tests",
-            140,
+            130,
             pytest + [f"tests/test_{name}.py" for name in TESTS],
             ("pytest", "hypothesis", "numpy"),
         ),
-        Step("losses", 140, [PYTHON, "-m", "benchmarks", "--resume", "--out", str(out)]),
+        Step("kernels", 120, [PYTHON, "-m", "benchmarks.gpu_kernels", "--resume", "--out", str(out)]),
+        Step("losses", 300, [PYTHON, "-m", "benchmarks", "--resume", "--out", str(out)]),
         Step("step", 80, [PYTHON, "-m", "benchmarks.bench_step", "--resume", "--out", str(out)], ("torchvision",)),
         Step("numbers", 20, [PYTHON, "-m", "benchmarks.publish", "--gpu", str(out)], ("matplotlib",)),
     ]
@@ -134,6 +140,9 @@ def run(step: Step, limit: float, log: Path) -> None:
             code = child.wait(limit)
         except subprocess.TimeoutExpired:
             code = 124
+            os.killpg(child.pid, signal.SIGINT)  # so that the step can say what it has
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(5)
         finally:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
@@ -161,6 +170,8 @@ def summary(all_steps: Sequence[Step], log: Path, left_out: dict[str, str], line
             line for line in found["tests"][0].splitlines() if re.match(r"(FAILED|ERROR)|\d+ (passed|failed)", line)
         ]
         parts.append("\n".join(f"    {line}" for line in told[-30:]))
+    if "kernels" in found:
+        parts.append("\n".join(f"    {line}" for line in found["kernels"][0].strip().splitlines()))
     if "numbers" in found:
         parts.append(found["numbers"][0].strip())
     return "\n\n".join(parts) + "\n"
@@ -205,7 +216,7 @@ def main() -> int:
         "--out", type=Path, required=True, help="folder for the log, the rows, the plot and the summary"
     )
     parser.add_argument("--wheels", type=Path, help="folder of wheels that the machine lacks")
-    parser.add_argument("--minutes", type=float, default=8, help="for everything (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=14, help="for everything (default: %(default)s)")
     args = parser.parse_args()
     if args.wheels:
         wheels = sorted(map(str, args.wheels.glob("*.whl")))

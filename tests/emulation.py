@@ -17,7 +17,7 @@ from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parents[1]
 # What runs on it: how work is cut, and the operator tests of the losses that have a CUDA kernel.
-SUITE = tuple(f"tests/test_{name}.py" for name in ("cuda_plan", "nfd", "kd", "resized", "resized_kernels"))
+SUITE = tuple(f"tests/test_{name}.py" for name in ("cuda_plan", "nfd", "kd", "resized", "resized_kernels", "rdd"))
 RUNNING = "FASTKD_CUDA_EMULATION" in os.environ
 FLAGS = (
     "-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas",
@@ -49,6 +49,18 @@ def build() -> Path:
         assert run.returncode == 0, run.stderr
         os.replace(fresh, out)
     return out
+
+
+def run_program(source: Path, folder: Path, *flags: str) -> str:
+    """What a program that includes the emulation prints."""
+    program = folder / "program"
+    includes = [f"-I{path}" for path in (*include_paths(), ROOT / "csrc/cuda")]
+    command = [compiler(), "-std=c++17", "-DFASTKD_EMULATION", *flags, *includes, str(source), "-o", str(program)]
+    compiled = subprocess.run(command, capture_output=True, text=True)
+    assert compiled.returncode == 0, compiled.stderr
+    run = subprocess.run([str(program)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
 
 
 def run_tests(*files: str) -> subprocess.CompletedProcess:

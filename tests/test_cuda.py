@@ -24,7 +24,13 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[1]
-SUITE = ("test_nfd", "test_kd", "test_resized", "test_resized_kernels")  # the operators that have a CUDA kernel
+SUITE = (
+    "test_nfd",
+    "test_kd",
+    "test_resized",
+    "test_resized_kernels",
+    "test_rdd",
+)  # the operators that have a CUDA kernel
 SHAPE = (3, 32, 48, 64)  # a plane of it fits one block; the batch of a channel fits a cluster
 each_layout = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 
@@ -52,12 +58,10 @@ def maps(dtype=torch.float32, layout=torch.contiguous_format, shape=SHAPE):
 
 def nfd_results(student, teacher, dims) -> dict[str, torch.Tensor]:
     ops = torch.ops.fastkd_cuda
-    loss, stats = ops.nfd_forward(student, teacher, dims, 1e-5)
-    out = {"loss": loss, "stats": stats}
-    out["gradient"] = ops.nfd_backward(torch.full_like(loss, 1.7), student, teacher, stats, dims)
-    if ops.nfd_fits(student, teacher, dims):
-        memory = torch.tensor([1.7, 1.7], dtype=loss.dtype, device=loss.device)
-        out["early"] = ops.nfd_forward_ahead(student, teacher, dims, 1e-5, memory)[2]
+    args = (student, teacher, dims, 1e-5, "none", 1.7)
+    loss, stats = ops.nfd_forward(*args)
+    out = {"loss": loss, "stats": stats, "late": ops.nfd_backward(torch.ones_like(loss), *args, stats)}
+    out["sum"], _, out["early"] = ops.nfd_gradient(*args[:4], "sum", 1.7)
     return out
 
 
@@ -73,7 +77,7 @@ def emulate(path: str) -> None:
     """Run by ``python -c`` on the emulation: the results of all cases, as this GPU would cut them."""
     gpu = torch.load(path + ".gpu")
     assert backends.why_not("cuda") is None
-    torch.ops.fastkd_cuda_emulation.configure(*gpu, 4096, "random")
+    torch.ops.fastkd_cuda_emulation.configure(*gpu, 4096, 8 << 20, "random")
     torch.save([nfd_results(*maps(dtype, layout), dims) for dims, dtype, layout in CASES], path)
 
 
@@ -101,13 +105,13 @@ def test_bits_are_those_of_the_emulation(tmp_path):
 
 @each_layout
 @pytest.mark.parametrize("dims", ["hw", "nhw"])
-def test_the_host_waits_for_nothing_and_guesses_are_right(dims, layout):
-    """Steps under a loss scale that changes, with every synchronisation an error; the gradient is exact each time."""
+def test_the_host_waits_for_nothing(dims, layout):
+    """Steps under a loss scale that changes, with every synchronisation an error; fp16 gradients keep their digits."""
     student, teacher = (x.cuda() for x in maps(torch.float16, layout))
     with fastkd.use_backend("cuda"):
         fastkd.nfd_loss(student.clone().requires_grad_(), teacher, dims=dims).backward()  # allocates
-        _, stats = torch.ops.fastkd_cuda.nfd_forward(student, teacher, dims, 1e-5)
-        groups = stats.numel() // 6
+        args = (student.float(), teacher.float(), dims, 1e-5, "none", 1.0)
+        loss, stats = torch.ops.fastkd_cuda.nfd_forward(*args)
         for weight in (1.0, 1.0, 1.0, 65536.0, 65536.0, 65536.0, 3.0):
             x = student.clone().requires_grad_()
             torch.cuda.set_sync_debug_mode("error")
@@ -115,9 +119,9 @@ def test_the_host_waits_for_nothing_and_guesses_are_right(dims, layout):
                 (fastkd.nfd_loss(x, teacher, dims=dims) * weight).backward()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-            grad = torch.full(stats.shape[:-1], weight, device="cuda") / groups
-            want = torch.ops.fastkd_cuda.nfd_backward(grad, student, teacher, stats, dims)
-            assert torch.equal(x.grad, want)
+            grad = torch.full_like(loss, weight / loss.numel())
+            want = torch.ops.fastkd_cuda.nfd_backward(grad, *args, stats)
+            assert (x.grad - want).norm() <= 2e-3 * want.norm()
 
 
 @each_layout
@@ -143,7 +147,7 @@ def test_kd_under_a_scale_and_labels_that_change(classes, layout):
 @each_layout
 @pytest.mark.parametrize(("classes", "dtype"), [(19, torch.float16), (150, torch.bfloat16), (4096, torch.float32)])
 def test_label_resolution_under_a_scale_and_labels_that_change(classes, dtype, layout):
-    """As above; and a gradient made in the forward has the bits of one made in the backward."""
+    """As above; and a second backward over one graph gives the same bits."""
     student, teacher = (x.cuda() for x in maps(dtype, layout, (2, classes, 12, 20)))
     labels = torch.randint(0, classes, (2, 48, 90), device="cuda")
     for loss in (

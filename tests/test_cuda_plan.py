@@ -7,21 +7,23 @@ The emulation takes the place of the CUDA backend in its process, so the file ru
 from __future__ import annotations
 
 import itertools
+import math
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
-from fastkd.ops._registry import Guess
 from torch import Tensor
 
 import fastkd
-from fastkd import backends, reference
+from fastkd import reference
 
 from . import emulation
 
 needs_emulation = pytest.mark.skipif(not emulation.RUNNING, reason="runs inside test_on_the_emulation")
 
 DIMS = ("hw", "nhw", "c", "chw")
+ROOT_OF_TESTS = Path(__file__).parent
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 ORDERS = ("forwards", "backwards", "random")
 # A whole H100, in bytes; groups of one element may go to clusters.
@@ -31,13 +33,14 @@ H100 = {
     "multiprocessors": 132,
     "cluster": 8,
     "smallest": 1,
+    "smallest_budget": 8 << 20,
 }
 # Where a group needs several blocks that nearly fill their multiprocessor; no clusters; a quarter of a GPU.
 SMALL = {**H100, "shared_per_block": 24 << 10, "shared_per_cores": 25 << 10, "multiprocessors": 1}
 STREAMING = {**H100, "cluster": 0}
 QUARTER = {**H100, "cluster": 2}
-# Tiles of few logits, so that small maps have many of them.
-TINY = {**H100, "shared_per_block": 3 << 10, "shared_per_cores": 4 << 10}
+# Little extra memory and few multiprocessors: maps are cut into chunks of rows, and cells stay whole.
+CHUNKS = {**H100, "multiprocessors": 1, "smallest_budget": 1}
 
 
 @pytest.mark.skipif(emulation.RUNNING, reason="this is the process that it starts")
@@ -142,34 +145,12 @@ def test_shares_of_a_cluster_are_complete(gpu, size):
 
 
 @needs_emulation
-@pytest.mark.parametrize("gpu", [H100, SMALL, QUARTER])
-@pytest.mark.parametrize("size", [2, 4])
-def test_strips_of_a_cluster_are_complete(gpu, size):
-    configure(gpu)
-    fitted = 0
-    for outer, rows, inner in itertools.product((1, 2), (1, 5, 64, 300, 3000), (8, 16, 64, 72, 320)):
-        lines = table("column_shares", outer, rows, inner, size)
-        if not lines:
-            continue
-        fitted += 1
-        covered = torch.zeros(outer, rows, inner, dtype=torch.int8)
-        for o, column, width, rank, first, last, shared in lines:
-            covered[o, first:last, column : column + width] += 1
-            assert column < inner
-            assert rank < gpu["cluster"]
-            assert shared <= gpu["shared_per_block"]
-        assert covered.eq(1).all()
-    assert fitted > 10
-
-
-@needs_emulation
 def test_too_large_or_uneven_groups_stream():
     assert not table("row_pieces", 1, 2, 8 * 227 * 1024 // 4, 4), "8 blocks hold S and T of less than that"
     assert table("row_pieces", 1, 2, 8 * 200 * 1024 // 8, 4)
     assert not table("row_pieces", 1, 2, 4099, 4), "no multiple of 16 bytes"
     configure(STREAMING)
     assert not table("row_pieces", 1, 2, 4096, 4), "no clusters before sm_90"
-    assert not table("column_shares", 1, 300, 64, 4)
     configure({**H100, "smallest": 4096})
     assert not table("row_pieces", 1, 2, 2048, 4)
 
@@ -187,8 +168,9 @@ def maps(shape, layout: str, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor,
 def run_nfd(student, teacher, dims) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, stats and the gradient for a grad of 1.7 a group, by the streaming backward."""
     ops = torch.ops.fastkd_cuda
-    loss, stats = ops.nfd_forward(student, teacher, dims, 1e-5)
-    return loss, stats, ops.nfd_backward(torch.full_like(loss, 1.7), student, teacher, stats, dims)
+    args = (student, teacher, dims, 1e-5, "none", 1.0)
+    loss, stats = ops.nfd_forward(*args)
+    return loss, stats, ops.nfd_backward(torch.full_like(loss, 1.7), *args, stats)
 
 
 def close_to_the_formula(student, teacher, dims, loss, gradient) -> None:
@@ -244,100 +226,23 @@ def test_any_order_of_threads_gives_the_same_bits(gpu, shape, layout, dims):
 
 
 @needs_emulation
-@pytest.mark.parametrize("gpu", [H100, SMALL, QUARTER], ids=["cluster", "small", "quarter"])
-@pytest.mark.parametrize(("shape", "layout"), LARGE[:4])
+@pytest.mark.parametrize("gpu", [H100, SMALL, QUARTER, STREAMING], ids=["cluster", "small", "quarter", "streaming"])
+@pytest.mark.parametrize(("shape", "layout"), LARGE)
 @pytest.mark.parametrize("dims", DIMS)
-def test_one_read_gives_the_bits_of_the_backward(gpu, shape, layout, dims):
+def test_an_early_gradient_has_the_bits_of_the_backward(gpu, shape, layout, dims):
+    """One read where groups are rows that fit a cluster, two kernels elsewhere: the same results."""
     ops = torch.ops.fastkd_cuda
-    used = 0
     for dtype, order in zip((torch.float32, torch.bfloat16, torch.float16), ORDERS, strict=True):
         configure({**gpu, "smallest": 256}, order)
         student, teacher = maps(shape, layout, dtype)
-        if not ops.nfd_fits(student, teacher, dims):
-            continue
-        used += 1
-        loss, stats, gradient = run_nfd(student, teacher, dims)
-        memory = torch.tensor([0.0, 1.7])
-        early = ops.nfd_forward_ahead(student, teacher, dims, 1e-5, memory)
-        assert all(torch.equal(a, b) for a, b in zip(early, (loss, stats, gradient, memory[1]), strict=True))
-        # No guess: nothing is written, and memory that was just allocated is full of NaN.
-        nothing = ops.nfd_forward_ahead(student, teacher, dims, 1e-5, torch.full((2,), torch.nan))
-        assert torch.equal(nothing[0], loss)
-        assert nothing[2].isnan().all()
-    group = {"hw": 1, "nhw": shape[0], "chw": shape[1]}.get(dims, 0) * shape[2] * shape[3]
-    if gpu is H100 and group:
-        assert used == 3
-
-
-@needs_emulation
-@pytest.mark.parametrize(("shape", "layout", "dims"), [((2, 8, 16, 16), "nchw", "hw"), ((1, 16, 20, 24), "nhwc", "hw")])
-def test_backward_makes_what_was_guessed_wrong(shape, layout, dims):
-    ops = torch.ops.fastkd_cuda
-    student, teacher = maps(shape, layout, torch.float32)
-    loss, stats, early, guess = ops.nfd_forward_ahead(student, teacher, dims, 1e-5, torch.tensor([1.7, 1.7]))
-    grad = torch.full_like(loss, 1.7)
-    grad[0, 1] = 2.0
-    want = ops.nfd_backward(grad, student, teacher, stats, dims)
-    assert not torch.equal(early, want)
-    right, memory = early.clone(), torch.tensor([1.7, 1.7])
-    ops.nfd_backward_ahead(grad, student, teacher, stats, dims, guess, right, memory)
-    assert torch.equal(right, want)
-    assert torch.equal(memory, torch.tensor([1.7, 1.7])), "the first group's grad came again"
-    # What was guessed right is not touched, whatever is in it.
-    marked = torch.full_like(early, 7.0)
-    ops.nfd_backward_ahead(torch.full_like(loss, 1.7), student, teacher, stats, dims, guess, marked, memory)
-    assert marked.eq(7).all()
-    ops.nfd_backward_ahead(torch.full_like(loss, 3.0), student, teacher, stats, dims, guess, marked, memory)
-    assert memory[0] == 3
-    assert memory[1].isnan(), "a new value is a guess only when it comes twice"
-
-
-@needs_emulation
-def test_gradients_are_right_while_grad_output_changes():
-    """Over steps whose loss weight changes now and then, to the bit; the fp16 gradient does not underflow on the way."""
-    student, teacher = maps((2, 4, 32, 32), "nchw", torch.float16)
-    made = []
-    for weight in (1.0, 1.0, 1.0, 65536.0, 65536.0, 65536.0, 3.0, 65536.0):
-        x = student.clone().requires_grad_()
-        with fastkd.use_backend("cuda"):
-            loss = fastkd.nfd_loss(x, teacher)
-            node = loss.grad_fn.next_functions[0][0]
-            made.append(not node.gradient.isnan().any())
-            (loss * weight).backward()
-            _, stats = torch.ops.fastkd_cuda.nfd_forward(student, teacher, "hw", 1e-5)
-        grad = (torch.full((2, 4), weight) / 8).contiguous()
-        assert torch.equal(x.grad, torch.ops.fastkd_cuda.nfd_backward(grad, student, teacher, stats, "hw"))
-    assert made == [False, False, True, True, False, True, True, False]
-
-
-@needs_emulation
-def test_equal_losses_of_unequal_weight_have_memories_of_their_own():
-    Guess._free.clear()
-    student, teacher = maps((1, 4, 16, 16), "nchw", torch.float32)
-    made = []
-    for _ in range(3):
-        x = student.clone().requires_grad_()
-        with fastkd.use_backend("cuda"):
-            first, second = fastkd.nfd_loss(x, teacher), fastkd.nfd_loss(x, teacher)
-            made.append([not loss.grad_fn.next_functions[0][0].gradient.isnan().any() for loss in (first, second)])
-            (first + 5 * second).backward()
-    assert made == [[False, False], [False, False], [True, True]]
-
-
-@needs_emulation
-def test_graphs_without_a_backward_and_second_backwards():
-    student, teacher = maps((1, 4, 16, 16), "nchw", torch.float32)
-    with fastkd.use_backend("cuda"):
-        for _ in range(3):
-            fastkd.nfd_loss(student.clone().requires_grad_(), teacher)  # dropped
-        assert max(len(free) for free in Guess._free.values()) <= 2, "a graph that is dropped gives its memory back"
-        x = student.clone().requires_grad_()
-        loss = fastkd.nfd_loss(x, teacher)
-        (first,) = torch.autograd.grad(loss, x, retain_graph=True)
-        (second,) = torch.autograd.grad(loss, x)
-    assert torch.equal(first, second)
-    with fastkd.use_backend("cuda"), pytest.raises(RuntimeError, match="double backward"):
-        torch.autograd.grad(fastkd.nfd_loss(x, teacher), x, create_graph=True)
+        args = (student, teacher, dims, 1e-5, "sum", 1.7)
+        loss, stats, early = ops.nfd_gradient(*args)
+        assert torch.equal(early, ops.nfd_backward(torch.ones(()), *args, stats))
+        want_loss, want_stats = ops.nfd_forward(*args)
+        torch.testing.assert_close(loss, want_loss, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(stats, want_stats, rtol=1e-5, atol=1e-5)
+        terms, _ = ops.nfd_forward(*args[:4], "none", 1.7)
+        torch.testing.assert_close(terms.double().sum(), want_loss.double(), rtol=1e-6, atol=1e-6)
 
 
 # ---- KD --------------------------------------------------------------------------------------------------------------
@@ -377,55 +282,26 @@ def test_tiles_of_pixels_fit():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(2, 19, 9, 16), (1, 150, 5, 8), (1, 600, 3, 5)])
 def test_kd_in_any_order_is_the_formula(shape, layout, dtype):
-    """Forward, backward and both in one, with a guess and without, give the same bits in any order of threads."""
+    """Forward, and loss and gradient in one, give the same bits in any order of threads."""
     ops = torch.ops.fastkd_cuda
     student, teacher, labels = kd_inputs(shape, layout, dtype)
-    args = (student, teacher, labels, None, 2.0, 255)
+    args = (student, teacher, labels, None, 2.0, 255, "mean", 1.7)
     results = []
-    for gpu, order in ((H100, "forwards"), (H100, "backwards"), (H100, "random")):
-        configure(gpu, order)
-        loss, count = ops.kd_forward(*args, False)
-        one = torch.ones((), dtype=loss.dtype)
-        gradient = ops.kd_backward(one * 1.7 / count.to(loss.dtype), *args)
-        memory = torch.tensor([1.7, 1.7], dtype=loss.dtype)
-        early = ops.kd_forward_ahead(*args, 1.0, True, memory)
-        assert torch.equal(early[0], loss)
-        assert torch.equal(early[1], count)
-        late = torch.full_like(student, 7)
-        nan = torch.full_like(one, torch.nan)
-        ops.kd_backward_ahead(one * 1.7, *args, 1.0, True, count, nan, late, memory)
-        assert torch.equal(early[2], late)
-        ops.kd_backward_ahead(
-            one * 1.7, *args, 1.0, True, count, early[3], marked := torch.full_like(student, 7), memory
-        )
-        assert marked.eq(7).all(), "a right guess leaves the gradient alone"
-        results.append((loss, gradient, early[2]))
+    for order in ORDERS:
+        configure(H100, order)
+        loss, count, gradient = ops.kd_gradient(*args)
+        assert torch.equal(ops.kd_forward(*args)[0], loss)
+        assert count == (labels != 255).sum()
+        results.append((loss, gradient))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     x = student.double().requires_grad_()
-    true = fastkd.kd_loss(x, teacher.double(), temperature=2.0, target=labels)
-    true.backward(torch.tensor(1.7, dtype=torch.float64))
+    with fastkd.use_backend("reference"):
+        true = 1.7 * fastkd.kd_loss(x, teacher.double(), temperature=2.0, target=labels)
+    true.backward()
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(results[0][0].double() / (labels != 255).sum(), true.detach(), rtol=1e-5, atol=1e-6)
-    assert (results[0][2].double() - x.grad).norm() <= (eps + 2e-6) * x.grad.norm()
-
-
-@needs_emulation
-def test_kd_gradients_are_right_while_labels_and_weights_change():
-    """The count of valid pixels changes in every step and is no part of the guess."""
-    student, teacher, labels = kd_inputs((2, 19, 8, 16), "nchw", torch.bfloat16)
-    made = []
-    for step, weight in enumerate((1.0, 1.0, 1.0, 8.0, 8.0, 8.0)):
-        labels[0, step] = 255
-        x, y = (student.clone().requires_grad_() for _ in range(2))
-        with fastkd.use_backend("cuda"):
-            loss = fastkd.kd_loss(x, teacher, target=labels)
-            made.append(not loss.grad_fn.gradient.isnan().any())
-            (weight * loss).backward()
-        with fastkd.use_backend("reference"):
-            (weight * fastkd.kd_loss(y, teacher, target=labels)).backward()
-        assert (x.grad - y.grad).float().norm() <= 0.01 * y.grad.float().norm()
-    assert made == [False, False, True, True, False, True]
+    torch.testing.assert_close(results[0][0].double(), true.detach(), rtol=1e-5, atol=1e-6)
+    assert (results[0][1].double() - x.grad).norm() <= (eps + 2e-6) * x.grad.norm()
 
 
 # ---- losses at label resolution --------------------------------------------------------------------------------------
@@ -438,42 +314,73 @@ def test_cells_are_those_of_exact_fractions(align_corners):
         lines = plans().axis_cells(torch.empty(0), size_in, size_out, align_corners).tolist()
         cells = []
         for x in range(size_out):
-            ratio = (
+            position = (
                 Fraction(size_in - 1, max(size_out - 1, 1)) * x
                 if align_corners
                 else Fraction((2 * x + 1) * size_in, 2 * size_out) - Fraction(1, 2)
             )
-            cells.append(min(int(max(ratio, 0)), size_in - 1))
-        assert [left for left, _, _ in lines] == cells
-        for x, (left, first, end) in enumerate(lines):
-            assert cells.index(left) == first <= x < end == first + cells.count(left)
+            cells.append(min(math.floor(position), size_in - 1))
+        assert [cell for cell, *_ in lines] == cells
+        for x, (cell, first, end, largest) in enumerate(lines):
+            assert cells.index(cell) == first <= x < end == first + cells.count(cell)
+            assert cells.count(cell) <= largest
+
+
+SIZES = [  # of the student, of the teacher, of the labels
+    ((4, 6), (4, 6), (32, 48)),
+    ((5, 6), (5, 6), (41, 51)),
+    ((3, 3), (3, 3), (25, 25)),
+    ((1, 1), (1, 1), (70, 90)),
+    ((9, 11), (9, 11), (4, 5)),
+    ((5, 4), (5, 4), (5, 4)),
+    ((2, 3), (5, 1), (40, 60)),
+    ((3, 5), (6, 10), (24, 40)),
+    ((2, 2), (30, 40), (16, 20)),
+]
 
 
 @needs_emulation
-def test_tiles_of_logits_are_complete():
-    """Every class of every logit in one block, which has the cells above and to the left too; all ways to cut turn up."""
-    sm_86 = {**H100, "shared_per_block": 99 << 10, "shared_per_cores": 100 << 10, "cluster": 0}
-    ways = set()
-    for gpu in (H100, sm_86, SMALL, TINY):
-        configure(gpu)
-        for classes, (h, w), sides in itertools.product(
-            (1, 19, 150, 4096), ((1, 1), (5, 3), (17, 70), (33, 9)), (1, 2)
-        ):
-            if classes == 4096 and (gpu is TINY or w == 70):
-                continue
-            dtype = torch.float64 if h == 5 else torch.float32
-            logits = torch.empty((2, classes, h, w), dtype=dtype)
-            lines = plans().resized_tiles(logits, sides, 8 * h, 7 * w).tolist()
-            assert lines
-            covered = torch.zeros(2, h, w, classes, dtype=torch.int8)
-            for n, cell_row, row, last_row, cell_column, column, last_column, c, last_c, shared, held in lines:
-                covered[n, row:last_row, column:last_column, c:last_c] += 1
-                assert (cell_row, cell_column) == (max(row - 1, 0), max(column - 1, 0))
-                assert shared <= gpu["shared_per_block"]
-                ways.add((bool(held), last_c - c < classes, last_column - column < w, last_row - row < h))
-            assert covered.eq(1).all()
-    assert {way[:2] for way in ways} == {(True, False), (False, True)}
-    assert {way[2:] for way in ways} == set(itertools.product((False, True), repeat=2))
+@pytest.mark.parametrize("gpu", [H100, CHUNKS], ids=["whole", "chunks"])
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(("size", "teacher_size", "label_size"), SIZES)
+def test_every_label_pixel_has_one_thread(gpu, align_corners, size, teacher_size, label_size):
+    """In the cell that it lies in, of both maps."""
+    configure(gpu)
+    student, teacher = torch.empty(2, 3, *size), torch.empty(2, 3, *teacher_size)
+    axes = [
+        [row[0] for row in plans().axis_cells(torch.empty(0), size_in, size_out, align_corners).tolist()]
+        for sizes in (size, teacher_size)
+        for size_in, size_out in zip(sizes, label_size, strict=True)
+    ]
+    covered = torch.zeros(2, *label_size, dtype=torch.int8)
+    for n, *cells, top, bottom, left, right in (
+        plans().cell_parts(student, teacher, *label_size, align_corners).tolist()
+    ):
+        covered[n, top:bottom, left:right] += 1
+        for axis, cell, (begin, end) in zip(axes, cells, [(top, bottom), (left, right)] * 2, strict=True):
+            assert set(axis[begin:end]) == {cell}
+    assert covered.eq(1).all()
+
+
+@needs_emulation
+def test_cells_fill_the_device_and_keep_within_their_memory():
+    # A batch of one is in smaller parts.
+    for n, size, labels in ((1, (64, 128), (512, 1024)), (16, (64, 64), (512, 512))):
+        logits = torch.empty(n, 19, *size)
+        rows, columns, team, sets, lines, chunk, scratch, warps = (
+            plans().cells_plan(logits, logits, *labels, False).flatten().tolist()
+        )
+        assert (rows, columns, sets) == (4, 8, 1)
+        assert warps >= 16 * 132 or team == 8, "or a row of label pixels a part"
+        assert chunk == lines, "one chunk"
+        assert scratch <= 0.03 * 2 * 12 * n * 19 * labels[0] * labels[1]
+    shape = plans().cells_plan(torch.empty(16, 19, 64, 64), torch.empty(16, 19, 64, 64), 512, 512, True)[0, :2]
+    assert shape.tolist() == [5, 9], "8.11 label pixels a cell"
+    # Low ratios take more a label pixel, and are cut.
+    logits = torch.empty(8, 19, 256, 256)
+    *_, lines, chunk, scratch, _ = plans().cells_plan(logits, logits, 512, 512, False).flatten().tolist()
+    assert chunk < lines
+    assert scratch <= max(8 << 20, 0.03 * 2 * 12 * 8 * 19 * 512 * 512)
 
 
 def resized_inputs(c: int, size: tuple[int, int], label_size: tuple[int, int], dtype, layout="nchw"):
@@ -484,107 +391,197 @@ def resized_inputs(c: int, size: tuple[int, int], label_size: tuple[int, int], d
     return student, teacher, target
 
 
-@needs_emulation
-@pytest.mark.parametrize(("gpu", "align_corners"), [(H100, False), (TINY, False), (TINY, True)])
-def test_losses_at_label_resolution_at_small_sizes(gpu, align_corners):
-    """Each size below with each, in fp64, against the formula."""
-    configure(gpu)
-    ops = torch.ops.fastkd_cuda
-    numbers = itertools.cycle((1, 3, 4))
-    for size in itertools.product((1, 2, 9), (1, 3, 9)):
-        for label_size in itertools.product((1, 5, 19), (4, 18)):
-            student, teacher, target = resized_inputs(next(numbers), size, label_size, torch.float64)
-            x = student.requires_grad_()
-            with fastkd.use_backend("reference"):
-                options = {"align_corners": align_corners, "reduction": "sum"}
-                ce = fastkd.resized_cross_entropy(x, target, **options)
-                kd = fastkd.resized_kd_loss(x, teacher, size=label_size, target=target, temperature=2.0, **options)
-            x = x.detach()
-            got_ce = ops.resized_cross_entropy_gradient(x, target, None, None, None, 255, align_corners)
-            got_kd = ops.resized_kd_gradient(x, teacher, target, None, *label_size, 2.0, 255, align_corners)
-            for got, want in ((got_ce, ce), (got_kd, kd)):
-                (gradient,) = torch.autograd.grad(want, student)
-                torch.testing.assert_close(got[0], want.detach(), rtol=1e-6, atol=1e-6)
-                assert got[1] == (target != 255).sum()
-                # The reference's own weights are off by fp32's roundings.
-                torch.testing.assert_close(got[2], gradient, rtol=1e-5, atol=1e-5)
+def resized_calls(student, teacher, target, class_weight, pixel_weight, selected, align_corners) -> dict:
+    """Arguments of the operators, and the same by the reference."""
+    options = {"align_corners": align_corners}
+
+    def cross_entropy(x):
+        weight = pixel_weight
+        if selected is not None:
+            weight = reference.resize(weight.double(), target.shape[-2:], align_corners) * selected
+        terms, _, counted = reference.cross_entropy(
+            reference.resize(x, target.shape[-2:], align_corners), target, class_weight, 255
+        )
+        if weight is not None:
+            terms = terms * reference.resize(weight.to(x.dtype), target.shape[-2:], align_corners)
+        return terms.sum() / (counted if selected is None else counted * selected).sum()
+
+    def kd(x):
+        return fastkd.resized_kd_loss(
+            x,
+            teacher.double(),
+            size=target.shape[-2:],
+            target=target,
+            pixel_weight=pixel_weight,
+            temperature=2.0,
+            **options,
+        )
+
+    return {
+        "resized_cross_entropy": (
+            (student, target, class_weight, pixel_weight, selected, 255, align_corners, "mean", 1.7), cross_entropy,
+        ),
+        "resized_kd": (
+            (student, teacher, target, pixel_weight, target.shape[-2:], 2.0, 255, align_corners, "mean", 1.7), kd,
+        ),
+    }  # fmt: skip
 
 
 @needs_emulation
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("gpu", [H100, CHUNKS], ids=["whole", "chunks"])
+@pytest.mark.parametrize(("size", "teacher_size", "label_size"), SIZES)
+def test_losses_at_label_resolution_are_the_formula(gpu, align_corners, size, teacher_size, label_size, layout):
+    """In fp32 against fp64, weighted and selected; the forward has the bits of loss and gradient in one."""
+    configure(gpu)
+    ops = torch.ops.fastkd_cuda
+    student, _, target = resized_inputs(4, size, label_size, torch.float32, layout)
+    teacher = resized_inputs(4, teacher_size, label_size, torch.float32, layout)[1]
+    g = torch.Generator().manual_seed(2)
+    class_weight, pixel_weight = torch.rand(4, generator=g) + 0.5, torch.randn(2, 3, 4, generator=g)
+    selected = torch.rand(target.shape, generator=g) < 0.8
+    calls = resized_calls(student, teacher, target, class_weight, pixel_weight, selected, align_corners)
+    for name, (args, formula) in calls.items():
+        loss, _, gradient = getattr(ops, f"{name}_gradient")(*args)
+        assert torch.equal(getattr(ops, f"{name}_forward")(*args)[0], loss)
+        assert gradient.stride() == student.stride()
+        x = student.double().requires_grad_()
+        with fastkd.use_backend("reference"):
+            true = 1.7 * formula(x)
+        (want,) = torch.autograd.grad(true, x)
+        torch.testing.assert_close(loss.double(), true.detach(), rtol=1e-5, atol=2e-6)
+        assert (gradient.double() - want).norm() <= 2e-6 * want.norm() + 1e-9
+
+
+@needs_emulation
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gpu", [H100, CHUNKS], ids=["whole", "chunks"])
 @pytest.mark.parametrize(
-    ("gpu", "classes", "size", "label_size", "dtype"),
+    ("classes", "size", "label_size", "dtype"),
     [
-        (H100, 19, (6, 70), (21, 280), torch.float32),
-        (H100, 150, (5, 12), (40, 96), torch.bfloat16),
-        (TINY, 7, (9, 10), (35, 33), torch.float16),
-        (SMALL, 600, (3, 5), (7, 9), torch.float32),  # logits read where they are, classes in chunks
+        (19, (6, 20), (41, 160), torch.float32),
+        (150, (3, 5), (24, 40), torch.bfloat16),
+        (600, (3, 5), (7, 9), torch.float16),
     ],
 )
-def test_resized_gradients_in_any_order_and_early_or_late(gpu, classes, size, label_size, dtype, layout):
-    """The same bits from every order of threads, made in the forward or in the backward."""
+def test_losses_at_label_resolution_in_any_order_of_threads(gpu, classes, size, label_size, dtype, layout):
     ops = torch.ops.fastkd_cuda
     student, teacher, target = resized_inputs(classes, size, label_size, dtype, layout)
-    g = torch.Generator().manual_seed(2)
-    class_weight, pixel_weight = torch.rand(classes, generator=g) + 0.5, torch.rand(2, 3, 4, generator=g)
-    mask = torch.rand(target.shape, generator=g) < 0.9
-    calls = {
-        "resized_cross_entropy": (student, target, class_weight, pixel_weight, mask, 255, False),
-        "resized_kd": (student, teacher, target, pixel_weight, *label_size, 2.0, 255, False),
-    }
-    grad, nan, memory = torch.tensor(1.7), torch.tensor(torch.nan), torch.tensor([1.7, 1.7])
-    for name, args in calls.items():
-        forward, ahead, behind = (
-            getattr(ops, f"{name}_{end}") for end in ("forward", "forward_ahead", "backward_ahead")
-        )
+    weight = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(2))
+    for name, (args, _) in resized_calls(student, teacher, target, None, weight, None, False).items():
         results = []
         for order in ORDERS:
             configure(gpu, order)
-            early = ahead(*args, 1.0, True, memory)
-            late = torch.full_like(student, 7)
-            behind(grad, *args, 1.0, True, early[1], nan, late, memory)
-            assert torch.equal(early[2], late)
-            behind(grad, *args, 1.0, True, early[1], early[3], marked := torch.full_like(student, 7), memory)
-            assert marked.eq(7).all(), "a right guess leaves the gradient alone"
-            nothing = ahead(*args, 1.0, True, torch.full((2,), torch.nan))
-            assert nothing[2].isnan().all()
-            assert torch.equal(nothing[0], early[0])
-            assert torch.equal(forward(*args, False)[0], early[0])
-            torch.testing.assert_close(forward(*args, True)[0].sum(), early[0], rtol=2e-6, atol=0)
-            results.append(early)
+            results.append(getattr(ops, f"{name}_gradient")(*args))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @needs_emulation
-def test_resized_gradients_are_right_while_labels_and_weights_change():
-    student, teacher, target = resized_inputs(19, (6, 9), (24, 36), torch.bfloat16)
-    losses = {
-        "ce": lambda x: fastkd.resized_cross_entropy(x, target, class_weight=torch.linspace(0.5, 1.5, 19)),
-        "kd": lambda x: fastkd.resized_kd_loss(x, teacher, size=(24, 36), target=target),
-        "kd of all pixels": lambda x: fastkd.resized_kd_loss(x, teacher, size=(24, 36)),
-    }
-    for loss in losses.values():
-        Guess._free.clear()
-        made = []
-        for step, weight in enumerate((1.0, 1.0, 1.0, 8.0, 8.0, 8.0)):
-            target[0, step] = 255
-            x, y = (student.clone().requires_grad_() for _ in range(2))
-            with fastkd.use_backend("cuda"):
-                value = loss(x)
-                made.append(not value.grad_fn.gradient.isnan().any())
-                (weight * value).backward()
-            with fastkd.use_backend("reference"):
-                (weight * loss(y)).backward()
-            assert (x.grad - y.grad).float().norm() <= 0.01 * y.grad.float().norm()
-        assert made == [False, False, True, True, False, True]
+@pytest.mark.parametrize("gpu", [H100, CHUNKS], ids=["whole", "chunks"])
+def test_pixels_far_below_their_bound_are_exact(gpu):
+    """Between logits of other classes by 1000, where every exponential of a pixel vanishes; some classes are masked."""
+    configure(gpu)
+    ops = torch.ops.fastkd_cuda
+    student, teacher, target = resized_inputs(5, (4, 5), (24, 30), torch.float32)
+    student, teacher = 600 * student, 400 * teacher
+    student[:, 3] = teacher[:, 3] = -torch.inf
+    target[target == 3] = 2
+    for name, (args, formula) in resized_calls(student, teacher, target, None, None, None, False).items():
+        loss, _, gradient = getattr(ops, f"{name}_gradient")(*args)
+        x = student.double()
+        x[:, 3] = -1e30  # plain PyTorch's interpolation makes NaN of -inf
+        teacher[:, 3] = -1e30
+        x.requires_grad_()
+        with fastkd.use_backend("reference"):
+            true = 1.7 * formula(x)
+        (want,) = torch.autograd.grad(true, x)
+        torch.testing.assert_close(loss.double(), true.detach(), rtol=1e-5, atol=1e-6)
+        assert (gradient.double() - want).norm() <= 1e-4 * want.norm(), name
+        teacher[:, 3] = -torch.inf
 
 
 @needs_emulation
-def test_a_teacher_of_another_size_goes_to_another_backend():
-    student, teacher, _ = resized_inputs(5, (4, 6), (16, 24), torch.float32)
-    other = teacher[..., ::2].contiguous()
-    with fastkd.use_backend("cuda"):
-        got = fastkd.resized_kd_loss(student, other, size=(16, 24))
-    assert torch.equal(got, fastkd.resized_kd_loss(student, other, size=(16, 24)))
-    assert backends.without_cuda("resized_kd", torch.device("cpu")) == "cpu"
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_kd_of_equal_maps_has_no_gradient(dtype):
+    student, _, _ = resized_inputs(7, (4, 5), (24, 30), dtype)
+    ops = torch.ops.fastkd_cuda
+    loss, _, gradient = ops.resized_kd_gradient(student, student, None, None, (24, 30), 2.0, 255, False, "mean", 1.0)
+    assert loss == 0
+    assert not gradient.any()
+    assert not ops.kd_gradient(student, student, None, None, 1.0, 255, "mean", 1.0)[2].any()
+
+
+# ---- RDD -------------------------------------------------------------------------------------------------------------
+
+
+@needs_emulation
+@pytest.mark.parametrize("min_kept", [0, 300])
+@pytest.mark.parametrize("confidence", ["max", "label"])
+@pytest.mark.parametrize("select", ["xor", "or", "and", "student", "student_only"])
+def test_difficulty_is_the_formula(select, confidence, min_kept):
+    ops = torch.ops.fastkd_cuda
+    student, _, target = resized_inputs(6, (4, 5), (24, 30), torch.float32)
+    teacher = resized_inputs(6, (3, 7), (24, 30), torch.float32)[1]
+    args = (target, 0.4, min_kept, confidence, select, 255, True)
+    mask, share = ops.difficulty_mask(student, teacher, *args)
+    want = reference.difficulty_mask(student.double(), teacher.double(), *args)
+    assert (mask != want).sum() <= 1, "a threshold may fall between two roundings"
+    assert share == pytest.approx(mask.sum().item() / (target != 255).sum().item(), rel=1e-6)
+    lse, again = ops.difficulty_lse(student, teacher, *args)
+    assert again == share
+    assert torch.equal(lse.isnan(), ~mask)
+    true = torch.logsumexp(reference.resize(student.double(), (24, 30), True), 1)
+    torch.testing.assert_close(lse[mask].double(), true[mask], rtol=1e-6, atol=1e-6)
+    # Known log-sum-exps save a pass: the same loss and gradient as by the mask.
+    tail = (255, True, "mean", 1.0)
+    by_lse = ops.resized_cross_entropy_gradient(student, target, None, None, lse, *tail)
+    by_mask = ops.resized_cross_entropy_gradient(student, target, None, None, mask, *tail)
+    for a, b in zip(by_lse, by_mask, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@needs_emulation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kth_smallest(dtype):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(5000, generator=g, dtype=dtype)
+    x[:7] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1e-40], dtype=dtype)
+    x[100:2000] = 0.25
+    want = x.sort().values
+    for k in (0, 1, 2, 1000, 2500, 4999, 5000, 9000):
+        got = torch.ops.fastkd_cuda.kth_smallest(x, k)
+        torch.testing.assert_close(got, want[min(max(k, 1), 5000) - 1], rtol=0, atol=0, equal_nan=True)
+
+
+# ---- rescale ---------------------------------------------------------------------------------------------------------
+
+
+@needs_emulation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_rescale(dtype):
+    x = torch.randn(3, 5, 7, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    for factor in (1.0, 0.3):
+        got = x.clone()
+        torch.ops.fastkd_cuda.rescale_(got, torch.tensor(factor, dtype=acc))
+        assert torch.equal(got, (x.to(acc) * torch.tensor(factor, dtype=acc)).to(dtype))
+
+
+# ---- the emulation itself --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(emulation.RUNNING, reason="needs no emulation of the operators")
+@pytest.mark.skipif(emulation.compiler() is None, reason="there is no C++ compiler")
+def test_the_emulation_sees_misuse_and_runs_under_a_fortified_libc(tmp_path):
+    """Exchanges at different places or by some lanes, missing barriers' victims; glibc's checked longjmp is not used."""
+    out = emulation.run_program(ROOT_OF_TESTS / "emulation_misuse.cpp", tmp_path, "-O2", "-D_FORTIFY_SOURCE=3")
+    assert out.split("\n")[:-1] == [
+        "sums: 496 1520 496 1520",
+        "different masks: emulation: lanes of a warp exchange values at different places",
+        "up and xor: emulation: lanes of a warp exchange values at different places",
+        "half a warp: emulation: threads wait for each other for ever",
+        "beyond the warp: emulation: an exchange with a lane beyond the warp",
+        "any: 1 0",
+    ]

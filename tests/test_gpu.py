@@ -21,18 +21,6 @@ def inputs(device="cuda", dtype=torch.float32, scale: int = 1):
     return student.requires_grad_(), teacher, aux, target.to(device, torch.uint8)
 
 
-def in_cuda(loss):
-    """The same loss by the CUDA C++ kernels."""
-
-    def run(*given):
-        if reason := backends.why_not("cuda"):
-            pytest.skip(reason)
-        with fastkd.use_backend("cuda"):
-            return loss(*given)
-
-    return run
-
-
 LOSSES = {
     "nfd": lambda s, t, a, y: fastkd.nfd_loss(s, t),
     "nfd nhw": lambda s, t, a, y: fastkd.nfd_loss(s, t, dims="nhw"),
@@ -45,15 +33,22 @@ LOSSES = {
     "tse": lambda s, t, a, y: fastkd.rdd_loss(s, t, y, stage="tse").loss,
     "tse official": lambda s, t, a, y: fastkd.rdd_loss(s, t, y, stage="tse", preset="official").loss,
 }
+IN_CUDA = ", CUDA C++"
 LOSSES |= {
-    f"{name}, CUDA C++": in_cuda(LOSSES[name])
-    for name in ("nfd", "kd", "resized ce", "resized ce, weighted", "resized kd")
+    name + IN_CUDA: LOSSES[name]
+    for name in ("nfd", "kd", "resized ce", "resized ce, weighted", "resized kd", "tse", "tse official")
 }
 each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
-def run(name, student, *rest):
-    loss = LOSSES[name](student, *rest)
+def run(name, student, *rest, backend=None):
+    """By Triton's kernels, or CUDA C++'s where the name says so, or by ``backend`` whatever it says."""
+    if backend is None and name.endswith(IN_CUDA):
+        if reason := backends.why_not("cuda"):
+            pytest.skip(reason)
+        backend = "cuda"
+    with fastkd.use_backend(backend or "triton"):
+        loss = LOSSES[name](student, *rest)
     return loss.detach(), torch.autograd.grad(loss, student)[0]
 
 
@@ -141,17 +136,16 @@ def test_extra_memory(name):
     """Beyond the gradient, at label resolution: at most 3 % of what plain PyTorch takes; the others 1 % of the inputs."""
     given = inputs(scale=4)
 
-    def peak(backend):
-        with fastkd.use_backend(backend):
-            run(name, *given)
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            run(name, *given)
-            return torch.cuda.max_memory_allocated() - before - given[0].nbytes
+    def peak(backend=None):
+        run(name, *given, backend=backend)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(name, *given, backend=backend)
+        return torch.cuda.max_memory_allocated() - before - given[0].nbytes
 
-    ours, eager = peak("triton"), peak("reference")
+    ours, eager = peak(), peak("reference")
     print(f"{name}: {ours} bytes, plain PyTorch {eager}")
     if name.startswith(("nfd", "kd", "cwd")):
         assert ours <= 0.01 * 2 * given[0].nbytes + 2**20

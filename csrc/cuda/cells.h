@@ -173,7 +173,9 @@ struct Cells {
     static constexpr int kSides = Loss::kSides;
     static constexpr int kGrids = Loss::kGrids;  // 2 where the maps' sizes differ, and so what their corners weigh
     static constexpr int kThreadsOfBlock = 64;
-    static constexpr int kBlocksPerCores = PY * PX > 32 || sizeof(A) == 8 ? 4 : PY * PX > 16 ? 6 : 8;  // 255, 168, 128 registers
+    // 255, 168 or 128 registers: what a thread's pixels take, so that nothing is spilled.
+    static constexpr int kBlocksPerCores =
+        PY * PX > 32 || sizeof(A) == 8 || (PY * PX > 16 && kGradient && Loss::kWeights) ? 4 : PY * PX > 16 ? 6 : 8;
     static constexpr bool kMakesGradient = kGradient;
     static constexpr bool kWeighs = !kGradient || !Loss::kOwn || Loss::kWeights;  // whether there may be weights
     static constexpr bool kWeights = kGradient && Loss::kWeights;  // of pixels, in registers while the gradient is made

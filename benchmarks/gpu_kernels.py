@@ -1,0 +1,110 @@
+"""Time of every kernel of a loss, forward and backward, in both memory formats: ours by Triton and by CUDA C++, and eager.
+
+    python -m benchmarks.gpu_kernels --compile            # compiles what is measured, one process a core
+    python -m benchmarks.gpu_kernels --out DIR --resume   # appends to DIR/kernels.txt
+
+Kernel times are those of the profiler, so what the host takes is not in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import fastkd
+
+from . import harness
+from .cases import BF16, FEATURE_LOSSES, LOSSES, RECIPES
+
+BACKENDS = ("triton", "cuda", "eager")
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def keys() -> list[tuple[str, str, str]]:
+    """(recipe, loss, layout), the most telling first."""
+    losses = ("resized_ce", "resized_kd", "rdd_tse", "rdd_tfe", "nfd", "kd", "cwd")
+    return [(recipe, loss, layout) for recipe in ("ADE20K", "Cityscapes") for loss in losses for layout in LAYOUTS]
+
+
+def calls(recipe: str, loss: str, layout: str) -> Iterator[tuple[str, object]]:
+    """A name, and a function that runs forward and backward once, for each backend."""
+    sizes = RECIPES[recipe]
+    shape = sizes.features if loss in FEATURE_LOSSES else sizes.logits
+    case = LOSSES[loss](shape, sizes.crop, BF16)
+    student, teacher = (x.to(memory_format=LAYOUTS[layout]) for x in harness.inputs(case, harness.DEVICE, shape[0]))
+    rivals = case.rivals(harness.DEVICE, shape)
+
+    for backend in BACKENDS:
+        function = rivals["eager" if backend == "eager" else "ours"]
+        if isinstance(function, str):
+            continue
+
+        def call(function=function, backend=backend) -> None:
+            with fastkd.use_backend("auto" if backend == "eager" else backend):
+                harness.gradient(function, student, teacher)
+
+        yield backend, call
+
+
+def profile(call, times: int = 5) -> list[tuple[str, float]]:
+    """Kernels and their microseconds a call, the longest first."""
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        for _ in range(times):
+            call()
+        torch.cuda.synchronize()
+    rows = [(event.key, event.self_device_time_total / times) for event in found.key_averages()]
+    return sorted(((name, time) for name, time in rows if time > 0), key=lambda row: -row[1])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(), help="folder of kernels.txt")
+    parser.add_argument("--resume", action="store_true", help="leave out what kernels.txt has")
+    parser.add_argument("--compile", action="store_true", help="only run every case once, in parallel processes")
+    parser.add_argument("--only", type=int, help="with --compile: one case, in this process")
+    args = parser.parse_args()
+    if args.compile and args.only is None:
+        count, cores = len(keys()), min(os.cpu_count() or 1, 14)
+        running: list[subprocess.Popen] = []
+        for index in range(count):
+            if len(running) == cores:
+                running.pop(0).wait()
+            command = [sys.executable, "-m", "benchmarks.gpu_kernels", "--compile", "--only", str(index)]
+            running.append(subprocess.Popen(command))
+        return max((process.wait() for process in running), default=0)
+    chosen = keys() if args.only is None else keys()[args.only : args.only + 1]
+    path = args.out / "kernels.txt"
+    known = path.read_text() if args.resume and path.exists() else ""
+    print(known, end="")
+    for recipe, loss, layout in chosen:
+        for backend, call in calls(recipe, loss, layout):
+            title = f"{recipe} {loss} {layout} {backend}"
+            if f"{title}:" in known:
+                continue
+            try:
+                if args.compile:
+                    call()
+                    continue
+                kernels = profile(call)
+            except Exception as error:  # a backend without this loss; the others are still measured
+                print(f"{title}: {harness.reason(error)}", flush=True)
+                continue
+            lines = [
+                f"{title}: {sum(time for _, time in kernels):.1f} us",
+                *(f"    {t:8.1f}  {k[:100]}" for k, t in kernels),
+            ]
+            with path.open("a") as file:
+                file.write("\n".join(lines) + "\n")
+            print("\n".join(lines), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
