@@ -6,11 +6,12 @@ Needs Python >= 3.10, torch >= 2.11 with CUDA, Triton >= 3.6 and a C++ compiler.
 can come as wheels in FOLDER, which are installed beside the environment and not into it; a step that lacks something is
 left out, and the summary says what to install.
 
-The order is that of what is learnt: Triton's kernels are compiled by as many processes as there are cores, then come the tests
-benchmarks leave out the cases they have. DIR holds log.txt, summary.md, cuda.csv, cuda_steps.csv, kernels.txt and losses-cuda.png.
+The order is that of what is learnt: Triton's kernels are compiled by as many processes as there are cores, then come the
+tests (two minutes), ours against eager in both layouts with the time of every kernel, then the other rivals and the step.
 
 Repeated with the same DIR and the same checkout it goes on where it stopped: finished steps are not run again, and the
-benchmarks leave out the cases they have. DIR holds log.txt, summary.md, cuda.csv, cuda_steps.csv, kernels.txt and losses-cuda.png.
+benchmarks leave out the cases they have. DIR holds log.txt, summary.md, cuda.csv, cuda_steps.csv, kernels.txt and
+losses-cuda.png.
 """
 
 from __future__ import annotations
