@@ -115,6 +115,7 @@ def _late(
 
 def _weight_shape(loss: Loss, tensors: list[Tensor | None], options: tuple[Any, ...]) -> tuple[int, ...]:
     """A shape that a pixel weight of one number can take: that of the given one, else of the loss of each pixel."""
+    assert loss.pixel_weight is not None
     own = tensors[loss.pixel_weight]
     return own.shape if own is not None else loss.fake(*tensors, *options, "none", 1.0)[0].shape
 
