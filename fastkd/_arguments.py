@@ -12,6 +12,8 @@ from . import backends
 
 _FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
 _LABELS = frozenset((torch.uint8, torch.int32, torch.int64))
+ANY_RANK = (3, 4, 5)
+AXES = {3: "L", 4: "HW", 5: "DHW"}  # spatial axes by rank
 
 
 def check_word(name: str, got: str, known: tuple[str, ...]) -> None:
@@ -22,22 +24,31 @@ def check_word(name: str, got: str, known: tuple[str, ...]) -> None:
 def check_number(
     name: str, got: float, *, minimum: float = -math.inf, above: float = -math.inf, maximum: float = math.inf
 ) -> None:
+    check_constant(name, got)
     if not (minimum <= got <= maximum and above < got < math.inf):  # also refuses NaN
         bounds = [f"> {above}"] if above > -math.inf else [f">= {minimum}"]
         bounds.append(f"<= {maximum}" if maximum < math.inf else "< infinity")
         raise ValueError(f"{name}: got {got}, expected a number {' and '.join(bounds)}")
 
 
-def check_float(name: str, x: Tensor) -> None:
-    """(N, C, H, W) in one of the four floating-point dtypes."""
-    if isinstance(x, Tensor) and x.dtype in _FLOATS and x.dim() == 4:
+def check_constant(name: str, x: object) -> None:
+    """Kernels compute no gradient for it, so a tensor that wants one would be a constant in silence."""
+    if isinstance(x, Tensor) and x.requires_grad:
+        raise ValueError(f"{name}: requires grad, but it is taken as a constant; pass {name}.detach()")
+
+
+def check_float(name: str, x: Tensor, ranks: tuple[int, ...] = (4,)) -> None:
+    """(N, C, H, W) in one of the four floating-point dtypes; with ``ranks`` 3 to 5 any number of spatial axes."""
+    if isinstance(x, Tensor) and x.dtype in _FLOATS and x.dim() in ranks:
         return
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, expected a torch.Tensor")
     if x.dtype not in _FLOATS:
         raise TypeError(f"{name}: got dtype {x.dtype}, expected float32, float16, bfloat16 or float64; cast it first")
-    if x.dim() != 4:
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected 4 dimensions (N, C, H, W)")
+    expected = "4 dimensions (N, C, H, W)"
+    if len(ranks) > 1:
+        expected = "3 to 5 dimensions: (N, C, L), (N, C, H, W) or (N, C, D, H, W)"
+    raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {expected}")
 
 
 def check_teacher(name: str, x: Tensor) -> None:
@@ -50,12 +61,16 @@ def check_teacher(name: str, x: Tensor) -> None:
 
 def check_same(name: str, x: Tensor, other_name: str, other: Tensor, same_size: bool = True) -> None:
     if x.shape != other.shape:
-        for axis, got, want in zip("NCHW" if same_size else "NC", x.shape, other.shape, strict=False):
+        if x.dim() != other.dim():
+            raise ValueError(
+                f"{name}: got shape {tuple(x.shape)}, expected {other.dim()} dimensions like {other_name} {tuple(other.shape)}"
+            )
+        for axis, got, want in zip("NC" + AXES[x.dim()] if same_size else "NC", x.shape, other.shape, strict=False):
             if got != want:
                 raise ValueError(
                     f"{name}: got shape {tuple(x.shape)}, expected the same {axis} as {other_name} {tuple(other.shape)}"
                     + ("; a 1x1 adapter can match C (NFDLoss has one)" if axis == "C" else "")
-                    + ("; resize one to the other's size" if axis in "HW" else "")
+                    + ("; resize one to the other's size" if axis in "LDHW" else "")
                 )
     check_device(name, x, other_name, other)
 
@@ -65,20 +80,20 @@ def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name}: is on {x.device}, expected {other.device} like {other_name}; move it with .to()")
 
 
-def check_pair(student: Tensor, teacher: Tensor, same_size: bool = True) -> None:
+def check_pair(student: Tensor, teacher: Tensor, same_size: bool = True, ranks: tuple[int, ...] = (4,)) -> None:
     if (  # the usual case, at every call of every loss
         isinstance(student, Tensor)
         and isinstance(teacher, Tensor)
         and student.dtype in _FLOATS
         and teacher.dtype in _FLOATS
-        and student.dim() == 4
+        and student.dim() in ranks
         and student.shape == teacher.shape
         and student.device == teacher.device
         and not teacher.requires_grad
     ):
         return
-    check_float("student", student)
-    check_float("teacher", teacher)
+    check_float("student", student, ranks)
+    check_float("teacher", teacher, ranks)
     check_same("teacher", teacher, "student", student, same_size)
     check_teacher("teacher", teacher)
 
@@ -113,15 +128,14 @@ def _first_bad_label(target: Tensor, classes: int, ignore_index: int) -> int:
 
 def _check_map(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
     got = x.shape
-    n, height, width = shape
-    if (
-        len(got) != 3
-        or (n is not None and got[0] != n)
-        or (height is not None and got[1] != height)
-        or (width is not None and got[2] != width)
-    ):
+    wrong = len(got) != len(shape)
+    if not wrong:
+        for size, want in zip(got, shape, strict=True):
+            wrong = wrong or (want is not None and size != want)
+    if wrong:
+        axes = "N" + AXES[len(shape) + 1]
         # Written here alone: Dynamo cannot put a symbolic size into words.
-        expected = ", ".join(axis if size is None else str(size) for axis, size in zip("NHW", shape, strict=True))
+        expected = ", ".join(axis if size is None else str(size) for axis, size in zip(axes, shape, strict=True))
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected ({expected})")
 
 
@@ -131,8 +145,7 @@ def check_pixel_weight(name: str, weight: Tensor, logits: Tensor, shape: tuple[i
         raise TypeError(
             f"{name}: got {getattr(weight, 'dtype', type(weight))}, expected a floating-point tensor (N, H, W)"
         )
-    if weight.requires_grad:
-        raise ValueError(f"{name}: requires grad, but it is taken as a constant; pass {name}.detach()")
+    check_constant(name, weight)
     _check_map(name, weight, shape)
     check_device(name, weight, "the logits", logits)
 
@@ -142,9 +155,15 @@ def check_class_weight(weight: Tensor, logits: Tensor) -> None:
         raise TypeError(
             f"class_weight: got {getattr(weight, 'dtype', type(weight))}, expected a floating-point tensor (C,)"
         )
+    check_constant("class_weight", weight)
     if weight.shape != (logits.shape[1],):
         raise ValueError(f"class_weight: got shape {tuple(weight.shape)}, expected ({logits.shape[1]},), one per class")
     check_device("class_weight", weight, "the logits", logits)
+
+
+def as_map(x: Tensor) -> Tensor:
+    """(N, C, ...) of any rank as (N, C, H, W): a view, where the memory allows one."""
+    return x if x.dim() == 4 else x.unsqueeze(2) if x.dim() == 3 else x.flatten(3)
 
 
 def dense_together(*maps: Tensor) -> tuple[Tensor, ...]:

@@ -1,13 +1,15 @@
 """The losses as functions: check the arguments, call the operator, reduce.
 
-Feature maps and logits are (N, C, H, W) in fp32, fp16, bf16 or fp64; student and teacher dtypes may differ. Arithmetic
-is fp32 (fp64 if an input is), and a loss is returned in that dtype; the gradient comes back in the student's dtype and
-memory format. The teacher is a constant. Labels are (N, H, W) of uint8, int32 or int64. The words for
-``reduction``: ``"mean"`` (over what is counted), ``"mean_all"`` (over all pixels), ``"sum"``, ``"batchmean"`` (sum / N)
-and ``"none"``. Where nothing is counted the loss and its gradient are 0.
+Feature maps and logits are (N, C, H, W), for ``nfd_loss``, ``kd_loss`` and ``cwd_loss`` with 1 to 3 spatial axes, in fp32,
+fp16, bf16 or fp64; student and teacher dtypes may differ. Arithmetic is fp32 (fp64 if an input is), and a loss is
+returned in that dtype; the gradient comes back in the student's dtype and memory format. The teacher is a constant.
+Labels are (N, H, W) of uint8, int32 or int64. The words for ``reduction``: ``"mean"`` (over what is counted),
+``"mean_all"`` (over all pixels), ``"sum"``, ``"batchmean"`` (sum / N) and ``"none"``. Where nothing is counted the loss
+and its gradient are 0.
 
 Raises, all functions:
-    ValueError: wrong rank or shape, devices that differ, an unknown word, a bad number, a teacher that requires grad.
+    ValueError: wrong rank or shape, devices that differ, an unknown word, a bad number, a teacher or
+        another constant that requires grad.
     TypeError: integer logits, labels that are not integers.
     IndexError: a label outside [0, C) other than ``ignore_index`` (CPU; on a GPU only with FASTKD_CHECK_LABELS=1, else
         such a pixel is ignored).
@@ -22,6 +24,8 @@ from torch import Tensor
 
 from . import backends, reference
 from ._arguments import (
+    ANY_RANK,
+    as_map,
     check_class_weight,
     check_float,
     check_number,
@@ -101,7 +105,8 @@ def nfd_loss(
     """Normalised feature distillation: mean of (z(S) - z(T))^2 (arXiv 2207.05256, NFD as restated by later work).
 
     Args:
-        student: (N, C, H, W).
+        student: (N, C, H, W), (N, C, L) or (N, C, D, H, W); tokens (B, L, C) as ``x.transpose(1, 2)``, read in place. Below,
+            H, W stand for all spatial axes.
         teacher: the same shape; another C needs an adapter, another size a resize (:class:`fastkd.NFDLoss` does both).
         dims: what a z-score is taken over: ``"hw"`` per sample and channel, ``"nhw"`` per channel over the batch,
             ``"c"`` per pixel over the channels, ``"chw"`` per sample.
@@ -113,10 +118,14 @@ def nfd_loss(
 
 
 def _nfd_loss(student: Tensor, teacher: Tensor, dims: str, eps: float, reduction: str, loss_weight: float) -> Tensor:
-    check_pair(student, teacher)
+    check_pair(student, teacher, ranks=ANY_RANK)
     check_word("dims", dims, DIMS)
     check_word("reduction", reduction, FEATURE_REDUCTIONS)
     check_number("eps", eps, minimum=0)
+    if student.dim() != 4:
+        spatial = student.shape[2:]
+        loss = _nfd_loss(as_map(student), as_map(teacher), dims, eps, reduction, loss_weight)
+        return loss.reshape(-1, *spatial) if reduction == "none" and dims == "c" else loss
     n, c, h, w = student.shape
     groups = n * c if dims == "hw" else c if dims == "nhw" else n * h * w if dims == "c" else n
     if reduction in ("sum", "batchmean"):  # over elements, where a term is the mean of a group
@@ -138,7 +147,7 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, redu
     """Channel-wise distillation: tau^2 / (N C) * sum of KL(softmax_HW(T / tau) || softmax_HW(S / tau)) (arXiv 2011.13256).
 
     Args:
-        student, teacher: (N, C, H, W).
+        student, teacher: (N, C, H, W), (N, C, L) or (N, C, D, H, W); tokens (B, L, C) as ``x.transpose(1, 2)``.
         temperature: tau > 0.
         reduction: ``"mean"`` over (N, C), ``"sum"``, ``"batchmean"``, or ``"none"``: (N, C).
     """
@@ -146,9 +155,10 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, redu
 
 
 def _cwd_loss(student: Tensor, teacher: Tensor, temperature: float, reduction: str, loss_weight: float) -> Tensor:
-    check_pair(student, teacher)
+    check_pair(student, teacher, ranks=ANY_RANK)
     check_word("reduction", reduction, FEATURE_REDUCTIONS)
     check_number("temperature", temperature, above=0)
+    student, teacher = as_map(student), as_map(teacher)
     n, c, _, _ = student.shape
     how = reduction_of(reduction, n * c, n, weight=loss_weight)
     backend = backends.choose("cwd", student.device)
@@ -171,7 +181,8 @@ def kd_loss(
     """Pixel-wise KL(softmax(T / tau) || softmax(S / tau)) * tau^2 over the classes (Hinton, arXiv 1503.02531).
 
     Args:
-        student, teacher: logits (N, C, H, W).
+        student, teacher: logits (N, C, H, W), (N, C, L) or (N, C, D, H, W); ``target`` and ``weight`` have the same axes
+            without C. Tokens (B, L, C) as ``x.transpose(1, 2)``, read in place.
         temperature: tau > 0.
         target: labels (N, H, W); pixels labelled ``ignore_index`` do not count. None: every pixel counts.
         weight: (N, H, W), scales each pixel's term, never the count.
@@ -190,16 +201,22 @@ def _kd_loss(
     reduction: str,
     loss_weight: float,
 ) -> Tensor:
-    check_pair(student, teacher)
+    check_pair(student, teacher, ranks=ANY_RANK)
     check_word("reduction", reduction, PIXEL_REDUCTIONS)
     check_number("temperature", temperature, above=0)
-    n, _, h, w = student.shape
+    n, spatial = student.shape[0], student.shape[2:]
     if target is not None:
-        check_target(target, student, (n, h, w), ignore_index)
+        check_target(target, student, (n, *spatial), ignore_index)
     if weight is not None:
-        check_pixel_weight("weight", weight, student, (n, h, w))
+        check_pixel_weight("weight", weight, student, (n, *spatial))
+    student, teacher = as_map(student), as_map(teacher)
+    _, _, h, w = student.shape
     how = reduction_of(reduction, n * h * w, n, counted=target is not None, weight=loss_weight)
-    return _kd(student, teacher, target, weight, temperature, ignore_index, how)
+    if len(spatial) == 2:
+        return _kd(student, teacher, target, weight, temperature, ignore_index, how)
+    target, weight = (x if x is None else x.reshape(n, h, w) for x in (target, weight))
+    loss = _kd(student, teacher, target, weight, temperature, ignore_index, how)
+    return loss.reshape(n, *spatial) if reduction == "none" else loss
 
 
 def resized_cross_entropy(

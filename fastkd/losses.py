@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn, tensor
 
 from . import functional
-from ._arguments import check_number, check_word
+from ._arguments import as_map, check_number, check_word
 from .functional import FEATURE_REDUCTIONS, PIXEL_REDUCTIONS, PRESETS, Heads, Labels, RDDOptions, RDDOutput
 from .ops.nfd import DIMS
 from .ops.rdd import SELECTIONS
@@ -26,7 +26,7 @@ class NFDLoss(nn.Module):
 
     With ``in_channels`` and ``teacher_channels`` the student first passes a trained 1x1 convolution (``adapter``, no
     bias: a constant per channel cancels in the z-score); give its parameters to the optimiser. A teacher of another
-    H, W is resized bilinearly to the student's.
+    H, W is resized bilinearly to the student's. Tokens and volumes: as in :func:`fastkd.nfd_loss`.
     """
 
     def __init__(
@@ -54,9 +54,13 @@ class NFDLoss(nn.Module):
         self.dims, self.eps, self.reduction, self.loss_weight = dims, eps, reduction, loss_weight
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        student = self.adapter(student)
-        if teacher.dim() == 4 and student.dim() == 4 and teacher.shape[2:] != student.shape[2:]:
-            teacher = F.interpolate(teacher, student.shape[2:], mode="bilinear", align_corners=False)
+        if isinstance(self.adapter, nn.Conv2d):
+            spatial = student.shape[2:]
+            student = self.adapter(as_map(student))
+            student = student.reshape(*student.shape[:2], *spatial)
+        if teacher.dim() == student.dim() and teacher.shape[2:] != student.shape[2:]:
+            mode = {3: "linear", 4: "bilinear", 5: "trilinear"}.get(student.dim(), "nearest")
+            teacher = F.interpolate(teacher, student.shape[2:], mode=mode, align_corners=False)
         return functional._nfd_loss(student, teacher, self.dims, self.eps, self.reduction, self.loss_weight)
 
     def extra_repr(self) -> str:

@@ -533,7 +533,7 @@ struct GradientShare {
 };
 
 // Every label row once, by bands of logit rows. make_term() gives each thread its Term, and
-// term.row(n, label_y, pixels, share, losses) adds up one label row: it returns the loss in lanes, adds the gradient to
+// term.row(n, label_y, pixels, share, losses) adds up one label row: it returns the loss, adds the gradient to
 // `share` unless to.gradient is null, and writes the loss of each pixel to `losses` (phases, padded) unless that is null.
 template <class Acc, class MakeTerm>
 inline void each_label_row(const Map& map, const Resized& to, const Columns<Acc>& columns, const MakeTerm& make_term) {
@@ -562,8 +562,7 @@ inline void each_label_row(const Map& map, const Resized& to, const Columns<Acc>
                     count += pixels.load(n, label_y);
                     const GradientShare<Acc> share{top, bottom, set1(static_cast<Acc>(1 - tap.weight)),
                                                    set1(static_cast<Acc>(tap.weight)), tap.weight != 0};
-                    total += static_cast<double>(
-                        sum_lanes<Acc>(term.row(n, label_y, pixels, share, per_pixel ? static_cast<Acc*>(losses) : nullptr)));
+                    total += term.row(n, label_y, pixels, share, per_pixel ? static_cast<Acc*>(losses) : nullptr);
                     if (!per_pixel) continue;
                     Acc* row = static_cast<Acc*>(to.out.loss) + (n * to.height + label_y) * to.width;
                     const Acc scale = static_cast<Acc>(to.out.scale);

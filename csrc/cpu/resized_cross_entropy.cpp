@@ -23,16 +23,16 @@ public:
           e_(a.to.gradient ? classes_ * kept_ * W : 0),
           gradient_(a.to.gradient != nullptr) {}
 
-    Vec<Acc> row(int64_t n, int64_t label_y, const PixelRow<Acc>& pixels, const GradientShare<Acc>& share, Acc* losses) {
+    double row(int64_t n, int64_t label_y, const PixelRow<Acc>& pixels, const GradientShare<Acc>& share, Acc* losses) {
         logits_.load(n, rows_.tap(label_y), 1);
-        Vec<Acc> total{};
+        double total = 0;
         for (int64_t cell = 0; cell < columns_.padded; cell += W)
             for (int64_t k = 0; k < columns_.phases; k += kept_) {
                 const int64_t phases = min(kept_, columns_.phases - k);
+                Vec<Acc> sum{};  // of a few vectors: a longer fp32 sum of equal terms drifts
                 for (int64_t j = 0; j < phases; j += 4)
-                    by_count(phases - j, [&](auto g) {
-                        total += losses_of<decltype(g)::value>(pixels, cell, k, j, losses);
-                    });
+                    by_count(phases - j, [&](auto g) { sum += losses_of<decltype(g)::value>(pixels, cell, k, j, losses); });
+                total += static_cast<double>(sum_lanes<Acc>(sum));
                 if (gradient_) add_gradient(cell, phases, share);
             }
         return total;

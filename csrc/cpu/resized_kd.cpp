@@ -31,20 +31,22 @@ public:
         for (int64_t i = 0; kAhead && i < classes_ * columns.phases * columns.padded; ++i) ahead_[i] = plain_ahead_[i] = 0;
     }
 
-    Vec<Acc> row(int64_t n, int64_t label_y, const PixelRow<Acc>& pixels, const GradientShare<Acc>& share, Acc* losses) {
+    double row(int64_t n, int64_t label_y, const PixelRow<Acc>& pixels, const GradientShare<Acc>& share, Acc* losses) {
         student_.load(n, student_rows_.tap(label_y), inv_tau_);
         teacher_.load(n, teacher_rows_.tap(label_y), inv_tau_);
         if constexpr (kAhead) lay_out(teacher_.values(), ahead_);
         have_plain_ahead_ = false;
-        Vec<Acc> total{};
+        double total = 0;
         for (int64_t cell = 0; cell < columns_.padded; cell += W)
             for (int64_t k = 0; k < columns_.phases; k += kept_) {
                 const int64_t phases = min(kept_, columns_.phases - k);
+                Vec<Acc> sum{};  // of a few vectors: a longer fp32 sum of equal terms drifts
                 for (int64_t j = 0; j < phases; j += 2)
                     if (phases - j == 1)
-                        total += losses_of<1>(pixels, cell, k, j, losses);
+                        sum += losses_of<1>(pixels, cell, k, j, losses);
                     else
-                        total += losses_of<2>(pixels, cell, k, j, losses);
+                        sum += losses_of<2>(pixels, cell, k, j, losses);
+                total += static_cast<double>(sum_lanes<Acc>(sum));
                 if (gradient_) add_gradient(cell, phases, share);
             }
         return total;
