@@ -20,22 +20,22 @@ public:
           teacher_columns_(a.teacher.w, a.to.width, a.to.align_corners),
           student_(a.student, columns.padded),
           teacher_(a.teacher, ceil_div(a.teacher.w, W) * W),
-          ahead_(kAhead ? classes_ * columns.phases * columns.padded : 0),
-          plain_ahead_(kAhead ? classes_ * columns.phases * columns.padded : 0),
+          laid_out_(kAhead ? classes_ * columns.phases * columns.padded : 0),
+          plain_laid_out_(kAhead ? classes_ * columns.phases * columns.padded : 0),
           inv_tau_(static_cast<Acc>(1 / a.temperature)),
           tau_(static_cast<Acc>(a.temperature)),
           kept_(phases_kept<Acc>(columns.phases, 2 * classes_)),
           e_s_(classes_ * kept_ * W),
           e_t_(classes_ * kept_ * W),
           gradient_(a.to.gradient != nullptr) {
-        for (int64_t i = 0; kAhead && i < classes_ * columns.phases * columns.padded; ++i) ahead_[i] = plain_ahead_[i] = 0;
+        for (int64_t i = 0; kAhead && i < classes_ * columns.phases * columns.padded; ++i) laid_out_[i] = plain_laid_out_[i] = 0;
     }
 
     double row(int64_t n, int64_t label_y, const PixelRow<Acc>& pixels, const GradientShare<Acc>& share, Acc* losses) {
         student_.load(n, student_rows_.tap(label_y), inv_tau_);
         teacher_.load(n, teacher_rows_.tap(label_y), inv_tau_);
-        if constexpr (kAhead) lay_out(teacher_.values(), ahead_);
-        have_plain_ahead_ = false;
+        if constexpr (kAhead) lay_out(teacher_.values(), laid_out_);
+        have_plain_ = false;
         double total = 0;
         for (int64_t cell = 0; cell < columns_.padded; cell += W)
             for (int64_t k = 0; k < columns_.phases; k += kept_) {
@@ -70,13 +70,13 @@ private:
         const int64_t first = (k + j) * columns_.padded + cell;
         const Side<Acc, false> student{student_.values() + cell, student_.stride, 0};
         const Side<Acc, kAhead> teacher =
-            kAhead ? ahead(ahead_ + first) : Side<Acc, kAhead>{teacher_.values() + cell, teacher_.stride, 0};
+            kAhead ? ahead(laid_out_ + first) : Side<Acc, kAhead>{teacher_.values() + cell, teacher_.stride, 0};
         const auto student_plain = [&] { return Side<Acc, false>{student_.plain() + cell, student_.stride, 0}; };
         const auto teacher_plain = [&] {
             if (!kAhead) return Side<Acc, kAhead>{teacher_.plain() + cell, teacher_.stride, 0};
-            if (!have_plain_ahead_) lay_out(teacher_.plain(), plain_ahead_);
-            have_plain_ahead_ = true;
-            return ahead(plain_ahead_ + first);
+            if (!have_plain_) lay_out(teacher_.plain(), plain_laid_out_);
+            have_plain_ = true;
+            return ahead(plain_laid_out_ + first);
         };
         for (int i = 0; i < G; ++i) right_[j + i] = load(columns_.right + first + i * columns_.padded);
         Softmax<Acc, G, false> s;
@@ -139,8 +139,8 @@ private:
     const Columns<Acc>& columns_;
     const Axis student_rows_, teacher_rows_, teacher_columns_;
     Row<Acc> student_, teacher_;
-    const Scratch<Acc> ahead_, plain_ahead_;  // (classes, phases, padded)
-    bool have_plain_ahead_ = false;
+    const Scratch<Acc> laid_out_, plain_laid_out_;  // (classes, phases, padded)
+    bool have_plain_ = false;
     const Acc inv_tau_, tau_;
     const int64_t kept_;
     const Scratch<Acc> e_s_, e_t_;  // (classes, kept, W)
