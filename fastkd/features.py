@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -30,8 +31,20 @@ class TappedOutput(NamedTuple):
     taps: dict[str, Tensor]
 
 
+class _Taken(NamedTuple):
+    """A tensor at the moment a module returned it; version: its count of writes, None where none is kept; copy: what it held."""
+
+    tensor: Tensor
+    version: int | None
+    copy: Tensor | None
+    mode: tuple[str, bool]
+
+
 class Tapped(nn.Module):
     """Wraps `model`; calling it returns `TappedOutput(output, taps)`. Gradients flow through the taps.
+
+    A tap holds what the module returned, also where a later one overwrites it, as a ReLU with inplace=True does: such a tensor is
+    copied. Which ones are is seen in the first forward in training mode and in the first in evaluation mode, which copy all.
 
     The hooks exist only while a forward runs: the model used directly is untouched, nothing is kept between calls, and
     the wrapper can be copied, pickled and moved. A module that runs several times in one forward is tapped at its last run.
@@ -42,7 +55,7 @@ class Tapped(nn.Module):
 
     Raises:
         ValueError: a path is not well formed or names no submodule (close names are suggested).
-        RuntimeError: (on call) a tapped module did not run.
+        RuntimeError: (on call) a tapped module did not run; or its tensor was overwritten, which it was not in earlier calls.
         TypeError, LookupError: (on call) the bracket does not fit what the module returned, or the tap is not a tensor.
     """
 
@@ -50,7 +63,10 @@ class Tapped(nn.Module):
         super().__init__()
         self.model = model
         self.paths = dict(taps)
-        self._pinned: dict[str, Tensor] | None = None
+        self._pinned: dict[str, _Taken] | None = None
+        self._overwritten: dict[
+            tuple[str, bool], bool
+        ] = {}  # (tap, training mode of its module) -> whether it is copied
         for name, path in self.paths.items():
             _find(model, name, path)
 
@@ -61,17 +77,20 @@ class Tapped(nn.Module):
             self._install(self._pinned)
         return self
 
-    def _install(self, taps: dict[str, Tensor]) -> list[RemovableHandle]:
+    def _install(self, taps: dict[str, _Taken]) -> list[RemovableHandle]:
         found = [(name, path, *_find(self.model, name, path)) for name, path in self.paths.items()]
-        return [m.register_forward_hook(partial(_keep, taps, name, path, entry)) for name, path, m, entry in found]
+        known = self._overwritten
+        return [
+            m.register_forward_hook(partial(_keep, taps, known, name, path, entry)) for name, path, m, entry in found
+        ]
 
     def forward(self, *args: Any, **kwargs: Any) -> TappedOutput:
         if self._pinned is not None:
             output = self.model(*args, **kwargs)
-            taps = dict(self._pinned)
+            kept = dict(self._pinned)
             self._pinned.clear()
-            return self._result(output, taps)
-        taps = {}
+            return self._result(output, kept)
+        taps: dict[str, _Taken] = {}
         handles = self._install(taps)
         try:
             output = self.model(*args, **kwargs)
@@ -80,12 +99,25 @@ class Tapped(nn.Module):
                 handle.remove()
         return self._result(output, taps)
 
-    def _result(self, output: Any, taps: dict[str, Tensor]) -> TappedOutput:
+    def _result(self, output: Any, taps: dict[str, _Taken]) -> TappedOutput:
         if missing := [f"{name!r} ({self.paths[name]!r})" for name in self.paths if name not in taps]:
             raise RuntimeError(
                 f"tap {', '.join(missing)} did not run in this forward; tap a module that the model calls"
             )
-        return TappedOutput(output, {name: taps[name] for name in self.paths})
+        return TappedOutput(output, {name: self._value(name, taps[name]) for name in self.paths})
+
+    def _value(self, name: str, taken: _Taken) -> Tensor:
+        if taken.version is None:
+            return taken.tensor if taken.copy is None else taken.copy
+        changed = taken.tensor._version != taken.version
+        if changed and taken.copy is None:
+            self._overwritten[taken.mode] = True
+            raise RuntimeError(
+                f"tap {name!r} ({self.paths[name]!r}): a later module overwrote what it returned, which none did before; call "
+                "again: from now on it is copied"
+            )
+        self._overwritten[taken.mode] = changed
+        return taken.copy if changed and taken.copy is not None else taken.tensor
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={path!r}" for name, path in self.paths.items())
@@ -109,7 +141,14 @@ def _find(model: nn.Module, name: str, path: str) -> tuple[nn.Module, str | None
 
 
 def _keep(
-    taps: dict[str, Tensor], name: str, path: str, entry: str | None, module: nn.Module, args: Any, out: Any
+    taps: dict[str, _Taken],
+    overwritten: Mapping[tuple[str, bool], bool],
+    name: str,
+    path: str,
+    entry: str | None,
+    module: nn.Module,
+    args: Any,
+    out: Any,
 ) -> None:
     where = f"tap {name!r} ({path!r})"
     if entry is not None:
@@ -135,4 +174,9 @@ def _keep(
         else:
             which = "tap a module that returns one"
         raise TypeError(f"{where}: expected a tensor, got a {type(out).__name__}; {which}")
-    taps[name] = out
+    mode = name, module.training
+    # A compiled model and inference tensors count no writes: there what is known counts, and what is not is copied.
+    counted = not (torch.compiler.is_compiling() or out.is_inference())
+    known = overwritten.get(mode)
+    copy = out.clone() if known is not False else None
+    taps[name] = _Taken(out, out._version if counted and not known else None, copy, mode)

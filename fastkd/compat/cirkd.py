@@ -1,14 +1,23 @@
-"""Losses of CIRKD's training scripts, from what is published about them (that code has no licence and was not read).
+"""Losses of CIRKD's training scripts, by their names, arguments and numbers.
 
-Not here: its mini-batch and memory losses. The formula of the former, as the paper has it, is
-`fastkd.train.methods.cirkd.CIRKDLoss`.
+They were written from the formulas and compared in numbers with the originals; nothing is copied. Not here: the memory bank
+and the adversarial term.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from fastkd.functional import cwd_loss, kd_loss, resized_cross_entropy
+from fastkd.train.methods.at import ATLoss
+from fastkd.train.methods.base import mean, no_autocast, precise
+from fastkd.train.methods.cirkd import CIRKDLoss
+from fastkd.train.methods.dsd import class_similarity, published_pixel
+from fastkd.train.methods.fitnet import FitNetLoss
+from fastkd.train.methods.ifvd import IFVDLoss
+from fastkd.train.methods.skd import SKDLoss
 
 
 class CriterionKD(nn.Module):
@@ -26,27 +35,128 @@ class CriterionCWD(nn.Module):
     """CWD (arXiv 2011.13256) of features or logits (N, C, h, w), times temperature².
 
     Args:
-        norm_type: "channel", a softmax over the pixels of each channel, averaged over N and C; or "spatial", a softmax over the
-            channels of each pixel, averaged over pixels.
-        divergence: "kl".
+        s_channels, t_channels: of student and teacher; where they differ the student passes `conv`, a 1x1
+            convolution without bias.
+        norm_type: "channel", a softmax over the pixels of each channel, divided by N·C; "spatial", a softmax over the channels of
+            each pixel, divided by N·h·w; or "none", the numbers themselves, divided by N·h·w.
+        divergence: "kl" (of a softmax), or "mse", the sum of squared differences. There "mse" ends in an AttributeError.
         temperature: of the softmax.
 
     Raises:
-        ValueError: another norm_type or divergence, whose normalisation is not published.
+        ValueError: "kl" without a softmax, or a word that is not known.
     """
 
-    def __init__(self, norm_type: str, divergence: str, temperature: float = 1.0):
+    def __init__(
+        self,
+        s_channels: int,
+        t_channels: int,
+        norm_type: str = "none",
+        divergence: str = "mse",
+        temperature: float = 1.0,
+    ):
         super().__init__()
-        if norm_type not in ("channel", "spatial") or divergence != "kl":
+        norms = ("channel", "spatial") if divergence == "kl" else ("channel", "spatial", "none")
+        if divergence not in ("kl", "mse") or norm_type not in norms:
             raise ValueError(
                 f"CriterionCWD: got norm_type {norm_type!r} and divergence {divergence!r}, expected 'channel' or 'spatial' with "
-                "'kl'; keep the class you have for other combinations"
+                "'kl', or these or 'none' with 'mse'"
             )
         self.norm_type, self.divergence, self.temperature = norm_type, divergence, temperature
+        self.conv = nn.Conv2d(s_channels, t_channels, kernel_size=1, bias=False)
 
     def forward(self, preds_S: Tensor, preds_T: Tensor) -> Tensor:
-        loss = cwd_loss if self.norm_type == "channel" else kd_loss
-        return loss(preds_S, preds_T.detach(), temperature=self.temperature)
+        if preds_S.shape[1] != preds_T.shape[1]:
+            preds_S = self.conv(preds_S)
+        preds_T = preds_T.detach()
+        if self.divergence == "kl":
+            loss = cwd_loss if self.norm_type == "channel" else kd_loss
+            return loss(preds_S, preds_T, temperature=self.temperature)
+        s, t = (self._normalised(precise(x)) for x in (preds_S, preds_T))
+        n, c, h, w = preds_S.shape
+        return (
+            (s - t).square().sum() * self.temperature**2 / max(n * c if self.norm_type == "channel" else n * h * w, 1)
+        )
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        if self.norm_type == "none":
+            return x
+        x = x / self.temperature
+        return x.flatten(2).softmax(2) if self.norm_type == "channel" else x.softmax(1)
+
+
+class CriterionAT(nn.Module):
+    """AT (arXiv 1612.03928): the mean of the squared difference of attention maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = ATLoss(loss_weight=1)
+
+    def forward(self, feat_S: Tensor, feat_T: Tensor) -> Tensor:
+        return self.loss(feat_S, feat_T.detach())
+
+
+class CriterionFitNet(nn.Module):
+    """FitNet (arXiv 1412.6550): the mean squared difference, the student behind `conv`, a 1x1 convolution without bias."""
+
+    def __init__(self, s_channels: int, t_channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(s_channels, t_channels, kernel_size=1, bias=False)
+        self.loss = FitNetLoss(loss_weight=1)
+
+    def forward(self, feat_S: Tensor, feat_T: Tensor) -> Tensor:
+        return self.loss(self.conv(feat_S), feat_T.detach())
+
+
+class CriterionStructuralKD(nn.Module):
+    """SKD, pair-wise (arXiv 1903.04197), with max-pooling over 2×2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = SKDLoss(loss_weight=1)
+
+    def forward(self, feat_S: Tensor, feat_T: Tensor) -> Tensor:
+        return self.loss(feat_S, feat_T.detach())
+
+
+class CriterionDoubleSimKD(nn.Module):
+    """DSD (arXiv 2107.08591): two losses, pixel and category, of lists of layers of one size; the last are the logits."""
+
+    def forward(self, feat_S_list: Sequence[Tensor], feat_T_list: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        student, teacher = list(feat_S_list), [x.detach() for x in feat_T_list]
+        if not len(student) == len(teacher) >= 2:
+            raise ValueError(
+                f"CriterionDoubleSimKD: got {len(student)} and {len(teacher)} layers, expected two or more of each"
+            )
+        with no_autocast(student[-1]):
+            s, t = (class_similarity(layers[-1], 4.0) for layers in (student, teacher))
+        return published_pixel(student, teacher), mean((s - t).square())
+
+
+class CriterionIFV(nn.Module):
+    """IFVD (ECCV 2020), the mean over all pixels; labels that are not 0 to classes − 1 are ignored."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.loss = IFVDLoss(classes, loss_weight=1)
+
+    def forward(self, feat_S: Tensor, feat_T: Tensor, target: Tensor) -> Tensor:
+        return self.loss(feat_S, feat_T.detach(), target)
+
+
+class CriterionMiniBatchCrossImagePair(nn.Module):
+    """CIRKD's mini-batch loss (arXiv 2204.06986).
+
+    Args:
+        temperature: of the softmax over similarities.
+        pooling: average the features over 2×2 first.
+    """
+
+    def __init__(self, temperature: float, pooling: bool = False):
+        super().__init__()
+        self.loss = CIRKDLoss(temperature=temperature, pool=2 if pooling else 1, loss_weight=1)
+
+    def forward(self, feat_S: Tensor, feat_T: Tensor) -> Tensor:
+        return self.loss(feat_S, feat_T.detach())
 
 
 class SegCrossEntropyLoss(nn.Module):

@@ -114,3 +114,75 @@ def test_wrong_names_suggest_close_ones(net, path, says):
 def test_wrong_entries(net, path, kind, says):
     with pytest.raises(kind, match=says):
         Tapped(net, {"feat": path})(torch.randn(1, 3, 16, 16))
+
+
+class Normed(nn.Module):
+    """A convolution, a batch norm and an activation that overwrites it, as every block of a torchvision ResNet has them."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), activation
+
+    def forward(self, x):
+        return self.act(self.bn(self.conv(x)))
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_tap_is_what_the_module_returned_before_it_was_overwritten(mode, training, pinned):
+    torch.manual_seed(0)
+    net = Normed(nn.ReLU(inplace=True)).train(training)
+    plain = Normed(nn.ReLU()).train(training)
+    plain.load_state_dict(net.state_dict())
+    tapped, x = Tapped(net, {"bn": "bn", "act": "act"}), torch.randn(2, 3, 8, 8)
+    if pinned:
+        tapped.pin()
+    for _ in range(3):
+        with mode():
+            output, taps = tapped(x)
+            want = plain.bn(plain.conv(x))
+        assert torch.equal(taps["bn"], want)
+        assert (taps["bn"] < 0).any()
+        assert torch.equal(taps["act"], want.relu())
+        assert torch.equal(output, want.relu())
+    if mode is torch.enable_grad:
+        (output.sum() + taps["bn"].square().sum()).backward()
+        assert net.conv.weight.grad.isfinite().all()
+
+
+def test_a_tensor_that_is_not_overwritten_is_not_copied(net):
+    tapped, x = Tapped(net, {"whole": "[out]"}), torch.randn(1, 3, 16, 16)
+    for _ in range(2):
+        output, taps = tapped(x)
+        assert taps["whole"] is output["out"]
+    tapped.eval()
+    tapped(x)
+    with torch.inference_mode():  # what the first forward of the mode has shown holds there too
+        output, taps = tapped(x)
+    assert taps["whole"] is output["out"]
+
+
+def test_a_tensor_that_is_overwritten_later_on_is_an_error_once():
+    net = Normed(nn.Identity())
+    tapped, x = Tapped(net, {"bn": "bn"}), torch.randn(2, 3, 8, 8)
+    tapped(x)
+    net.act = nn.ReLU(inplace=True)
+    with pytest.raises(RuntimeError, match=r"overwrote what it returned.*call again"):
+        tapped(x)
+    assert (tapped(x).taps["bn"] < 0).any()
+
+
+def test_the_blocks_of_a_torchvision_resnet():
+    models = pytest.importorskip("torchvision.models")
+    net = models.resnet18(weights=None).eval()
+    names = [name for name, module in net.named_modules() if name.endswith(("bn1", "bn2"))]
+    taps = Tapped(net, {name: name for name in names})(torch.randn(1, 3, 64, 64)).taps
+    assert all((taps[name] < 0).any() for name in names)
+
+
+def test_a_compiled_model_keeps_what_was_returned():
+    tapped = Tapped(Normed(nn.ReLU(inplace=True)).eval(), {"bn": "bn"}).pin()
+    compiled = torch.compile(tapped, backend="eager")
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(compiled(x).taps["bn"], tapped.model.bn(tapped.model.conv(x)))

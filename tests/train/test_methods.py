@@ -67,15 +67,19 @@ def cosine(a, b):
     return (a * b).sum() / (norm(a) * norm(b))
 
 
-def patches(x, side):
+def patches(x, side, pool=lambda patch: patch.mean(1)):
     rows, columns = range(0, x.shape[1], side), range(0, x.shape[2], side)
-    return [x[:, i : i + side, j : j + side].flatten(1).mean(1) for i in rows for j in columns]
+    return [pool(x[:, i : i + side, j : j + side].flatten(1)) for i in rows for j in columns]
 
 
-def literal_skd(student, teacher, side):
+def maximum(patch):
+    return patch.amax(1)
+
+
+def literal_skd(student, teacher, side, pool=maximum):
     terms = []
     for s, t in zip(student, teacher, strict=True):
-        s, t = patches(s, side), patches(t, side)
+        s, t = patches(s, side, pool), patches(t, side, pool)
         terms += [(cosine(s[i], s[j]) - cosine(t[i], t[j])) ** 2 for i in range(len(s)) for j in range(len(s))]
     return sum(terms) / len(terms)
 
@@ -89,12 +93,35 @@ def variation_map(x, label):
     return out
 
 
-def literal_ifvd(student, teacher, target):
+def literal_ifvd(student, teacher, target, ignored=0):
+    """ignored: 1 counts the pixels without a class, whose similarity is 1 on both sides."""
     terms = []
     for s, t, y in zip(student, teacher, target, strict=True):
         s, t = variation_map(s, y), variation_map(t, y)
         terms += [(s[p] - t[p]) ** 2 for p in s]
+        terms += [s[next(iter(s))] * 0] * (ignored * (y.numel() - len(s)))
     return sum(terms) / len(terms)
+
+
+def literal_dsd_published(student, teacher, temperature=4.0):
+    """The layers of an image, the last being the logits."""
+
+    def residuals(layers, n):
+        maps = [torch.stack(attention(layer[n])) for layer in layers]
+        pairs = itertools.combinations(maps, 2)
+        return [(b - a) / norm(b - a) for a, b in pairs]
+
+    def gram(z):
+        classes = torch.stack(patches(z, 2)).T / temperature
+        p = [c.exp() / c.exp().sum() for c in classes]
+        return [(a * b).sum() for a in p for b in p]
+
+    pixel, category = [], []
+    for n in range(N):
+        for s, t in zip(residuals(student, n), residuals(teacher, n), strict=True):
+            pixel += [(a - b) ** 2 for a, b in zip(s, t, strict=True)]
+        category += [(a - b) ** 2 for a, b in zip(gram(student[-1][n]), gram(teacher[-1][n]), strict=True)]
+    return sum(pixel) / len(pixel), sum(category) / len(category)
 
 
 def literal_dsd(student_logits, teacher_logits, student, teacher, temperature):
@@ -132,9 +159,19 @@ LITERAL = {
     "at": (ATLoss(loss_weight=1), literal_at, (6, 4)),
     "fitnet": (FitNetLoss(loss_weight=1), literal_fitnet, (6, 6)),
     "skd": (SKDLoss(pool=2, loss_weight=1), lambda s, t: literal_skd(s, t, 2), (6, 4)),
+    "skd, paper": (
+        SKDLoss(variant="paper", loss_weight=1),
+        lambda s, t: literal_skd(s, t, 2, lambda patch: patch.mean(1)),
+        (6, 4),
+    ),
     "skd, every pixel": (SKDLoss(pool=1, loss_weight=1), lambda s, t: literal_skd(s, t, 1), (3, 4)),
     "ifvd": (
         lambda s, t: IFVDLoss(K, loss_weight=1)(s, t, TARGET),
+        lambda s, t: literal_ifvd(s, t, TARGET, ignored=1),
+        (6, 4),
+    ),
+    "ifvd, paper": (
+        lambda s, t: IFVDLoss(K, variant="paper", loss_weight=1)(s, t, TARGET),
         lambda s, t: literal_ifvd(s, t, TARGET),
         (6, 4),
     ),
@@ -171,12 +208,47 @@ def test_formula(name, chunk, monkeypatch):
 
 
 def test_formula_of_dsd():
+    (zs, zt), (s0, t0), (s1, t1) = pair((K, K)), pair((5, 4)), pair((2, 7))
+    leaves = [x.clone().requires_grad_() for x in (s0, s1, zs)]
+    pixel, category = literal_dsd_published(leaves, (t0, t1, zt))
+    (1000 * pixel + 10 * category).backward()
+    ours = [x.clone().requires_grad_() for x in (s0, s1, zs)]
+    value = DSDLoss()(ours[2], zt, ours[:2], (t0, t1))
+    value.backward()
+    torch.testing.assert_close(value.detach(), (1000 * pixel + 10 * category).detach())
+    for a, b in zip(ours, leaves, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_values_of_the_code_behind_the_published_tables():
+    """That code was run on these tensors, in float64."""
+    rng = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    fs, ft = draw(2, 6, 5, 7), 2 * draw(2, 6, 5, 7)
+    zs, zt = draw(2, 4, 5, 7), 2 * draw(2, 4, 5, 7)
+    fs2, ft2 = draw(2, 8, 5, 7), draw(2, 8, 5, 7)
+    assert SKDLoss(loss_weight=1)(fs, ft).item() == pytest.approx(0.169290016, rel=1e-8)
+    pixel = DSDLoss(loss_weight=1, category_weight=0)(zs, zt, (fs, fs2), (ft, ft2))
+    category = DSDLoss(loss_weight=0, category_weight=1)(zs, zt, (fs, fs2), (ft, ft2))
+    assert pixel.item() == pytest.approx(0.052811544, rel=1e-7)
+    assert category.item() == pytest.approx(2.76686575e-05, rel=1e-8)
+    from fastkd.compat import cirkd
+
+    assert cirkd.CriterionStructuralKD()(fs, ft).item() == pytest.approx(0.169290016, rel=1e-8)
+    both = cirkd.CriterionDoubleSimKD()([fs, fs2, zs], [ft, ft2, zt])
+    assert [x.item() for x in both] == pytest.approx([0.052811544, 2.76686575e-05], rel=1e-7)
+
+
+def test_formula_of_dsd_in_the_paper():
     (zs, zt), (s0, t0), (s1, t1) = pair((K, K)), pair((5, 4)), pair((3, 7))
     leaves = [x.clone().requires_grad_() for x in (zs, s0, s1)]
     pixel, category = literal_dsd(leaves[0], zt, leaves[1:], (t0, t1), temperature=2.0)
     (1000 * pixel + 10 * category).backward()
     ours = [x.clone().requires_grad_() for x in (zs, s0, s1)]
-    value = DSDLoss(temperature=2.0)(ours[0], zt, ours[1:], (t0, t1))
+    value = DSDLoss(variant="paper", temperature=2.0)(ours[0], zt, ours[1:], (t0, t1))
     value.backward()
     torch.testing.assert_close(value.detach(), (1000 * pixel + 10 * category).detach())
     for a, b in zip(ours, leaves, strict=True):
@@ -192,7 +264,7 @@ def test_dsd_resizes_the_deeper_map():
         return F.interpolate(q[1][:, None], (4, 6), mode="bilinear")[:, 0] - q[0]
 
     want = 1000 * (residual(s0, s1) - residual(t0, t1)).square().mean()
-    torch.testing.assert_close(DSDLoss()(logits, logits, (s0, s1), (t0, t1)), want)
+    torch.testing.assert_close(DSDLoss(variant="paper")(logits, logits, (s0, s1), (t0, t1)), want)
 
 
 def test_ifvd_takes_labels_by_nearest_neighbour():
@@ -252,7 +324,7 @@ def test_zero_features_have_finite_gradients(name):
 @pytest.mark.parametrize("name", LITERAL)
 def test_an_empty_batch_is_zero(name):
     loss, _, channels = LITERAL[name]
-    if name == "ifvd":
+    if name.startswith("ifvd"):
         loss = lambda s, t: IFVDLoss(K)(s, t, TARGET[:0])  # noqa: E731
     student, teacher = (x[:0] for x in pair(channels))
     assert value_and_gradient(loss, student, teacher)[0] == 0
@@ -308,6 +380,9 @@ def test_wrong_values_are_named():
         FitNetLoss()(*pair((6, 4)))
     with pytest.raises(ValueError, match="pool: got 0"):
         SKDLoss(pool=0)
+    for kind in (SKDLoss, DSDLoss, lambda variant: IFVDLoss(K, variant=variant)):
+        with pytest.raises(ValueError, match="variant: got 'code', expected 'published' or 'paper'"):
+            kind(variant="code")
     with pytest.raises(ValueError, match="temperature > 0"):
         CIRKDLoss(temperature=0)
     with pytest.raises(ValueError, match=r"unknown loss 'cird'; did you mean 'cirkd'\?"):
@@ -403,8 +478,11 @@ def test_networks_that_do_not_fit(networks):
     one_tap = build_model(
         ModelConfig(arch="FPN", encoder="tu-mobilenetv3_small_050", features={"high": "encoder[-1]"}), K
     )
+    paper = LossConfig()
+    paper.dsd.variant = "paper"
+    Objective("dsd", LossConfig(), total_steps=1, student=one_tap, teacher=teacher)  # the logits are the other layer
     with pytest.raises(ValueError, match=r"two or more from shallow to deep.*--loss.dsd.weight 0"):
-        Objective("dsd", LossConfig(), total_steps=1, student=one_tap, teacher=teacher)
+        Objective("dsd", paper, total_steps=1, student=one_tap, teacher=teacher)
     other = build_model(ModelConfig(arch="FPN", encoder="tu-mobilenetv3_small_050"), K + 1)
     with pytest.raises(ValueError, match="the teacher predicts 3 classes and the student 4; train both on the same"):
         Objective("kd", LossConfig(), total_steps=1, student=other, teacher=teacher)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from fastkd.backends import requested
 from fastkd.ranges import NonNegative
 from fastkd.train.models import Feature, Output, SegmentationModel
 
+Variant = Literal["published", "paper"]  # what the code behind the published tables computes, or the paper's formula
 CHUNK = 1 << 24  # elements of a similarity matrix that exist at once; 64 MiB in fp32
 
 
@@ -78,7 +79,14 @@ class OnFeatures(Distiller):
     """
 
     def __init__(
-        self, loss: nn.Module, config: FeatureConfig, pair: Pair, *, adapt: str | None = None, labelled: bool = False
+        self,
+        loss: nn.Module,
+        config: FeatureConfig,
+        pair: Pair,
+        *,
+        adapt: str | None = None,
+        labelled: bool = False,
+        over_valid: bool = False,
     ):
         keys, features = {}, {}
         for name in compared_features(pair, config.features):
@@ -86,7 +94,7 @@ class OnFeatures(Distiller):
             adapted = adapt is not None and pair.student.channels[name] != channels
             keys[name] = f"{adapt}/{name}" if adapted else name
             features[keys[name]] = Feature(name, channels if adapted else None)
-        super().__init__(cast(float, loss.loss_weight), features, over_valid=labelled)
+        super().__init__(cast(float, loss.loss_weight), features, over_valid=over_valid)
         self.keys = keys  # tap -> the name under which the student returns it
         self.loss, self.labelled = loss, labelled
 
@@ -146,6 +154,11 @@ def unit(x: Tensor, dim: int) -> Tensor:
 def mean(x: Tensor) -> Tensor:
     """0 where there is nothing."""
     return x.sum() / max(x.numel(), 1)
+
+
+def check_variant(variant: str) -> None:
+    if variant not in get_args(Variant):
+        raise ValueError(f"variant: got {variant!r}, expected 'published' or 'paper'")
 
 
 def no_autocast(x: Tensor) -> torch.autocast:

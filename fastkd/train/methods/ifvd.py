@@ -1,7 +1,9 @@
 """IFVD: intra-class feature variation (Wang et al., ECCV 2020).
 
 Per image, the prototype of a class is the mean feature of its pixels. The variation map M holds the cosine of each pixel's
-feature with the prototype of its own class. The loss is the mean over labelled pixels of (M(S) − M(T))².
+feature with the prototype of its own class. The loss is the mean of (M(S) − M(T))², in variant "paper" over labelled pixels.
+In the code behind the published tables an ignored pixel is its own prototype, and adds 0 to a mean over all pixels: variant
+"published".
 """
 
 from __future__ import annotations
@@ -13,18 +15,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd.ranges import NonNegative
-from fastkd.train.methods.base import Distiller, FeatureConfig, OnFeatures, Pair, no_autocast, precise, unit
+from fastkd.train.methods.base import (
+    Distiller,
+    FeatureConfig,
+    OnFeatures,
+    Pair,
+    Variant,
+    check_variant,
+    no_autocast,
+    precise,
+    unit,
+)
 
 
 @dataclass
 class IFVDConfig(FeatureConfig):
-    """Intra-class feature variation."""
+    """Intra-class feature variation.
+
+    Args:
+        variant: "published" is a mean over all pixels, "paper" over labelled ones.
+    """
 
     weight: NonNegative = 20.0
+    variant: Variant = "published"
 
     def build(self, pair: Pair) -> Distiller:
-        loss = IFVDLoss(pair.student.classes, ignore_index=pair.ignore_index, loss_weight=self.weight)
-        return OnFeatures(loss, self, pair, labelled=True)
+        loss = IFVDLoss(
+            pair.student.classes, variant=self.variant, ignore_index=pair.ignore_index, loss_weight=self.weight
+        )
+        return OnFeatures(loss, self, pair, labelled=True, over_valid=self.variant == "paper")
 
 
 class IFVDLoss(nn.Module):
@@ -33,8 +52,17 @@ class IFVDLoss(nn.Module):
     The labels are taken at the features' size by nearest neighbour; labels that are no class do not count.
     """
 
-    def __init__(self, classes: int, *, ignore_index: int = 255, loss_weight: float = 20.0):
+    def __init__(
+        self,
+        classes: int,
+        *,
+        variant: Variant = "published",
+        ignore_index: int = 255,
+        loss_weight: float = 20.0,
+    ):
         super().__init__()
+        check_variant(variant)
+        self.variant = variant
         self.classes, self.ignore_index, self.loss_weight = classes, ignore_index, loss_weight
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
@@ -43,7 +71,9 @@ class IFVDLoss(nn.Module):
         with no_autocast(student):
             difference = variation(student, member) - variation(teacher, member.to(precise(teacher).dtype))
         valid = member.sum(1)
-        return self.loss_weight * (difference.square() * valid).sum() / valid.sum().clamp(min=1)
+        total = (difference.square() * valid).sum()
+        count = valid.sum().clamp(min=1) if self.variant == "paper" else max(valid.numel(), 1)
+        return self.loss_weight * total / count
 
 
 def membership(target: Tensor, size: tuple[int, int], classes: int, ignore_index: int) -> Tensor:

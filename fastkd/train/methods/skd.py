@@ -1,7 +1,8 @@
 """SKD, pair-wise: similarity of pixels (Liu et al., CVPR 2019 and TPAMI 2020, arXiv 1903.04197).
 
-Features are averaged over patches of `pool` × `pool` pixels, the nodes of a graph (granularity β = pool², connection range: all).
+Features are pooled over patches of `pool` × `pool` pixels, the nodes of a graph (granularity β = pool², connection range: all).
 a_ij is the cosine of the features of nodes i and j; the loss is the mean over images and all pairs of (a_ij(S) − a_ij(T))².
+The paper pools by the average. The code behind the published tables takes the maximum: variant "published".
 The pixel-wise term of SKD is KD (`kd+skd`); its adversarial term is not here.
 """
 
@@ -18,6 +19,8 @@ from fastkd.train.methods.base import (
     FeatureConfig,
     OnFeatures,
     Pair,
+    Variant,
+    check_variant,
     no_autocast,
     precise,
     sum_of_rows,
@@ -30,28 +33,31 @@ class SKDConfig(FeatureConfig):
     """Pair-wise similarity.
 
     Args:
-        pool: side of the patches that are averaged first; 1 compares every pixel.
+        pool: side of the patches that are pooled first; 1 compares every pixel.
+        variant: "published" pools by the maximum, "paper" by the average.
     """
 
     weight: NonNegative = 10.0
     pool: Count = 2
+    variant: Variant = "published"
 
     def build(self, pair: Pair) -> Distiller:
-        return OnFeatures(SKDLoss(pool=self.pool, loss_weight=self.weight), self, pair)
+        return OnFeatures(SKDLoss(variant=self.variant, pool=self.pool, loss_weight=self.weight), self, pair)
 
 
 class SKDLoss(nn.Module):
     """forward(student (N, C, H, W), teacher (N, C', H, W)) -> 0-d; the channels may differ."""
 
-    def __init__(self, *, pool: int = 2, loss_weight: float = 10.0):
+    def __init__(self, *, variant: Variant = "published", pool: int = 2, loss_weight: float = 10.0):
         super().__init__()
+        check_variant(variant)
         if pool < 1:
             raise ValueError(f"pool: got {pool}, expected the side of a patch in pixels, at least 1")
-        self.pool, self.loss_weight = pool, loss_weight
+        self.variant, self.pool, self.loss_weight = variant, pool, loss_weight
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         with no_autocast(student):
-            s, t = (nodes(x, self.pool) for x in (student, teacher))
+            s, t = (nodes(x, self.pool, maximum=self.variant == "published") for x in (student, teacher))
             count = s.shape[2]
 
             def term(start: int, stop: int) -> Tensor:
@@ -62,9 +68,11 @@ class SKDLoss(nn.Module):
             return self.loss_weight * total / max(s.shape[0] * count**2, 1)
 
 
-def nodes(x: Tensor, pool: int) -> Tensor:
-    """(N, C, H, W) -> (N, C, P): features averaged over patches (cut at the border), each of norm 1."""
+def nodes(x: Tensor, pool: int, *, maximum: bool = False) -> Tensor:
+    """(N, C, H, W) -> (N, C, P): mean or maximum of the features over patches (cut at the border), each of norm 1."""
     x = precise(x)
-    if pool > 1:
+    if pool > 1 and maximum:
+        x = F.max_pool2d(x, pool, ceil_mode=True)
+    elif pool > 1:
         x = F.avg_pool2d(x, pool, ceil_mode=True, count_include_pad=False)
     return unit(x.flatten(2), 1)
