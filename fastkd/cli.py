@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -34,6 +35,11 @@ EXPORT = ("onnx", "onnxruntime", "onnxscript")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status (0 done, 1 failed, 2 wrong arguments)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a terminal that lacks a character shows another, and no result is lost to it
+            stream.reconfigure(errors="replace")
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if words else 2
@@ -122,10 +128,10 @@ def _eval(words: list[str]) -> int:
     entries = scoreboard.score(
         args.paths, how, root=args.root, split=args.split, device=_device(args.device), progress=sys.stderr.isatty()
     )
-    print(scoreboard.class_table(entries))
-    print(f"\n{scoreboard.table(scoreboard.rows(entries))}")
     if args.json:
         write_json(args.json, scoreboard.to_json(entries, how))
+    print(scoreboard.class_table(entries))
+    print(f"\n{scoreboard.table(scoreboard.rows(entries))}")
     return 0
 
 
@@ -156,6 +162,10 @@ def _data(words: list[str]) -> int:
         splits = {"train": plain, "val": validation}
         found = {name: check.contents(split, name if bar else None) for name, split in splits.items()}
         print(check.table(plain.classes, found))
+        if missing := [
+            name for name, count in zip(plain.classes, found["train"].pixels[:-1], strict=True) if not count
+        ]:
+            print(f"fastkd data: {check.without_pixels(missing, 'of the training set')}", file=sys.stderr)
         problems = [problem for split in found.values() for problem in split.problems]
         for problem in problems:
             print(f"fastkd data: {problem}", file=sys.stderr)
@@ -333,7 +343,13 @@ def _device(name: str | None) -> Any:
     import torch
 
     if name is not None:
-        return torch.device(name)
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            first = str(error).splitlines()[0]
+            raise ValueError(f"--device {name}: {first}; expected a device torch has here, such as cpu") from error
+        return device
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
 

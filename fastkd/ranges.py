@@ -20,17 +20,22 @@ from typing import Annotated, Any, Literal
 
 @dataclass(frozen=True, repr=False)
 class Range:
-    """Finite numbers from `low` to `high`; `above` and `below` are ends that do not belong."""
+    """Finite numbers from `low` to `high`; `above` and `below` are ends that do not belong. note: said beside it."""
 
     low: float = -math.inf
     high: float = math.inf
     above: float = -math.inf
     below: float = math.inf
+    note: str = ""
 
     def __contains__(self, value: float) -> bool:
         return math.isfinite(value) and self.low <= value <= self.high and self.above < value < self.below
 
     def __repr__(self) -> str:
+        said = self._limits()
+        return f"{said} ({self.note})" if self.note else said
+
+    def _limits(self) -> str:
         if self.low > -math.inf and self.high < math.inf:
             return f"{self.low:g} to {self.high:.10g}"
         ends = {"at least": self.low, "above": self.above, "at most": self.high, "below": self.below}
@@ -47,6 +52,7 @@ InnerShare = Annotated[float, Range(above=0, below=1)]
 Count = Annotated[int, Range(low=1)]
 CountOrZero = Annotated[int, Range(low=0)]
 Byte = Annotated[int, Range(0, 255)]
+IgnoredByte = Annotated[int, Range(0, 255, note="files hold a label of -1 as 255")]
 Seed = Annotated[int, Range(0, 2**32 - 1)]  # what NumPy takes
 
 
@@ -62,7 +68,8 @@ def check(config: Any, prefix: str = "") -> None:
 
 def check_options(function: Callable[..., Any], options: Mapping[str, Any], prefix: str) -> None:
     """The same for the keywords that a function is about to be called with."""
-    hints = typing.get_type_hints(function, include_extras=True)
+    called = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
+    hints = typing.get_type_hints(called, include_extras=True)
     for name, value in options.items():
         if name in hints:
             _check(f"{prefix}{name}", hints[name], value)

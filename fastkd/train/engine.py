@@ -15,6 +15,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -32,6 +33,7 @@ from fastkd.train.config import (  # isort: skip
     Config, DataConfig, TrainConfig, check, differences, labelled_share, to_dict, unlabelled_size, write_yaml,
 )  # fmt: skip
 from fastkd.train.data import build_dataset, eval_transform, train_transform
+from fastkd.train.data.check import Seen
 from fastkd.train.data.unlabelled import split
 from fastkd.train.evaluation import Scores, SegmentationSet, evaluate
 from fastkd.train.files import write_json
@@ -40,7 +42,7 @@ from fastkd.train.loader import train_loader
 from fastkd.train.log import PANELS, Progress, RunLog, Stopwatch, versions
 from fastkd.train.loss_cost import Shapes, loss_cost, shapes_of
 from fastkd.train.methods import Objective, Terms, student_features, teacher_forward
-from fastkd.train.models import Output, SegmentationModel, Student, build_model
+from fastkd.train.models import Output, SegmentationModel, Student, build_model, is_memory, refused
 from fastkd.train.pictures import MAPS, difficulty, predictions, sample
 from fastkd.train.report import write_report
 from fastkd.train.schedule import build_optimizer, build_schedule
@@ -87,7 +89,7 @@ def train(
     try:
         return Run(config, show=show, datasets=datasets).run(resume=resume)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if is_memory(error):
             raise MemoryError(_too_little_memory(config.train, str(error))) from error
         raise
     except OSError as error:
@@ -149,6 +151,7 @@ class Run:
         self.whole = True  # last.pt, if there is one, can be read
         self.totals: dict[str, float] | None = None
         self.losses: Latest | None = None
+        self.seen = Seen(self.classes, len(self.train_set))
         self.shapes: Shapes | None = None  # of what the losses are given, from the first step on
 
     def _teacher(self) -> tuple[SegmentationModel | None, str | None]:
@@ -225,6 +228,10 @@ class Run:
             log, score, save = ((self.step + 1) % n == 0 or self.step + 1 == steps for n in every)
             done = self._step(batches, watch, keep=log)
             self.step += 1
+            if self.seen.due(self.step == steps):
+                counts = self.accelerator.reduce(self.seen.counts.to(self.device), "sum")
+                if (message := self.seen.missing(counts)) and self.main:
+                    warnings.warn(message, stacklevel=2)
             values = self._values(done) if log or save else {}  # waits for the device
             del done  # with what it keeps of the step
             progress.step(self.step, values.get("loss"))
@@ -266,6 +273,7 @@ class Run:
         watch.begin()
         loaded = [next(batches) for _ in range(parts)]
         watch.data_ready()
+        self.seen.see([labels for _, labels in loaded], config.train.batch_size)
         rate = float(self.schedule.get_last_lr()[0])
         torch.manual_seed(step_seed(config.seed, self.step, self.accelerator.process_index))
         moved = [self._to_device(images, labels) for images, labels in loaded]
@@ -314,9 +322,14 @@ class Run:
         self, images: Tensor, labels: Tensor, share: Tensor | None, watch: Stopwatch
     ) -> tuple[tuple[Output, Output | None, Tensor], Terms]:
         """Forward and backward of a part; its losses come back as they count in the step."""
-        with self.accelerator.autocast():
-            teacher = None if self.teach is None else teacher_forward(self.teach, images)
-            student = self.called(images)
+        network, size = self.teacher, images.shape[-2:]
+        try:
+            with self.accelerator.autocast():
+                teacher = None if self.teach is None else teacher_forward(self.teach, images)
+                network = self.student.model
+                student = self.called(images)
+        except (RuntimeError, AssertionError, ValueError) as error:  # of the libraries that made the networks
+            raise refused(network or self.student.model, size, error, value="data.crop") from error
         leaves, pairs = cut(student)
         self.shapes = self.shapes or shapes_of(leaves, teacher, labels)
         watch.loss_begins()

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from fastkd.train.config import EvalConfig
+from fastkd.train.models import SegmentationModel, refused
 
 
 class SegmentationSet(Protocol):
@@ -69,15 +70,25 @@ def predict_logits(
     height, width = images.shape[-2:]
     bottom, right = -height % size_divisor, -width % size_divisor
     if not (bottom or right):
-        logits = model(images).logits.float()
+        logits = _logits(model, images, size_divisor)
         return F.interpolate(logits, size, mode="bilinear", align_corners=align_corners)
     padded = F.pad(_unit(images), (0, right, 0, bottom), mode="replicate")
-    logits = model(padded).logits.float()
+    logits = _logits(model, padded, size_divisor)
     logits = F.interpolate(logits, padded.shape[-2:], mode="bilinear", align_corners=align_corners)
     logits = logits[..., :height, :width]
     if (height, width) == tuple(size):
         return logits
     return F.interpolate(logits, size, mode="bilinear", align_corners=align_corners)
+
+
+def _logits(model: nn.Module, images: Tensor, size_divisor: int) -> Tensor:
+    try:
+        return model(images).logits.float()
+    except (RuntimeError, AssertionError, ValueError) as error:  # of the library that made the network
+        if not isinstance(model, SegmentationModel):
+            raise
+        value = f"eval.size_divisor {size_divisor}: an image of"
+        raise refused(model, images.shape[-2:], error, value=value) from error
 
 
 @torch.no_grad()

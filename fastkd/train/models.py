@@ -216,6 +216,63 @@ def build_model(config: ModelConfig, classes: int, *, from_checkpoint: bool = Fa
     from_checkpoint: the whole state is loaded next, so the files are left out; and the configuration comes from a file, so a
     factory is called only if the environment variable FASTKD_FACTORIES lists it. ValueError names what does not fit.
     """
+    try:
+        return _build(config, classes, from_checkpoint)
+    except (RuntimeError, AssertionError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
+        if is_memory(error):
+            raise
+        encoder = f", encoder {config.encoder!r}" if config.library == "smp" and ":" not in config.arch else ""
+        raise ValueError(
+            f"model.arch {config.arch!r}{encoder}, options {config.options}: {first_line(error)}"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether an error says that there is too little memory, which is a RuntimeError in torch."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def refused(network: SegmentationModel, size: Sequence[int], error: Exception, *, value: str) -> Exception:
+    """A sentence for what a forward of images of `size` raised; `value` of the configuration gives it.
+
+    Says which sizes near it the network takes, tried on images of zeros. An error that has nothing to do with the size comes back
+    as it is.
+    """
+    if is_memory(error):
+        return error
+    if "Expected more than 1 value per channel" in str(error):
+        return ValueError(
+            "a batch norm sees a single value of each channel and has no variance to divide by: give a process two images at a "
+            "time (raise train.batch_size or lower train.accumulate), raise data.crop, or set train.batch_norm frozen"
+        )
+    if _takes(network, size):
+        return error
+    near = [tuple(max(d, round(side / d) * d) for side in size) for d in (8, 16, 32, 64)]
+    fits = next((sides for sides in near if sides != tuple(size) and _takes(network, sides)), None)
+    advice = f"it takes {list(fits)}" if fits else "sizes near it that 8, 16, 32 or 64 divides do not do either"
+    return ValueError(f"{value} {list(size)} does not suit the network ({first_line(error)}); {advice}")
+
+
+@torch.no_grad()
+def _takes(network: SegmentationModel, size: Sequence[int]) -> bool:
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        network(torch.zeros(1, 3, *size, device=network.mean.device))
+        return True
+    except Exception:  # whatever a library raises means no
+        return False
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _build(config: ModelConfig, classes: int, from_checkpoint: bool) -> SegmentationModel:
     if ":" in config.arch:
         kind, network, logits, features = "factory", _factory(config, classes, from_checkpoint), "", {}
     elif config.library == "smp":
@@ -273,9 +330,17 @@ def _smp(config: ModelConfig, classes: int) -> nn.Module:
         options = {"encoder_depth": 5, "output_stride": options.pop("encoder_output_stride")} | options
     try:
         network = known[config.arch](config.encoder, encoder_weights=None, classes=classes, **options)
-    except (TypeError, KeyError, RuntimeError, ValueError) as error:
+    except (
+        TypeError,
+        KeyError,
+        RuntimeError,
+        ValueError,
+        AssertionError,
+        AttributeError,
+        NotImplementedError,
+    ) as error:
         raise ValueError(
-            f"cannot build {config.arch} with encoder {config.encoder!r}, options {config.options}: {error}"
+            f"cannot build {config.arch} with encoder {config.encoder!r}, options {config.options}: {first_line(error)}"
         ) from error
     _keep_first_dilation(network.get_submodule("encoder"))
     return network

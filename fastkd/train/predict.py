@@ -15,12 +15,11 @@ from tqdm import tqdm
 
 from fastkd.train import checkpoint
 from fastkd.train.config import EvalConfig
-from fastkd.train.data.images import SUFFIXES, DataError, open_mode, upright
+from fastkd.train.data.images import SUFFIXES, DataError, open_photo
+from fastkd.train.data.images import image_files as images_of
 from fastkd.train.evaluation import predict_scores
 from fastkd.train.files import write_whole
 from fastkd.train.panels import overlay
-
-MODES = ("RGB", "L", "LA", "RGBA", "P", "PA", "CMYK", "1")  # what Pillow turns into RGB without a guess
 
 
 def predict(
@@ -60,7 +59,7 @@ def predict(
     written, failed = [], []
     for image, target in zip(tqdm(images, desc="predict", disable=len(images) < 2), targets, strict=True):
         try:
-            pixels = np.asarray(upright(open_mode(image, MODES, "convert it to 8-bit RGB")).convert("RGB"))
+            pixels = np.asarray(open_photo(image))
             label = _label(network, image, pixels, how, device)
         except DataError as error:
             failed.append(str(error))
@@ -88,7 +87,7 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+            inside = images_of(path, deep=False)
             if not inside:
                 raise FileNotFoundError(f"{path} holds no image ({', '.join(SUFFIXES)})")
             files += inside

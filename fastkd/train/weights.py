@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,21 @@ CIRKD = (
 CIRKD_INPUT = "channels: bgr, max_value: 255, mean: [104.007, 116.669, 122.679], std: [1, 1, 1]"
 
 
-def load_state_file(path: Path) -> dict[str, Tensor]:
-    """State dict of a .safetensors or torch file, read without running code from it. ValueError names an unreadable file.
+# Where checkpoints keep the state dict, the first that is there; mappings may be nested.
+HOLDERS = (
+    *("state_dict", "model_state_dict", "model_state", "model", "module", "network", "net", "weights", "params"),
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
+)
+# What DataParallel, torch.compile and AveragedModel put before every name.
+WRAPPERS = ("module.", "_orig_mod.")
+SAVE = "save the state dict alone: torch.save(network.state_dict(), FILE)"
 
-    A checkpoint that holds it under "state_dict" or "model" is unwrapped, and so is the "module." of DataParallel.
+
+def load_state_file(path: Path) -> dict[str, Tensor]:
+    """State dict of a .safetensors or torch file, read without running code from it.
+
+    A checkpoint that holds it under one of `HOLDERS` is unwrapped, and so are the names of DataParallel and torch.compile, in
+    any order. ValueError: a file that cannot be read, or holds more than tensors.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}")
@@ -41,27 +52,67 @@ def load_state_file(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each reader has its own exceptions; all of them mean the same here
-        raise ValueError(f"cannot read weights from {path}: {error}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        found = f"the keys {sorted(map(str, state))[:6]}" if isinstance(state, Mapping) else f"a {type(state).__name__}"
-        raise ValueError(f"{path} holds no state dict: expected a mapping from names to tensors, got {found}")
-    if state and all(key.startswith("module.") for key in state):
-        return {key.removeprefix("module."): value for key, value in state.items()}
-    return dict(state)
+        if "Weights only load failed" in str(error):
+            kind = re.search(r"GLOBAL ([\w.]+)", str(error))
+            what = f"an object of {kind[1]}" if kind else "Python objects"
+            raise ValueError(f"{path} holds {what} beside tensors, which would run code when read; {SAVE}") from error
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"cannot read weights from {path}: {first}; is it whole, and a .safetensors or torch file?"
+        ) from error
+    state = _unwrapped(state)
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} holds a {type(state).__name__}, expected a mapping from names to tensors; {SAVE}")
+    if other := next((key for key, value in state.items() if not isinstance(value, Tensor)), None):
+        beside = "beside tensors" if any(isinstance(value, Tensor) for value in state.values()) else "and no state dict"
+        raise ValueError(
+            f"{path} holds {str(other)!r} ({type(state[other]).__name__}) {beside} "
+            f"(expected under {', '.join(HOLDERS[:4])}, ...); {SAVE}"
+        )
+    names = {key: key for key in map(str, state)}
+    while names and (wrapper := next((w for w in WRAPPERS if all(n.startswith(w) for n in names.values())), None)):
+        names = {key: name.removeprefix(wrapper) for key, name in names.items() if name != "n_averaged"}
+    return {name: state[key] for key, name in names.items()}
+
+
+def _unwrapped(state: Any) -> Any:
+    """The innermost mapping that the `HOLDERS` lead to."""
+    while isinstance(state, Mapping):
+        if "n_averaged" in state:  # AveragedModel's count of steps
+            state = {key: value for key, value in state.items() if key != "n_averaged"}
+        inner = next((state[key] for key in HOLDERS if isinstance(state.get(key), Mapping)), None)
+        if inner is None:
+            break
+        state = inner
+    return state
+
+
+def fitted(state: dict[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    """`state` without what all its names begin with, as in "student.conv.weight", where more of `expected` is met then."""
+    best = state
+    while state and len(heads := {key.partition(".")[0] for key in state}) == 1 and all("." in key for key in state):
+        state = {key.removeprefix(f"{next(iter(heads))}."): value for key, value in state.items()}
+        if len(state.keys() & set(expected)) > len(best.keys() & set(expected)):
+            best = state
+    return best
 
 
 def load_encoder_weights(encoder: nn.Module, name: str, path: Path) -> None:
     """Loads `path` into an smp encoder, strictly: every tensor of the encoder must be there with its shape, and the only
     tensors left over may be the classifier's (for timm: those of the full model that the encoder does not use)."""
-    state = load_state_file(path)
+    own = encoder.state_dict()
+    timm = {re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", key.removeprefix("model.")) for key in own}
+    state = fitted(load_state_file(path), {*own, *timm, *(key.removeprefix("model.") for key in own)})
+    if own.keys() & state.keys() and all(
+        key.startswith("model.") for key in own
+    ):  # the state dict of such an encoder itself
+        state = {key.removeprefix("model."): value for key, value in state.items()}
     matched = {}
-    for key in encoder.state_dict():
+    for key in own:
         source = key.removeprefix("model.")
         if source not in state:  # timm flattens `stages.0` to `stages_0` when it extracts features
             source = re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", source)
@@ -89,8 +140,8 @@ def load_network_weights(model: Any, path: Path) -> None:
 
     The file may have the names of the network itself, of this trainer's checkpoints, or of CIRKD's.
     """
-    state = load_state_file(path)
     own = model.state_dict()
+    state = fitted(load_state_file(path), {*own, *(key.removeprefix("tapped.model.") for key in own), *_foreign(own)})
     if any(key.startswith("pretrained.") for key in state) and not any("model.pretrained." in key for key in own):
         names = {key: _translate(key) for key in state if not key.startswith("pretrained.fc.")}
         if not (model.bgr and model.max_value == 255):
@@ -106,6 +157,11 @@ def load_network_weights(model: Any, path: Path) -> None:
     unused = ("aux_head.", "tapped.model.aux_classifier.")  # the latter is torchvision's
     extra = [source for source, target in names.items() if target not in own and not target.startswith(unused)]
     _load(model, matched, state, extra, f"{path} does not fit {type(model.tapped.model).__name__}")
+
+
+def _foreign(own: Collection[str]) -> set[str]:
+    """The beginnings of names in files of CIRKD."""
+    return {f"pretrained.{key.removeprefix('tapped.model.encoder.')}" for key in own if ".encoder." in key}
 
 
 def _translate(key: str) -> str:

@@ -1,6 +1,7 @@
 """The command line, mostly in processes of its own."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -76,3 +77,33 @@ def test_train_eval(tmp_path, capsys):
     (tmp_path / "c.png").write_bytes(b"no image")
     assert main(["eval", str(tmp_path / "c.png")]) == 1
     assert "cannot read checkpoint" in capsys.readouterr().err
+
+
+def test_a_terminal_that_is_not_utf8_loses_nothing(tmp_path):
+    """Two seeds of one run, whose row has a ±."""
+    pytest.importorskip("accelerate")
+    from tests.train import tiny, trees
+
+    trees.folders(tmp_path / "data")
+    (tmp_path / "data" / "classes.txt").write_text("straße\nlight\nthing\n", encoding="utf-8")
+    runs = []
+    for seed in (0, 1):
+        config = tiny.config(tmp_path / f"run{seed}", seed=seed)
+        config.data.name, config.data.root = "folders", str(tmp_path / "data")
+        from fastkd.train.data import build_dataset
+
+        dataset = build_dataset("folders", root=tmp_path / "data", split="val")
+        runs.append(tmp_path / f"run{seed}" / "last.pt")
+        tiny.save_network(runs[-1], config, dataset)
+    words = ["eval", *runs, "--json", tmp_path / "s.json", "--device", "cpu"]
+    done = command(*words, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert "stra?e" in done.stdout
+    assert "| run0 | 2 |" in done.stdout
+    assert len(json.loads((tmp_path / "s.json").read_text())["networks"]) == 2
+
+
+def test_a_device_that_is_not_there(tmp_path, capsys):
+    for name in ("cud", "xla"):
+        assert main(["eval", str(tmp_path / "x.pt"), "--device", name]) == 1
+        assert "Traceback" not in capsys.readouterr().err

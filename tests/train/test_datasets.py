@@ -17,8 +17,9 @@ from torchvision import tv_tensors  # noqa: E402
 
 from fastkd.train.data import DataError, build_dataset, layouts  # noqa: E402
 from fastkd.train.data.folders import read_classes  # noqa: E402
+from fastkd.train.data.images import open_photo  # noqa: E402
 from fastkd.train.data.layouts import CITYSCAPES_IDS  # noqa: E402
-from tests.train.trees import SIZE, TREES, save, stripes  # noqa: E402
+from tests.train.trees import SIZE, TREES, picture, save, stripes  # noqa: E402
 
 CLASSES = {"cityscapes": 19, "camvid": 11, "voc": 21, "ade20k": 150, "folders": 3}
 
@@ -159,10 +160,8 @@ def test_folders_with_other_names(tree, tmp_path):
     save(stripes([0, 1, 2, 3]), other / "gt" / "a_label.png")
     (other / "names").write_text("x\ny\nz\n")
     options = {"images": ".", "labels": "gt", "label_suffix": "_label.png", "classes": "names", "first": 1, "ignore": 0}
-    for path in (other / "gt").iterdir():  # labels beside images must not be taken for images
-        assert path.suffix == ".png"
-    with pytest.raises(DataError, match="has no label"):
-        build("folders", other, **options)
+    beside = build("folders", other, **options)  # labels below the images are not taken for images
+    assert [(image.name, label.name) for image, label in beside.items] == [("a.png", "a_label.png")]
     (other / "in").mkdir()
     (other / "a.png").rename(other / "in" / "a.png")
     assert build("folders", other, **options | {"images": "in"})[0][1].unique().tolist() == [0, 1, 2, 255]
@@ -241,8 +240,6 @@ def test_fewer_classes_than_label_values(tree):
 
 def test_label_255_against_another_ignore(tree):
     root = tree("folders")
-    with pytest.raises(DataError, match=r"ignore is -1, but label files hold 0 to 255.*--data\.options\.ignore 255"):
-        build("folders", root, ignore=-1)
     with pytest.raises(DataError, match=r"value 255 .*expected 0 to 2 for the 3 classes and nothing for ignored"):
         build("folders", root, ignore=None)[0]
     with pytest.raises(DataError, match=r"0 is both ignored and the class 'road'.*--data\.options\.first"):
@@ -342,12 +339,20 @@ def test_truncated_jpeg(tree):
         dataset[1]
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "P", "CMYK", "I;16"])
-def test_wrong_image_mode(mode, tree):
+@pytest.mark.parametrize("mode", ["RGBA", "P", "CMYK", "1"])
+def test_images_of_other_modes(mode, tree):
+    """Training takes what prediction takes."""
     dataset = build("camvid", tree("camvid"))
     suffix = "jpg" if mode == "CMYK" else "png"
-    Image.new(mode, SIZE[::-1]).save(dataset.items[0][0], format="JPEG" if suffix == "jpg" else "PNG")
-    with pytest.raises(DataError, match=rf"{dataset.items[0][0]} has mode {mode}, expected RGB or L; convert"):
+    picture = Image.new("RGB", SIZE[::-1], (255, 255, 255)).convert(mode)
+    picture.save(dataset.items[0][0], format="JPEG" if suffix == "jpg" else "PNG")
+    assert (dataset[0][0] == 255).all()
+
+
+def test_wrong_image_mode(tree):
+    dataset = build("camvid", tree("camvid"))
+    Image.new("I;16", SIZE[::-1]).save(dataset.items[0][0], format="PNG")
+    with pytest.raises(DataError, match=rf"{dataset.items[0][0]} has mode I;16, expected RGB or .*; convert"):
         dataset[0]
 
 
@@ -382,6 +387,188 @@ def test_sizes_differ(tree):
     dataset = build("camvid", tree("camvid"))
     Image.new("L", (SIZE[1], 20)).save(dataset.items[0][1])
     with pytest.raises(DataError, match=r"is 64x48 but its label .* is 64x20"):
+        dataset[0]
+
+
+# Files of others.
+
+
+def linked(root, split="train"):
+    """The folder of the images, and that of the labels."""
+    return root / "images" / split, root / "labels" / split
+
+
+def test_folders_that_are_links_are_followed(tree, tmp_path):
+    root = tree("folders")
+    count = len(build("folders", root))
+    for folder, elsewhere in zip(linked(root), ("far images", "far labels"), strict=True):
+        (folder / "town 0").rename(tmp_path / elsewhere)
+        (folder / "town 0").symlink_to(tmp_path / elsewhere)
+    (linked(root)[0] / "round").symlink_to(linked(root)[0])  # a link to what it lies in does not go on for ever
+    assert len(build("folders", root)) == count
+
+
+@pytest.mark.parametrize("name", ["lost.jpg", "lost folder"])
+def test_a_link_to_nothing_is_named(name, tree):
+    root = tree("folders")
+    link = linked(root)[0] / name
+    link.symlink_to(root / "gone")
+    with pytest.raises(DataError, match=rf"{link} is a link to {root / 'gone'}, which is not there"):
+        build("folders", root)
+
+
+def test_hidden_names_are_no_data(tree):
+    root = tree("folders")
+    items = build("folders", root).items
+    image = items[0][0]
+    for hidden in (f"._{image.name}", ".DS_Store.jpg", ".ipynb_checkpoints/1-checkpoint.jpg"):
+        path = image.parent / hidden
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"no image")
+    assert build("folders", root).items == items
+
+
+@pytest.mark.parametrize("by", ["name", "link"])
+def test_an_image_is_never_its_own_label(by, tmp_path):
+    save(np.zeros(SIZE, np.uint8), tmp_path / "in" / "a.png")
+    (tmp_path / "classes.txt").write_text("x\ny\n")
+    if by == "link":
+        (tmp_path / "gt").symlink_to(tmp_path / "in")
+    with pytest.raises(DataError, match=r"a\.png would be its own label; .*--data\.options\.labels"):
+        build("folders", tmp_path, images="in", labels="in" if by == "name" else "gt")
+    save(np.zeros((*SIZE, 3), np.uint8), tmp_path / "in" / "a.jpg")  # photos and masks side by side
+    beside = build("folders", tmp_path, images="in", labels="in")
+    assert [image.name for image, _ in beside.items] == ["a.jpg"]
+
+
+def test_endings_of_images_can_be_given(tmp_path):
+    for name in ("a_rgb.png", "a_depth.png"):
+        save(np.zeros((*SIZE, 3), np.uint8), tmp_path / "in" / name)
+    save(np.zeros(SIZE, np.uint8), tmp_path / "gt" / "a.png")
+    (tmp_path / "classes.txt").write_text("x\n")
+    for endings in ("_rgb.png", ["_rgb.png", "_RGB.jpg"]):
+        dataset = build("folders", tmp_path, images="in", labels="gt", image_suffixes=endings)
+        assert [image.name for image, _ in dataset.items] == ["a_rgb.png"]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_is_seen_as_its_camera_says(orientation, tmp_path):
+    """In training as in prediction, and a mask beside it stays as it is."""
+    upright = picture(1)
+    exif = Image.Exif()
+    exif[274] = orientation
+    turns = [np.array, np.fliplr, lambda x: np.rot90(x, 2), np.flipud, lambda x: x.swapaxes(0, 1)]
+    turns += [lambda x: np.rot90(x), lambda x: np.rot90(x, 2).swapaxes(0, 1), lambda x: np.rot90(x, 3)]
+    (tmp_path / "in").mkdir()
+    stored = Image.fromarray(np.ascontiguousarray(turns[orientation - 1](upright)))
+    stored.save(tmp_path / "in" / "a.png", exif=exif)
+    save(stripes([0, 1]), tmp_path / "gt" / "a.png")
+    (tmp_path / "classes.txt").write_text("x\ny\n")
+    image, _ = build("folders", tmp_path, images="in", labels="gt")[0]
+    assert np.array_equal(image.permute(1, 2, 0), upright)
+    assert np.array_equal(open_photo(tmp_path / "in" / "a.png"), upright)
+
+
+def test_a_size_that_differs_by_a_quarter_turn_says_so(tree):
+    dataset = build("camvid", tree("camvid"))
+    Image.new("L", SIZE).save(dataset.items[0][1])
+    with pytest.raises(DataError, match="turned by its EXIF orientation"):
+        dataset[0]
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_255_is_ignored_wherever_it_occurs(name, tree):
+    dataset = build(name, tree(name))
+    label = np.array(Image.open(dataset.items[0][1]))
+    label[:3] = 255
+    save(label, dataset.items[0][1])
+    assert (dataset[0][1][:3] == 255).all()
+
+
+def test_255_is_ignored_beside_another_ignored_value(tree):
+    root = tree("folders")
+    (root / "two.txt").write_text("a\nb\n")
+    dataset = build("folders", root, ignore=2, classes="two.txt")
+    assert dataset[0][1].unique().tolist() == [0, 1, 255]
+
+
+def test_values_of_masks_can_be_mapped(tree):
+    root = tree("folders")
+    (root / "classes.txt").write_text("ground\nthing\n")
+    save(stripes([0, 255]), build("folders", root, values={0: 0, 1: 1, 2: 1}).items[0][1])
+    for values in ({0: 0, 255: 1}, {"0": 0, "255": 1}):  # as YAML and as a written configuration have them
+        assert build("folders", root, values=values)[0][1].unique().tolist() == [0, 1]
+    assert build("folders", root, values={0: 255, 255: 1})[0][1].unique().tolist() == [1, 255]
+    for values, says in (
+        ({0: 0, 255: 2}, "label value 255 is mapped to the class 2; expected values 0 to 255 and classes 0 to 1"),
+        ({300: 1}, "label value 300 is mapped"),
+        ({"a": 1}, "values maps label values to classes"),
+        ([0, 1], "values maps label values to classes"),
+    ):
+        with pytest.raises(DataError, match=says):
+            build("folders", root, values=values)
+    with pytest.raises(DataError, match="leave out first, which is 1"):
+        build("folders", root, values={0: 0}, first=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("\ufeffground\nroad\n", ("ground", "road")),
+        ("name,r,g,b\nground,1,2,3\nroad,4,5,6\n", ("ground", "road")),
+        ("name, r, g, b\r\nground, 1, 2, 3\r\nroad, 4, 5, 6\r\n", ("ground", "road")),
+        ("Class;Red;Green;Blue\nground;1;2;3\nroad;4;5;6\n", ("ground", "road")),
+        ("\ufeffname\tr\tg\tb\nground\t1\t2\t3\nroad\t4\t5\t6\n", ("ground", "road")),
+        ("road, route 66\nwall, wooden\n", ("road, route 66", "wall, wooden")),
+    ],
+)
+def test_class_files_of_others(text, names, tmp_path):
+    path = tmp_path / "classes.csv"
+    path.write_text(text, encoding="utf-8")
+    found, palette = read_classes(path)
+    assert found == names
+    if "1" in text:
+        assert palette.tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
+def test_a_table_of_other_columns_is_refused(tmp_path):
+    path = tmp_path / "classes.csv"
+    path.write_text("id,name,colour\n0,road,7\n1,car,8\n")
+    with pytest.raises(
+        DataError, match=r"line 1 of .* is the header of a table, 'id,name,colour'; expected a class a line"
+    ):
+        read_classes(path)
+
+
+def test_lists_may_begin_with_a_byte_order_mark(tree):
+    path = tree("voc") / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"
+    path.write_text("\ufeff" + path.read_text(), encoding="utf-8")
+    assert len(build("voc", path.parents[2], "val")) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"first": 256}, "data.options.first must be a whole number 0 to 255, got 256"),
+        ({"first": "a"}, "data.options.first must be a whole number 0 to 255, got 'a'"),
+        ({"ignore": -1}, "a label of -1 as 255"),
+        ({"labels": 3}, "data.options.labels must be a text, got 3"),
+    ],
+)
+def test_options_have_ranges(options, says, tree):
+    with pytest.raises(ValueError, match=says):
+        build("folders", tree("folders"), **options)
+
+
+def test_a_large_photo_can_be_allowed(tree, monkeypatch):
+    dataset = build("camvid", tree("camvid"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(DataError, match=r"is too large .*set FASTKD_MAX_IMAGE_PIXELS=3072 in the environment"):
+        dataset[0]
+    monkeypatch.setenv("FASTKD_MAX_IMAGE_PIXELS", "3072")
+    dataset[0]
+    monkeypatch.setenv("FASTKD_MAX_IMAGE_PIXELS", "all")
+    with pytest.raises(ValueError, match="must be a number of pixels, got 'all'"):
         dataset[0]
 
 

@@ -426,3 +426,98 @@ def test_unreadable_weights_are_named(tmp_path):
         load_state_file(tmp_path / "list.pt")
     with pytest.raises(FileNotFoundError, match="no weights file"):
         load_state_file(tmp_path / "absent.pt")
+
+
+def wrapped():
+    """name -> a function that puts a common wrapper around a state dict."""
+    prefix = lambda *words: lambda state: {"".join(words) + k: v for k, v in state.items()}  # noqa: E731
+    return {
+        "plain": lambda state: state,
+        "DataParallel": prefix("module."),
+        "torch.compile": prefix("_orig_mod."),
+        "compiled in DataParallel": prefix("module.", "_orig_mod."),
+        "DataParallel, compiled": prefix("_orig_mod.", "module."),
+        "Lightning": lambda state: {"epoch": 3, "state_dict": prefix("model.")(state), "hyper_parameters": {"lr": 1.0}},
+        "a student": prefix("student.", "module."),
+        "a trainer": lambda state: {"model": {"state_dict": state}, "optimizer": {"state": {}}},
+        "model_state_dict": lambda state: {"model_state_dict": prefix("module.")(state), "epoch": 1},
+        "timm": lambda state: {"arch": "x", "state_dict": prefix("module.")(state), "state_dict_ema": state},
+        "average": lambda state: {"n_averaged": torch.tensor(3), **prefix("module.")(state)},
+    }
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("wrapper", wrapped())
+def test_every_common_wrapper_is_taken_off(wrapper, suffix, tmp_path):
+    from safetensors.torch import save_file
+
+    config = ModelConfig(arch="FPN", encoder="tu-mobilenetv3_small_050")
+    torch.manual_seed(0)
+    network = build_model(config, 3)
+    for name, state in (
+        (
+            "network",
+            {k.removeprefix("tapped.model."): v for k, v in network.state_dict().items() if k.startswith("tapped")},
+        ),
+        ("encoder", network.tapped.model.encoder.state_dict()),
+    ):
+        path = tmp_path / f"{name}{suffix}"
+        held = wrapped()[wrapper](state)
+        if suffix == ".safetensors":
+            if any(not isinstance(value, torch.Tensor) for value in held.values()):
+                pytest.skip("a safetensors file holds names and tensors alone")
+            save_file({k: v.contiguous() for k, v in held.items()}, path)
+        else:
+            torch.save(held, path)
+        torch.manual_seed(1)
+        other = build_model(config, 3)
+        if name == "network":
+            load_network_weights(other, path)
+            found, wanted = other, network
+        else:
+            load_encoder_weights(other.tapped.model.encoder, config.encoder, path)
+            found, wanted = other.tapped.model.encoder, network.tapped.model.encoder
+        for key, value in wanted.state_dict().items():
+            assert torch.equal(found.state_dict()[key], value), key
+
+
+class Settings:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("held", "says"),
+    [
+        ({"model": {"a": torch.zeros(1)}, "args": Settings()}, r"holds an object of [\w.]*Settings beside tensors"),
+        ({"a": torch.zeros(1), "epoch": 3}, r"holds 'epoch' \(int\) beside tensors"),
+        ({"epoch": 3}, r"holds 'epoch' \(int\) and no state dict"),
+        ([torch.zeros(1)], "holds a list, expected a mapping"),
+    ],
+)
+def test_a_file_that_holds_more_than_tensors_says_what_to_save(held, says, tmp_path):
+    torch.save(held, tmp_path / "a.pth")
+    with pytest.raises(
+        ValueError, match=rf"{says}.*save the state dict alone: torch\.save\(network\.state_dict\(\), FILE\)"
+    ) as error:
+        load_state_file(tmp_path / "a.pth")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"encoder": "no_such_encoder"}, "no_such_encoder"),
+        ({"options": {"encoder_output_stride": 3}}, "encoder"),
+        ({"options": {"no_such_option": 1}}, "no_such_option"),
+        (
+            {"library": "torchvision", "arch": "fcn_resnet50", "options": {"no_such_option": 1}},
+            "model.arch 'fcn_resnet50'.*no_such_option",
+        ),
+        ({"features": {"e": "encoder"}}, r"model\.arch 'FPN'.*it has \d+ entries: choose one"),
+        ({"encoder": "tu-vit_tiny_patch16_224"}, "vit_tiny"),
+    ],
+)
+def test_what_a_library_raises_names_the_value(changes, says):
+    config = ModelConfig(**({"arch": "FPN", "encoder": "tu-mobilenetv3_small_050"} | changes))
+    with pytest.raises(ValueError, match=says):
+        build_model(config, 3)

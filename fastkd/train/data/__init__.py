@@ -14,6 +14,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from fastkd import ranges
 from fastkd.train.data.folders import LabelledImages, Layout
 from fastkd.train.data.images import DataError
 from fastkd.train.data.layouts import LAYOUTS
@@ -52,6 +53,7 @@ def build_dataset(
             raise ValueError(
                 f"data set {name!r} has no option {option!r};{_close(option, known)} its options: {', '.join(known) or 'none'}"
             )
+    ranges.check_options(kind, options, "data.options.")
     if name == "street_scenes":
         if root is not None:
             raise ValueError(f"data set {name!r} is generated and reads no files; leave root out (got {str(root)!r})")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from fastkd.train.data.images import DataError
@@ -32,6 +33,39 @@ class Speed(NamedTuple):
     @property
     def sample(self) -> float:
         return self.read + self.augment
+
+
+class Seen:
+    """Classes that had a labelled pixel in training so far. Says once which had none, after a pass over the data set."""
+
+    def __init__(self, classes: Sequence[str], length: int) -> None:
+        self.classes, self.length = classes, length
+        self.images, self.told = 0, False
+        self.counts = torch.zeros(len(classes), dtype=torch.int64)
+
+    def see(self, labels: Sequence[Tensor], images: int) -> None:
+        """Labels (N, H, W) of a step on the CPU, of this process; `images` of all."""
+        self.images += images
+        if not self.told and not self.counts.all():
+            for label in labels:
+                self.counts += torch.bincount(label.flatten(), minlength=256)[: len(self.classes)]
+
+    def due(self, last: bool) -> bool:
+        return not self.told and (last or self.images >= self.length)
+
+    def missing(self, counts: Tensor) -> str | None:
+        """counts: those of all processes."""
+        self.told = True
+        names = [name for name, count in zip(self.classes, counts.tolist(), strict=True) if count == 0]
+        return without_pixels(names, f"in the {self.images} crops so far") if names else None
+
+
+def without_pixels(names: Sequence[str], where: str) -> str:
+    few = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return (
+        f"no pixel {where} is labelled {few}, so the network cannot learn it. Does the class file fit the labels? Masks of 0 and "
+        "255 need --data.options.values '{0: 0, 255: 1}' (data.name folders)"
+    )
 
 
 def contents(dataset: Any, progress: str | None = None) -> Contents:

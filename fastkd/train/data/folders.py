@@ -1,6 +1,6 @@
 """Images beside label maps, in the folders of any data set: `Layout` says how they lie, `LabelledImages` reads them.
 
-A class file has a class a line, in the order of their numbers: a name and, if wanted, its colour.
+A class file has a class a line, in the order of their numbers: a name and, if wanted, its colour, with blanks or commas between.
 
     # comment
     traffic light 250 170 30
@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from fastkd.train.data.images import SUFFIXES, DataError, open_mode, rgb
+from fastkd.train.data.images import SUFFIXES, DataError, image_files, open_mode, open_photo, rgb
 
 IGNORE = 255
 
@@ -41,7 +41,7 @@ class Layout:
         lists: files that name the images, the first that exists; none: every image in the folder. A line is a name without
             ending, or the paths of image and label.
         inside: folders that the root may be given above.
-        values: label value -> class; None: classes are numbered from `first`.
+        values: label value -> class, or 255; None: classes are numbered from `first`.
         first: label value of the first class.
         ignored: label values that count nowhere.
         colours: label colour -> class, or 255, where the labels are RGB images; None: they hold class numbers.
@@ -80,13 +80,25 @@ class LabelledImages(Dataset):
         self.root = self._root(Path(root).expanduser())
         self.classes, self.palette = read_classes(self.root / layout.classes)
         self.items = self._listed() if layout.lists else self._found()
+        if own := next((image for image, label in self.items if _same(image, label)), None):
+            raise DataError(
+                f"{layout.name}: {own} would be its own label; set another folder of labels or ending (--data.options.labels, "
+                f"--data.options.label_suffix). Expected {layout.tree}"
+            )
         if missing := [pair for pair in self.items if not pair[1].is_file()]:
             more = f" ({len(missing)} images have none)" if len(missing) > 1 else ""
             raise DataError(
                 f"{layout.name}: {missing[0][0]} has no label {missing[0][1]}{more}; "
                 f"add the label or remove the image. Expected {layout.tree}"
             )
-        self.values = layout.values or {layout.first + k: k for k in range(len(self.classes))}
+        self.values = dict(layout.values or {layout.first + k: k for k in range(len(self.classes))})
+        known = {*range(len(self.classes)), IGNORE}
+        if wrong := {v: k for v, k in self.values.items() if not 0 <= v <= 255 or k not in known}:
+            value = min(wrong)
+            raise DataError(
+                f"{layout.name}: the label value {value} is mapped to the class {wrong[value]}; expected values 0 to 255 and "
+                f"classes 0 to {len(self.classes) - 1}, the number {self.root / layout.classes} has, or 255 to ignore it"
+            )
         if both := sorted(set(self.values) & set(layout.ignored)):
             raise DataError(
                 f"{layout.name}: label value {both[0]} is both ignored and the class {self.classes[self.values[both[0]]]!r}; "
@@ -124,11 +136,13 @@ class LabelledImages(Dataset):
         layout = self.layout
         images, labels = self._folders()
         items = []
-        for path in sorted(images.rglob("*")):
-            suffix = next((s for s in layout.image_suffixes if path.name.lower().endswith(s.lower())), None)
-            if suffix is not None and path.is_file():
-                shared = str(path.relative_to(images))[: -len(suffix)]
-                items.append((path, labels / (shared + layout.label_suffix)))
+        for path in image_files(images, layout.image_suffixes):
+            suffix = next(s for s in layout.image_suffixes if path.name.lower().endswith(s.lower()))
+            shared = str(path.relative_to(images))[: -len(suffix)]
+            items.append((path, labels / (shared + layout.label_suffix)))
+        # Where labels lie among the images, the label of one image is not another.
+        theirs = {label for image, label in items if label != image}
+        items = [item for item in items if item[0] not in theirs]
         if not items:
             kinds = ", ".join(f"*{suffix}" for suffix in layout.image_suffixes)
             raise FileNotFoundError(f"{layout.name}: no images ({kinds}) in {images}; expected {layout.tree}")
@@ -182,7 +196,7 @@ class LabelledImages(Dataset):
         return rgb(self.items[index][0])
 
     def _load(self, image_path: Path, label_path: Path) -> tuple[np.ndarray, np.ndarray]:
-        image = open_mode(image_path, ("RGB", "L"), "convert it to 8-bit RGB")
+        image = open_photo(image_path)
         if self.codes:
             label = open_mode(
                 label_path, ("RGB",), f"expected colours; is it a label of another kind? {self.layout.tree}"
@@ -194,11 +208,12 @@ class LabelledImages(Dataset):
             raise DataError(
                 f"{image_path} is {image.width}x{image.height} but its label {label_path} is "
                 f"{label.width}x{label.height}; they must be the same size"
+                + ("; is one of them turned by its EXIF orientation?" if image.size == label.size[::-1] else "")
             )
         numbers = (
             self._from_colours(np.array(label), label_path) if self.codes else self._from_values(label, label_path)
         )
-        return np.array(image.convert("RGB")), numbers
+        return np.array(image), numbers
 
     def _from_colours(self, label: np.ndarray, path: Path) -> np.ndarray:
         codes, found = np.array(list(self.codes)), _code(label.astype(np.int64).transpose(2, 0, 1))
@@ -228,6 +243,22 @@ class LabelledImages(Dataset):
         )
 
 
+def _same(image: Path, label: Path) -> bool:
+    """Whether they are one file, their folders perhaps by way of a link."""
+    return image == label or (image.name == label.name and image.parent.resolve() == label.parent.resolve())
+
+
+CLASS = re.compile(r"(.+?)(?:[\s,;]+(\d+)[\s,;]+(\d+)[\s,;]+(\d+))?")
+HEADER = re.compile(r"\w+\s*[,;\t]\s*r(ed)?\s*[,;\t]\s*g(reen)?\s*[,;\t]\s*b(lue)?", re.IGNORECASE)
+
+
+def _is_header(first: str, others: list[str]) -> bool:
+    """Whether a first line without numbers stands over columns of numbers."""
+    count = first.count(",")
+    numbers = all(line.count(",") == count and re.search(r"(^|,)\s*\d+\s*(,|$)", line) for line in others)
+    return count > 0 and not re.search(r"\d", first) and numbers
+
+
 def _code(rgb: Any) -> Any:
     """One number of red, green and blue."""
     red, green, blue = rgb
@@ -251,11 +282,17 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
         raise FileNotFoundError(f"no class file {path}; write one with a class a line, in the order of their numbers")
     names: list[str] = []
     palette = colour_map(256)
-    for number, line in enumerate(_text(path).splitlines(), 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        name, *colour = re.fullmatch(r"(.+?)(?:\s+(\d+)\s+(\d+)\s+(\d+))?", line).groups()  # type: ignore[union-attr]
+    lines = [(number, line.strip()) for number, line in enumerate(_text(path).splitlines(), 1)]
+    lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
+    if lines and HEADER.fullmatch(lines[0][1]):
+        del lines[0]
+    elif len(lines) > 1 and _is_header(lines[0][1], [line for _, line in lines[1:]]):
+        raise DataError(
+            f"line {lines[0][0]} of {path} is the header of a table, {lines[0][1]!r}; expected a class a line: its name, or "
+            "name,r,g,b"
+        )
+    for number, line in lines:
+        name, *colour = CLASS.fullmatch(line).groups()  # type: ignore[union-attr]
         if name in names:
             raise DataError(f"line {number} of {path} repeats the class {name!r}; give it a name of its own")
         if len(names) == IGNORE:
@@ -282,6 +319,6 @@ def colour_map(count: int) -> np.ndarray:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # Windows begins a text with a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as text ({error}); replace it") from error
+        raise DataError(f"{path} cannot be read as text ({error}); save it as UTF-8") from error

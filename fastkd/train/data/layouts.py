@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from fastkd.ranges import Byte, IgnoredByte
 from fastkd.train.data.folders import IGNORE, Layout
-from fastkd.train.data.images import DataError
+from fastkd.train.data.images import SUFFIXES, DataError
 
 CLASSES = Path(__file__).with_name("classes")
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # label id of each train id
@@ -111,7 +112,7 @@ def ade20k(split: str) -> Layout:
         image_suffixes=(".jpg",),
         inside=("ADEChallengeData2016",),
         first=1,
-        ignored=(0,),
+        ignored=(0, IGNORE),
     )
 
 
@@ -122,31 +123,42 @@ def folders(
     labels: str = "labels/{split}",
     label_suffix: str = ".png",
     classes: str = "classes.txt",
-    first: int = 0,
-    ignore: int | None = IGNORE,
+    first: Byte = 0,
+    ignore: IgnoredByte | None = IGNORE,
+    values: dict[int, int] | None = None,
+    image_suffixes: tuple[str, ...] | str = SUFFIXES,
 ) -> Layout:
     """Any set: a folder of images, one of 8-bit labels with the same names, and a class file.
 
     images, labels: folders under the root, "{split}" stands for train or val. label_suffix: ending of the labels, e.g.
     "_label.png". classes: the class file. first: the label value of the first class. ignore: the one that counts nowhere,
-    None for none.
+    None for none. values: label value -> class instead of `first`, e.g. {0: 0, 255: 1}. image_suffixes: endings of the images.
     """
-    if ignore is not None and not 0 <= ignore <= 255:
-        raise DataError(
-            f"folders: ignore is {ignore}, but label files hold 0 to 255: an ignore label of -1 is stored as 255, so set "
-            "--data.options.ignore 255"
-        )
+    mapped = None
+    if values is not None:
+        try:
+            mapped = {int(value): int(kind) for value, kind in values.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise DataError(
+                f"folders: values maps label values to classes, e.g. {{0: 0, 255: 1}}, got {values!r}"
+            ) from None
+        if first:
+            raise DataError(f"folders: values says what every label value is; leave out first, which is {first}")
+    if isinstance(image_suffixes, str):
+        image_suffixes = (image_suffixes,)
     return Layout(
         name="folders",
-        tree=f"ROOT/{images}/*.png|jpg beside ROOT/{labels}/*{label_suffix} and ROOT/{classes}".replace(
+        tree=f"ROOT/{images}/*{'|'.join(image_suffixes)} beside ROOT/{labels}/*{label_suffix} and ROOT/{classes}".replace(
             "{split}", split
         ),
         classes=Path(classes),
         images=images.replace("{split}", split),
         labels=(labels.replace("{split}", split),),
         label_suffix=label_suffix,
+        image_suffixes=tuple(image_suffixes),
+        values=mapped,
         first=first,
-        ignored=() if ignore is None else (ignore,),
+        ignored=tuple({ignore, IGNORE} - {None, *(mapped or ())}) if ignore is not None else (),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastkd.train.data.images import SUFFIXES, rgb
+from fastkd.train.data.images import SUFFIXES, image_files, rgb
 
 REST = "rest"  # the training images whose labels are not used
 
@@ -36,7 +36,7 @@ class Folder:
     def __init__(self, folder: Path):
         if not folder.is_dir():
             raise FileNotFoundError(f"data.unlabelled: no folder {folder}; name one with images, or {REST!r}")
-        self.files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        self.files = image_files(folder)
         if not self.files:
             raise FileNotFoundError(f"data.unlabelled: no images ({', '.join(SUFFIXES)}) in {folder}")
 
