@@ -347,8 +347,10 @@ def _device(name: str | None) -> Any:
             device = torch.device(name)
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            first = str(error).splitlines()[0]
-            raise ValueError(f"--device {name}: {first}; expected a device torch has here, such as cpu") from error
+            why = str(error).splitlines()[0].split(". ")[0]
+            raise ValueError(
+                f"--device {name}: torch has no such device here ({why}); take cpu, or leave it out"
+            ) from error
         return device
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")

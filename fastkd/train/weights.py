@@ -56,17 +56,19 @@ def load_state_file(path: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each reader has its own exceptions; all of them mean the same here
-        if "Weights only load failed" in str(error):
-            kind = re.search(r"GLOBAL ([\w.]+)", str(error))
-            what = f"an object of {kind[1]}" if kind else "Python objects"
-            raise ValueError(f"{path} holds {what} beside tensors, which would run code when read; {SAVE}") from error
+        if kind := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(
+                f"{path} holds an object of {kind[1]} beside tensors, which would run code when read; {SAVE}"
+            ) from error
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"cannot read weights from {path}: {first}; is it whole, and a .safetensors or torch file?"
         ) from error
     state = _unwrapped(state)
     if not isinstance(state, Mapping):
-        raise ValueError(f"{path} holds a {type(state).__name__}, expected a mapping from names to tensors; {SAVE}")
+        raise ValueError(
+            f"{path} holds no state dict but a {type(state).__name__}, expected a mapping from names to tensors; {SAVE}"
+        )
     if other := next((key for key, value in state.items() if not isinstance(value, Tensor)), None):
         beside = "beside tensors" if any(isinstance(value, Tensor) for value in state.values()) else "and no state dict"
         raise ValueError(

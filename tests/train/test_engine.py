@@ -13,7 +13,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from PIL import Image
 
 from fastkd.train import checkpoint, engine
-from fastkd.train.config import EvalConfig, OptimConfig
+from fastkd.train.config import EvalConfig, ModelConfig, OptimConfig
 from fastkd.train.student import freeze_unused, set_batch_norm, train_mode
 from tests.train import tiny
 from tests.train.tiny import lines, run
@@ -336,3 +336,47 @@ def test_too_little_memory_says_what_to_lower(tmp_path, monkeypatch):
     monkeypatch.setattr(engine.Run, "_part", out_of_memory)
     with pytest.raises(MemoryError, match="CUDA out of memory"):
         run(tiny.config(tmp_path))
+
+
+# What others run into.
+
+
+class Cut(tiny.Patches):
+    """Images of 60x60, which no encoder divides."""
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return image[:, :60, :60], label[:60, :60]
+
+
+def test_a_crop_that_the_network_refuses_names_what_fits(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"data\.crop \[60, 60\] does not suit the network .*; it takes \[64, 64\]"
+    ) as error:
+        engine.train(tiny.config(tmp_path), show=False, datasets=(Cut(), tiny.DATASETS[1]))
+    assert "\n" not in str(error.value)
+
+
+def test_a_size_divisor_that_is_too_small_is_named(tmp_path, quick):
+    how = EvalConfig(every=100, batch_size=2, size=(60, 60), size_divisor=4)
+    with pytest.raises(ValueError, match=r"eval\.size_divisor 4: an image of \[60, 60\] .*it takes \[64, 64\]"):
+        run(tiny.config(tmp_path, eval=how))
+
+
+def test_a_batch_norm_on_one_value_says_what_to_change(tmp_path):
+    model = ModelConfig(arch="DeepLabV3Plus", encoder="tu-mobilenetv3_small_050")
+    with pytest.raises(ValueError, match=r"a batch norm sees a single value .*train\.batch_norm frozen"):
+        run(tiny.config(tmp_path, model=model, train={"batch_size": 1}))
+
+
+class Without(tiny.Patches):
+    """No pixel of the last class."""
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return image, torch.where(label == 2, 255, label)
+
+
+def test_a_class_without_a_labelled_pixel_is_warned_about(tmp_path, quick):
+    with pytest.warns(UserWarning, match=r"no pixel in the 8 crops so far is labelled 'blue'.*0: 0, 255: 1"):
+        engine.train(tiny.config(tmp_path), show=False, datasets=(Without(), tiny.DATASETS[1]))
