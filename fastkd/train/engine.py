@@ -151,7 +151,7 @@ class Run:
         self.whole = True  # last.pt, if there is one, can be read
         self.totals: dict[str, float] | None = None
         self.losses: Latest | None = None
-        self.seen = Seen(self.classes, len(self.train_set))
+        self.seen = Seen(self.classes, len(self.labelled))
         self.shapes: Shapes | None = None  # of what the losses are given, from the first step on
 
     def _teacher(self) -> tuple[SegmentationModel | None, str | None]:
