@@ -9,7 +9,7 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -307,36 +307,29 @@ def _info(words: list[str]) -> int:
     argparse.ArgumentParser(
         prog="fastkd info", description="Kernels that are built, loaded and chosen, and why."
     ).parse_args(words)
-    import fastkd
-
-    print(_legible(fastkd.backend_info()))
+    print("\n".join(_info_lines()))
     return 0
 
 
-def _legible(value: object, indent: str = "") -> str:
-    """Nested mappings and sequences as indented lines."""
-    if isinstance(value, dict):
-        simple = {k: v for k, v in value.items() if not isinstance(v, (dict, list, tuple))}
-        width = max((len(str(k)) for k in simple), default=0)
-        lines = [f"{indent}{k!s:<{width}}  {_word(v)}" for k, v in simple.items()]
-        for key, inner in value.items():
-            if key not in simple:
-                lines.append(f"{indent}{key}")
-                lines.append(_legible(inner, indent + "  ") if inner else f"{indent}  none")
-        return "\n".join(lines)
-    if isinstance(value, (list, tuple)):
-        return "\n".join(
-            _legible(v, indent) if isinstance(v, (dict, list, tuple)) else f"{indent}{_word(v)}" for v in value
-        )
-    return f"{indent}{_word(value)}"
+def _info_lines() -> Iterator[str]:
+    """What a bug report needs, one line each."""
+    import platform
 
+    import torch
 
-def _word(value: object) -> str:
-    return (
-        {True: "yes", False: "no", None: "-"}.get(value, str(value))
-        if isinstance(value, (bool, type(None)))
-        else str(value)
-    )
+    import fastkd
+
+    info = fastkd.backend_info()
+    yield f"fastkd {fastkd.__version__}, Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}"
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        yield f"cuda:{i} {torch.cuda.get_device_name(i)}, sm_{major}{minor}, CUDA {torch.version.cuda or torch.version.hip}"
+    yield f"requested: {info['requested']}"
+    for name, backend in info["backends"].items():
+        yield f"{name:10} {'yes' if backend['available'] else 'no'}: {backend['detail'] or backend['reason']}"
+    yield f"{'chosen':22} {'CPU':10} {'GPU':10} of"
+    for op, row in info["operators"].items():
+        yield f"{op:22} {row['cpu']:10} {row['cuda'] or '-':10} {', then '.join(row['cuda_order'])}"
 
 
 def _device(name: str | None) -> Any:

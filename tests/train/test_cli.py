@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import fastkd
 from fastkd.cli import main
 
 
@@ -19,8 +20,11 @@ def command(*words, **options):
 def test_info_says_which_backends_there_are(capsys):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
-    for word in ("reference", "cpu", "triton", "nfd", "reason"):
+    for word in ("fastkd", "Python", "torch", "reference  yes: plain PyTorch", "requested: auto", "cuda, then triton"):
         assert word in out
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert lines["triton"].split()[1] in ("yes:", "no:")
+    assert lines["kd"].split()[1] == fastkd.backend_info()["operators"]["kd"]["cpu"]
 
 
 def test_usage_and_unknown_commands(capsys):
