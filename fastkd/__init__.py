@@ -14,9 +14,18 @@ from .functional import (
     rdd_loss,
     resized_cross_entropy,
     resized_kd_loss,
+    resized_ohem_cross_entropy,
     teacher_confidence,
 )
-from .losses import CWDLoss, KDLoss, NFDLoss, RDDLoss, ResizedCrossEntropyLoss, ResizedKDLoss
+from .losses import (
+    CWDLoss,
+    KDLoss,
+    NFDLoss,
+    RDDLoss,
+    ResizedCrossEntropyLoss,
+    ResizedKDLoss,
+    ResizedOHEMCrossEntropyLoss,
+)
 
 __all__ = [
     "BackendError",
@@ -27,6 +36,7 @@ __all__ = [
     "RDDOutput",
     "ResizedCrossEntropyLoss",
     "ResizedKDLoss",
+    "ResizedOHEMCrossEntropyLoss",
     "backend_info",
     "cwd_loss",
     "difficulty_mask",
@@ -35,6 +45,7 @@ __all__ = [
     "rdd_loss",
     "resized_cross_entropy",
     "resized_kd_loss",
+    "resized_ohem_cross_entropy",
     "teacher_confidence",
     "use_backend",
 ]

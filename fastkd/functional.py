@@ -266,6 +266,47 @@ def _resized_cross_entropy(
     return _cross_entropy(logits, labels, pixel_weight, None, reduction, loss_weight)[0]
 
 
+def resized_ohem_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    threshold: float = 0.7,
+    min_kept: int = 100_000,
+    class_weight: Tensor | None = None,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """:func:`resized_cross_entropy` over the hard pixels alone: online hard example mining (OHEM, arXiv 1604.03540).
+
+    Hard is a valid pixel whose labelled class has probability <= max(threshold, the k-th smallest of the batch),
+    k = min(min_kept, pixels), where ignored pixels count as 1: the mask of :func:`difficulty_mask` with
+    ``select="student", confidence="label"``. The mask has no gradient.
+
+    Args:
+        logits: (N, C, h, w). target: labels (N, H, W).
+        threshold: in [0, 1]. min_kept: of the batch, >= 0.
+        class_weight: (C,); ``"mean"`` then divides by the summed weights of the kept pixels.
+        reduction: ``"mean"`` over the kept pixels, ``"mean_all"``, ``"sum"``, ``"batchmean"``, ``"none"``: (N, H, W).
+    """
+    labels = Labels(target, class_weight, ignore_index, align_corners)
+    return _resized_ohem_cross_entropy(logits, labels, threshold, min_kept, reduction, 1.0)
+
+
+def _resized_ohem_cross_entropy(
+    logits: Tensor, labels: Labels, threshold: float, min_kept: int, reduction: str, loss_weight: float
+) -> Tensor:
+    check_float("logits", logits)
+    check_word("reduction", reduction, PIXEL_REDUCTIONS)
+    check_number("threshold", threshold, minimum=0, maximum=1)
+    check_number("min_kept", min_kept, minimum=0)
+    check_target(labels.target, logits, (logits.shape[0], None, None), labels.ignore_index)
+    if labels.class_weight is not None:
+        check_class_weight(labels.class_weight, logits)
+    hard = _Hard(threshold, min_kept, "label", "student")
+    return _selected_cross_entropy(logits, logits.detach(), labels, hard, reduction, loss_weight)[0]
+
+
 def resized_kd_loss(
     student: Tensor,
     teacher: Tensor,

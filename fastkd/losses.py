@@ -133,6 +133,44 @@ class ResizedCrossEntropyLoss(nn.Module):
         return f"align_corners={self.align_corners}, reduction={self.reduction!r}, loss_weight={self.loss_weight}"
 
 
+class ResizedOHEMCrossEntropyLoss(nn.Module):
+    """:func:`fastkd.resized_ohem_cross_entropy`; ``class_weight`` (a tensor or a sequence) becomes a buffer."""
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        threshold: float = 0.7,
+        min_kept: int = 100_000,
+        class_weight: Tensor | None = None,
+        ignore_index: int = 255,
+        align_corners: bool = False,
+        reduction: str = "mean",
+        loss_weight: float = 1.0,
+    ):
+        super().__init__()
+        check_word("reduction", reduction, PIXEL_REDUCTIONS)
+        check_number("threshold", threshold, minimum=0, maximum=1)
+        check_number("min_kept", min_kept, minimum=0)
+        self.register_buffer("class_weight", _buffer(class_weight), persistent=False)
+        self.threshold, self.min_kept = threshold, min_kept
+        self.ignore_index, self.align_corners = ignore_index, align_corners
+        self.reduction, self.loss_weight = reduction, loss_weight
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        labels = Labels(target, self.class_weight, self.ignore_index, self.align_corners)
+        return functional._resized_ohem_cross_entropy(
+            logits, labels, self.threshold, self.min_kept, self.reduction, self.loss_weight
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"threshold={self.threshold}, min_kept={self.min_kept}, reduction={self.reduction!r}, "
+            f"loss_weight={self.loss_weight}"
+        )
+
+
 class ResizedKDLoss(nn.Module):
     """:func:`fastkd.resized_kd_loss`; ``size`` defaults to that of the labels given to ``forward``."""
 

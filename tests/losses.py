@@ -37,6 +37,7 @@ LOSSES: dict[str, Loss] = {
     "nfd_nhw": lambda s, t, y, **options: fastkd.nfd_loss(s, t, dims="nhw", **options),
     "nfd_c": lambda s, t, y, **options: fastkd.nfd_loss(s, t, dims="c", **options),
     "nfd_chw": lambda s, t, y, **options: fastkd.nfd_loss(s, t, dims="chw", **options),
+    "resized_ohem_ce": lambda s, t, y, **options: fastkd.resized_ohem_cross_entropy(s, y, **{"min_kept": 50} | options),
     "cwd": lambda s, t, y, **options: fastkd.cwd_loss(s, t, **options),
     "kd": lambda s, t, y, **options: fastkd.kd_loss(s, t, **options),
     "kd_target": lambda s, t, y, **options: fastkd.kd_loss(s, t, target=nearest(y, s), **options),

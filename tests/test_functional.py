@@ -33,6 +33,8 @@ SIGNATURES = {
     "align_corners=False, reduction='mean'",
     "resized_kd_loss": "student, teacher, *, size, temperature=1.0, target=None, pixel_weight=None, ignore_index=255, "
     "align_corners=False, reduction='mean'",
+    "resized_ohem_cross_entropy": "logits, target, *, threshold=0.7, min_kept=100000, class_weight=None, ignore_index=255, "
+    "align_corners=False, reduction='mean'",
     "teacher_confidence": "main, aux, *, direction='aux_main'",
     "difficulty_mask": "student, teacher, target, *, threshold=0.7, min_kept=0, confidence='max', select='xor', "
     "ignore_index=255, align_corners=False",

@@ -25,6 +25,13 @@ CASES = [
         {"pixel_weight": torch.rand(2, 3, 3)},
     ),
     (
+        fastkd.ResizedOHEMCrossEntropyLoss,
+        fastkd.resized_ohem_cross_entropy,
+        {"threshold": 0.4, "min_kept": 30, "class_weight": torch.rand(4), "align_corners": True},
+        (S, Y),
+        {},
+    ),
+    (
         fastkd.ResizedKDLoss,
         fastkd.resized_kd_loss,
         {"size": (12, 12), "temperature": 2.0, "align_corners": True, "reduction": "mean_all"},
