@@ -7,7 +7,15 @@ from typing import NamedTuple
 
 import torch
 
-from . import bench_cwd, bench_kd, bench_nfd, bench_rdd, bench_resized_cross_entropy, bench_resized_kd
+from . import (
+    bench_cwd,
+    bench_kd,
+    bench_nfd,
+    bench_rdd,
+    bench_resized_cross_entropy,
+    bench_resized_kd,
+    bench_resized_ohem_cross_entropy,
+)
 from .harness import Case, Shape
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -18,6 +26,7 @@ LOSSES: dict[str, Callable[..., Case]] = {
     "cwd": bench_cwd.case,
     "resized_ce": bench_resized_cross_entropy.case,
     "resized_kd": bench_resized_kd.case,
+    "resized_ohem_ce": bench_resized_ohem_cross_entropy.case,
     "rdd_tfe": bench_rdd.tfe_case,
     "rdd_tse": bench_rdd.tse_case,
 }
@@ -67,6 +76,8 @@ def cpu_cases(losses: Collection[str] = tuple(LOSSES)) -> list[Case]:
         ("resized_ce", ade, ce, (F32,)),
         ("resized_kd", city, ce | {"compile": 6}, (F32, BF16)),
         ("resized_kd", ade, ce | {"compile": 6}, (F32,)),
+        ("resized_ohem_ce", city, ce | {"eager": 15}, (F32,)),
+        ("resized_ohem_ce", ade, ce | {"eager": 15}, (F32,)),
         ("rdd_tfe", city, ce, (F32, BF16)),
         ("rdd_tse", city, {"eager": 18, "compile": 18, "floor": 2.5, "bytes": 16}, (F32, BF16)),
     ]
