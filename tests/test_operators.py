@@ -8,7 +8,7 @@ import torch
 from fastkd import backends
 from fastkd.ops import OPERATORS, Draw, operator
 
-from .support import DEVICE, each_kernel
+from .support import DEVICE, INTERPRETER, each_kernel
 
 NAMES = {row.name: row for row in OPERATORS}
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -62,7 +62,8 @@ def test_at_most_ten_arguments(name):
 def test_opcheck(backend, name, layout, dtype):
     """Schema, no aliasing, fake tensors with the strides of the real ones."""
     op = implemented(name, backend)
-    for args in calls(name, Draw(dtype=dtype, layout=LAYOUTS[layout])):
+    samples = calls(name, Draw(dtype=dtype, layout=LAYOUTS[layout]))
+    for args in samples[:: len(samples) - 1 or 1] if INTERPRETER else samples:  # there a call takes seconds
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 
