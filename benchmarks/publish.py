@@ -28,6 +28,13 @@ FILES = {
     "full_resolution.csv": full_resolution.COLUMNS,
 }
 NOT_RUN = "not yet run"
+# Commit of GPU rows -> what they no longer say. It goes with its rows.
+REPLACED_SINCE = {
+    "36b6442": "**Measured at commit 36b6442.** Since then the kernels at label resolution (resized CE, resized KD, RDD) were "
+    "replaced in CUDA C++ and in Triton, Triton's KD reads once, and the Python of a call was rewritten. None of that has been "
+    "measured on a GPU: the times, memory and host times of these below are the old code's. NFD and KD in CUDA C++ and CWD "
+    "compute as they did.",
+}
 
 
 class Target(NamedTuple):
@@ -135,6 +142,7 @@ def pages(results: Path = RESULTS) -> dict[Path, str]:
 
 def gpu_section(cuda: Mapping[tuple[str, ...], Row], steps: list[Record]) -> list[str]:
     """Targets, what was measured, and the prediction."""
+    commits = {record["commit"] for row in cuda.values() for record in row.rivals.values()}
     if cuda:
         parts = [*_sections(cuda, {}), "![times on the GPU](images/losses-cuda.png)"]
     else:
@@ -145,6 +153,7 @@ def gpu_section(cuda: Mapping[tuple[str, ...], Row], steps: list[Record]) -> lis
         for name, gpu in GPUS.items()
     ]
     return [
+        *(text for commit, text in REPLACED_SINCE.items() if commit in commits),
         "### Targets",
         targets_table(cuda, steps),
         "### Losses on a GPU",

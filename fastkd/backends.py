@@ -146,7 +146,7 @@ def choose(op: str, device: torch.device, cuda: bool = True) -> str:
 
     Args:
         op: a key of :data:`CHOICE`.
-        cuda: whether the CUDA C++ kernel takes a call of this shape; if not, the next backend does.
+        cuda: whether CUDA C++ is fast for a call of this shape; if not, the next backend does it, unless CUDA C++ is forced.
 
     Raises:
         BackendError: a backend is forced that cannot run here or not on this device.
@@ -160,7 +160,7 @@ def choose(op: str, device: torch.device, cuda: bool = True) -> str:
             "fastkd: the kernels have no rules for torch.func (grad, vmap, jvp, ...); use "
             '`with fastkd.use_backend("reference"):` around this loss'
         )
-    if name == "auto" or (name == "cuda" and not cuda):
+    if name == "auto":
         return _preferred(op, device.type, cuda)
     reason = why_not(name)
     if reason is None and name not in implementations(op):

@@ -1,6 +1,7 @@
 """The CUDA kernels on an emulated GPU (csrc/cuda/emulation.h): builds the library that runs them on CPU tensors.
 
-It stands in for the real one where ``FASTKD_CUDA_EMULATION`` names it, so tests that use it run in a process of their own.
+It stands in for the real one where ``FASTKD_CUDA_EMULATION`` names it: `make test` starts pytest with it, on the files that
+``tests/suites.py`` lists as emulated.
 """
 
 from __future__ import annotations
@@ -9,20 +10,34 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parents[1]
-# What runs on it: how work is cut, and the operator tests of the losses that have a CUDA kernel.
-SUITE = tuple(f"tests/test_{name}.py" for name in ("cuda_plan", "nfd", "kd", "resized", "resized_kernels", "rdd"))
 RUNNING = "FASTKD_CUDA_EMULATION" in os.environ
 FLAGS = (
     "-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas",
     "-DFASTKD_EMULATION", "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )  # fmt: skip
+
+# The operators at the end of csrc/cuda/emulation.cpp: what the GPU is like, and how work is cut.
+OPERATORS = (
+    "configure(int shared_per_block, int shared_per_cores, int multiprocessors, int cluster, int smallest, "
+    "int smallest_budget, str threads) -> ()",
+    "row_units(Tensor like, int runs, int groups, int length, int vector) -> Tensor",
+    "column_blocks(Tensor like, int outer, int rows, int inner, int vector) -> Tensor",
+    "row_pieces(Tensor like, int runs, int groups, int length, int bytes) -> Tensor",
+    "nfd_reads(Tensor student, Tensor teacher, str dims) -> Tensor",
+    "kd_tiles(Tensor x) -> Tensor",
+    "axis_cells(Tensor like, int size_in, int size_out, bool align_corners) -> Tensor",
+    "cell_parts(Tensor student, Tensor teacher, int height, int width, bool align_corners) -> Tensor",
+    "cells_plan(Tensor student, Tensor teacher, int height, int width, bool align_corners) -> Tensor",
+)
+library = torch.library.Library("fastkd_cuda_emulation", "DEF")
+for schema in OPERATORS:
+    library.define(schema)
 
 
 def compiler() -> str | None:
@@ -61,10 +76,3 @@ def run_program(source: Path, folder: Path, *flags: str) -> str:
     run = subprocess.run([str(program)], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
-
-
-def run_tests(*files: str) -> subprocess.CompletedProcess:
-    """These files of tests in a process whose CUDA backend is the emulation."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *files]
-    env = {**os.environ, "FASTKD_CUDA_EMULATION": str(build())}
-    return subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)

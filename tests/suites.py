@@ -18,7 +18,9 @@ SUITES = {
     # TRITON_INTERPRET=1: Triton's kernels in its interpreter, on CPU tensors.
     "interpreted": ("triton", "operators", "resized_kernels", "rdd_kernels"),
     # FASTKD_CUDA_EMULATION=library: CUDA C++ on the emulated GPU (tests/emulation.py).
-    "emulated": ("cuda_plan", "operators", "nfd", "kd", "resized", "resized_kernels"),
+    "emulated": (
+        "cuda_plan", "operators", "autograd", "nfd", "kd", "resized", "resized_kernels", "rdd", "rdd_kernels", "ranks",
+    ),
     # What needs nothing but torch and the library: neither the trainer, nor a compiler, nor Triton.
     "core": (
         "adversarial", "autograd", "backends", "compile", "csrc", "functional", "integration", "losses", "operators",

@@ -11,6 +11,8 @@ import torch
 import fastkd
 from fastkd import backends
 
+from . import test_gpu
+
 S, T = torch.randn(2, 2, 4, 6, 6)
 
 
@@ -143,3 +145,18 @@ def test_threads():
         t.join()
     assert len(got) == 80
     assert all(torch.equal(x, want) for x in got)
+
+
+@pytest.mark.parametrize("name", test_gpu.LOSSES)
+def test_memory_on_a_gpu_is_compared_with_plain_pytorch(monkeypatch, name):
+    """What test_gpu.py runs is the backend that it asks for, whatever the name of the loss says."""
+    seen = []
+    why_not = backends.why_not
+    monkeypatch.setattr(
+        backends, "why_not", lambda backend: None if backend in ("triton", "cuda") else why_not(backend)
+    )
+    monkeypatch.setattr(backends, "choose", lambda *_, **__: seen.append(backends.requested()) or "reference")
+    for backend, want in ((None, "cuda" if name.endswith(test_gpu.IN_CUDA) else "triton"), ("reference", "reference")):
+        seen.clear()
+        test_gpu.run(name, *test_gpu.inputs("cpu"), backend=backend)
+        assert set(seen) == {want}

@@ -1,8 +1,4 @@
-"""The CUDA kernels on an emulated GPU: how work is cut, and the kernels themselves, thread by thread.
-
-The emulation takes the place of the CUDA backend in its process, so the file runs in one of its own, started by
-``test_on_the_emulation``, with the operator suite behind it.
-"""
+"""The CUDA kernels on an emulated GPU: how work is cut, and the kernels themselves, thread by thread."""
 
 from __future__ import annotations
 
@@ -17,10 +13,13 @@ from torch import Tensor
 
 import fastkd
 from fastkd import reference
+from fastkd._arguments import dense_together
+from fastkd.ops.nfd import fits_cuda
 
 from . import emulation
 
-needs_emulation = pytest.mark.skipif(not emulation.RUNNING, reason="runs inside test_on_the_emulation")
+if not emulation.RUNNING:
+    pytest.skip("make test runs it with FASTKD_CUDA_EMULATION", allow_module_level=True)
 
 DIMS = ("hw", "nhw", "c", "chw")
 ROOT_OF_TESTS = Path(__file__).parent
@@ -43,14 +42,6 @@ QUARTER = {**H100, "cluster": 2}
 CHUNKS = {**H100, "multiprocessors": 1, "smallest_budget": 1}
 
 
-@pytest.mark.skipif(emulation.RUNNING, reason="this is the process that it starts")
-@pytest.mark.skipif(emulation.compiler() is None, reason="there is no C++ compiler")
-def test_on_the_emulation():
-    run = emulation.run_tests(*emulation.SUITE)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert " passed" in run.stdout
-
-
 def plans():
     return torch.ops.fastkd_cuda_emulation
 
@@ -58,9 +49,8 @@ def plans():
 @pytest.fixture(autouse=True)
 def configured():
     """Every test begins with the same GPU."""
-    if emulation.RUNNING:
-        assert fastkd.backends.why_not("cuda") is None
-        configure(H100)
+    assert fastkd.backends.why_not("cuda") is None
+    configure(H100)
 
 
 def configure(gpu: dict, order: str = "random") -> None:
@@ -76,7 +66,6 @@ def table(name: str, *sizes: int) -> list[list[int]]:
 LENGTHS = (1, 2, 7, 31, 64, 255, 256, 1000, 1024, 4095, 4096, 4097, 20_000, 70_001)
 
 
-@needs_emulation
 @pytest.mark.parametrize("vector", [1, 4, 8])
 def test_rows_are_cut_without_gap_or_overlap(vector):
     for runs, groups, length in itertools.product((1, 2, 5), (1, 3, 33), LENGTHS):
@@ -98,7 +87,6 @@ def test_rows_are_cut_without_gap_or_overlap(vector):
         assert len(parts) == groups
 
 
-@needs_emulation
 @pytest.mark.parametrize("vector", [1, 4, 8])
 def test_columns_are_cut_without_gap_or_overlap(vector):
     for outer, rows, inner in itertools.product((1, 3), (1, 2, 33, 64, 300, 2000), (8, 16, 40, 64, 200, 264)):
@@ -114,7 +102,6 @@ def test_columns_are_cut_without_gap_or_overlap(vector):
         assert all(sorted(p) == list(range(lines[0][4])) for p in parts.values())
 
 
-@needs_emulation
 @pytest.mark.parametrize("gpu", [H100, SMALL, QUARTER])
 @pytest.mark.parametrize("size", [2, 4])
 def test_shares_of_a_cluster_are_complete(gpu, size):
@@ -144,7 +131,6 @@ def test_shares_of_a_cluster_are_complete(gpu, size):
     assert fitted > 30
 
 
-@needs_emulation
 def test_too_large_or_uneven_groups_stream():
     assert not table("row_pieces", 1, 2, 8 * 227 * 1024 // 4, 4), "8 blocks hold S and T of less than that"
     assert table("row_pieces", 1, 2, 8 * 200 * 1024 // 8, 4)
@@ -153,6 +139,29 @@ def test_too_large_or_uneven_groups_stream():
     assert not table("row_pieces", 1, 2, 4096, 4), "no clusters before sm_90"
     configure({**H100, "smallest": 4096})
     assert not table("row_pieces", 1, 2, 2048, 4)
+
+
+SHAPES = (
+    (2, 3, 64, 128), (2, 3, 64, 64), (1, 3, 127, 65), (1, 3, 90, 92), (2, 1, 677, 677), (1, 1, 448, 1024), (1, 1, 448, 1032),
+    (1, 1, 448, 512), (1, 2, 448, 520), (1, 2, 896, 512), (4, 8, 16, 32), (4, 32, 16, 16), (16, 8, 16, 32), (16, 32, 16, 16),
+    (1, 8192, 1, 1), (1, 8200, 2, 1), (1, 8196, 1, 2), (2, 8, 1, 1024), (2, 1, 1024, 8), (2, 19, 61, 67),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_python_knows_which_groups_are_read_once(dtype, layout):
+    """fits_cuda chooses the backend by the plan of a whole H100."""
+    reads = []
+    for shape, dims, other, offset in itertools.product(SHAPES, DIMS, (dtype, torch.bfloat16), (0, 3)):
+        pair = [torch.empty(math.prod(shape) + offset, dtype=t)[offset:].view(shape) for t in (dtype, other)]
+        if layout == "nhwc":
+            n, c, h, w = shape
+            pair = [x.view(n, h, w, c).permute(0, 3, 1, 2) for x in pair]
+        student, teacher = dense_together(*pair)
+        reads.append(plans().nfd_reads(student, teacher, dims).item())
+        assert fits_cuda(student, teacher, dims) == reads[-1], (shape, dims, other, offset)
+    assert set(reads) == ({0} if dtype == torch.float64 else {0, 1})
 
 
 # ---- the kernels -----------------------------------------------------------------------------------------------------
@@ -182,7 +191,6 @@ def close_to_the_formula(student, teacher, dims, loss, gradient) -> None:
     assert (gradient.double() - true.grad).norm() <= (eps + 1e-6) * true.grad.norm() + 1e-6 * eps
 
 
-@needs_emulation
 @pytest.mark.parametrize("gpu", [H100, SMALL, STREAMING], ids=["cluster", "small", "streaming"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dims", DIMS)
@@ -208,7 +216,6 @@ LARGE = [
 ]
 
 
-@needs_emulation
 @pytest.mark.parametrize("gpu", [H100, SMALL, STREAMING], ids=["cluster", "small", "streaming"])
 @pytest.mark.parametrize(("shape", "layout"), LARGE)
 @pytest.mark.parametrize("dims", DIMS)
@@ -225,7 +232,6 @@ def test_any_order_of_threads_gives_the_same_bits(gpu, shape, layout, dims):
     close_to_the_formula(student, teacher, dims, results[0][0], results[0][2])
 
 
-@needs_emulation
 @pytest.mark.parametrize("gpu", [H100, SMALL, QUARTER, STREAMING], ids=["cluster", "small", "quarter", "streaming"])
 @pytest.mark.parametrize(("shape", "layout"), LARGE)
 @pytest.mark.parametrize("dims", DIMS)
@@ -255,7 +261,6 @@ def kd_inputs(shape, layout: str, dtype: torch.dtype):
     return student, teacher, labels
 
 
-@needs_emulation
 def test_tiles_of_pixels_fit():
     """Fewer pixels a block as classes grow, down to one; each pixel in one tile; 4096 classes on every chip."""
     sm_86 = {**H100, "shared_per_block": 99 << 10, "shared_per_cores": 100 << 10, "cluster": 0}
@@ -277,7 +282,6 @@ def test_tiles_of_pixels_fit():
                 assert inner == (2 * 80 if not x.is_contiguous() else 80)
 
 
-@needs_emulation
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(2, 19, 9, 16), (1, 150, 5, 8), (1, 600, 3, 5)])
@@ -307,7 +311,6 @@ def test_kd_in_any_order_is_the_formula(shape, layout, dtype):
 # ---- losses at label resolution --------------------------------------------------------------------------------------
 
 
-@needs_emulation
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_cells_are_those_of_exact_fractions(align_corners):
     for size_in, size_out in itertools.product((1, 2, 3, 5, 8, 9), (1, 2, 3, 4, 7, 9, 24, 65)):
@@ -339,7 +342,6 @@ SIZES = [  # of the student, of the teacher, of the labels
 ]
 
 
-@needs_emulation
 @pytest.mark.parametrize("gpu", [H100, CHUNKS], ids=["whole", "chunks"])
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize(("size", "teacher_size", "label_size"), SIZES)
@@ -362,7 +364,6 @@ def test_every_label_pixel_has_one_thread(gpu, align_corners, size, teacher_size
     assert covered.eq(1).all()
 
 
-@needs_emulation
 def test_cells_fill_the_device_and_keep_within_their_memory():
     # A batch of one is in smaller parts.
     for n, size, labels in ((1, (64, 128), (512, 1024)), (16, (64, 64), (512, 512))):
@@ -427,7 +428,6 @@ def resized_calls(student, teacher, target, class_weight, pixel_weight, selected
     }  # fmt: skip
 
 
-@needs_emulation
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("gpu", [H100, CHUNKS], ids=["whole", "chunks"])
@@ -454,7 +454,6 @@ def test_losses_at_label_resolution_are_the_formula(gpu, align_corners, size, te
         assert (gradient.double() - want).norm() <= 2e-6 * want.norm() + 1e-9
 
 
-@needs_emulation
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("gpu", [H100, CHUNKS], ids=["whole", "chunks"])
 @pytest.mark.parametrize(
@@ -478,7 +477,6 @@ def test_losses_at_label_resolution_in_any_order_of_threads(gpu, classes, size, 
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@needs_emulation
 @pytest.mark.parametrize("gpu", [H100, CHUNKS], ids=["whole", "chunks"])
 def test_pixels_far_below_their_bound_are_exact(gpu):
     """Between logits of other classes by 1000, where every exponential of a pixel vanishes; some classes are masked."""
@@ -502,7 +500,6 @@ def test_pixels_far_below_their_bound_are_exact(gpu):
         teacher[:, 3] = -torch.inf
 
 
-@needs_emulation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_kd_of_equal_maps_has_no_gradient(dtype):
     student, _, _ = resized_inputs(7, (4, 5), (24, 30), dtype)
@@ -516,7 +513,6 @@ def test_kd_of_equal_maps_has_no_gradient(dtype):
 # ---- RDD -------------------------------------------------------------------------------------------------------------
 
 
-@needs_emulation
 @pytest.mark.parametrize("min_kept", [0, 300])
 @pytest.mark.parametrize("confidence", ["max", "label"])
 @pytest.mark.parametrize("select", ["xor", "or", "and", "student", "student_only"])
@@ -542,7 +538,6 @@ def test_difficulty_is_the_formula(select, confidence, min_kept):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-@needs_emulation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_kth_smallest(dtype):
     g = torch.Generator().manual_seed(0)
@@ -558,7 +553,6 @@ def test_kth_smallest(dtype):
 # ---- rescale ---------------------------------------------------------------------------------------------------------
 
 
-@needs_emulation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_rescale(dtype):
     x = torch.randn(3, 5, 7, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -572,8 +566,6 @@ def test_rescale(dtype):
 # ---- the emulation itself --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(emulation.RUNNING, reason="needs no emulation of the operators")
-@pytest.mark.skipif(emulation.compiler() is None, reason="there is no C++ compiler")
 def test_the_emulation_sees_misuse_and_runs_under_a_fortified_libc(tmp_path):
     """Exchanges at different places or by some lanes, missing barriers' victims; glibc's checked longjmp is not used."""
     out = emulation.run_program(ROOT_OF_TESTS / "emulation_misuse.cpp", tmp_path, "-O2", "-D_FORTIFY_SOURCE=3")

@@ -6,8 +6,7 @@ import torch
 import fastkd
 from fastkd import backends
 
-if not torch.cuda.is_available():
-    pytest.skip("torch finds no GPU", allow_module_level=True)
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 
 N, C, H, W, RATIO = 2, 19, 16, 24, 8
 

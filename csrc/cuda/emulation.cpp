@@ -1,7 +1,7 @@
 // torch.ops.fastkd_cuda.* for CPU tensors, on the emulated GPU of emulation.h: built and loaded by tests only.
 //
 // torch.ops.fastkd_cuda_emulation.configure(...) says what the GPU is like and in which order its threads run; the other
-// operators there print plans.
+// operators there print plans. Their schemas are in tests/emulation.py.
 #include "emulation.h"
 
 #include "../checks.h"
@@ -77,6 +77,12 @@ Tensor row_pieces(const Tensor& like, int64_t runs, int64_t groups, int64_t leng
     return table(like, lines);
 }
 
+// Whether a whole H100 makes the gradient of NFD in one read.
+Tensor nfd_reads(const Tensor& student, const Tensor& teacher, std::string dims) {
+    const Device h100{227 << 10, 228 << 10, 132, 8};
+    return table(student, {{plan_nfd(pair_of(student, teacher), group_of(dims), h100).one_read()}});
+}
+
 // Pixels a tile, tiles of a line of pixels, pixels of that line, bytes of shared memory; no pixels where nothing fits.
 Tensor kd_tiles(const Tensor& x) {
     const KdPlan plan = plan_kd(pair_of(x, x), emulated);
@@ -143,23 +149,12 @@ void rescale(const Rescale& a, Stream) { rescale(a, Launcher{order}); }
 
 }  // namespace fastkd::gpu
 
-STABLE_TORCH_LIBRARY(fastkd_cuda_emulation, m) {
-    m.def(
-        "configure(int shared_per_block, int shared_per_cores, int multiprocessors, int cluster, int smallest, "
-        "int smallest_budget, str threads) -> ()");
-    m.def("row_units(Tensor like, int runs, int groups, int length, int vector) -> Tensor");
-    m.def("column_blocks(Tensor like, int outer, int rows, int inner, int vector) -> Tensor");
-    m.def("row_pieces(Tensor like, int runs, int groups, int length, int bytes) -> Tensor");
-    m.def("kd_tiles(Tensor x) -> Tensor");
-    m.def("axis_cells(Tensor like, int size_in, int size_out, bool align_corners) -> Tensor");
-    m.def("cell_parts(Tensor student, Tensor teacher, int height, int width, bool align_corners) -> Tensor");
-    m.def("cells_plan(Tensor student, Tensor teacher, int height, int width, bool align_corners) -> Tensor");
-}
 STABLE_TORCH_LIBRARY_IMPL(fastkd_cuda_emulation, CompositeExplicitAutograd, m) {
     m.impl("configure", TORCH_BOX(&fastkd::gpu::configure));
     m.impl("row_units", TORCH_BOX(&fastkd::gpu::row_units));
     m.impl("column_blocks", TORCH_BOX(&fastkd::gpu::column_blocks));
     m.impl("row_pieces", TORCH_BOX(&fastkd::gpu::row_pieces));
+    m.impl("nfd_reads", TORCH_BOX(&fastkd::gpu::nfd_reads));
     m.impl("kd_tiles", TORCH_BOX(&fastkd::gpu::kd_tiles));
     m.impl("axis_cells", TORCH_BOX(&fastkd::gpu::axis_cells));
     m.impl("cell_parts", TORCH_BOX(&fastkd::gpu::cell_parts));
