@@ -30,6 +30,8 @@ def problem(spatial):
 @pytest.mark.parametrize("kind", SPATIAL)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_same_elements_same_bits(backend, name, kind, reduction):
+    if backend == "cuda" and name == "cwd":
+        pytest.skip("CUDA C++ has no kernel for it")
     spatial = SPATIAL[kind]
     student, teacher, target = problem(spatial)
     as_map = (2, 3 * 2, 4)  # the same elements as a map of 6 by 4
@@ -51,6 +53,8 @@ def test_same_elements_same_bits(backend, name, kind, reduction):
 @each_kernel
 @each_loss
 def test_tokens_in_their_own_strides(backend, name):
+    if backend == "cuda" and name == "cwd":
+        pytest.skip("CUDA C++ has no kernel for it")
     student, teacher, target = problem((24,))
     tokens = student.transpose(1, 2).contiguous().requires_grad_()  # (B, L, C)
     with fastkd.use_backend(backend):

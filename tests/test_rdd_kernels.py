@@ -128,6 +128,8 @@ def test_nan_confidence_is_not_hard(backend):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_kd_and_confidence_in_one_read(backend, direction, layout, dtype):
+    if backend == "cuda":
+        pytest.skip("CUDA C++ has no kernel for it")
     student, teacher, aux = (
         (3 * x).to(dtype).to(memory_format=layout) for x in torch.randn(3, 2, 21, 9, 11, device=DEVICE)
     )
