@@ -30,9 +30,13 @@ def evaluate(loss: Loss, backend: str, reduction: str, scale: float, *args: Any)
         reduction, scale: as in :class:`Loss`.
         args: the loss's arguments, tensors dense and checked.
     """
+    if torch.compiler.is_compiling() and not isinstance(scale, int):
+        # A scale made of symbolic sizes would pin the graph to them, so it multiplies what the traced operator gives.
+        out = evaluate(loss, backend, reduction, 1, *args)
+        return (out[0] * scale, out[1]) if loss.returns_kept else out * scale
     if args[0].requires_grad and torch.is_grad_enabled():
-        return _Loss.apply(args[0], (loss, backend, reduction, scale, args))
-    value, kept = operator(backend, loss.name + "_forward")(*args, reduction, scale)
+        return _Loss.apply(args[0], (loss, backend, reduction, float(scale), args))
+    value, kept = operator(backend, loss.name + "_forward")(*args, reduction, float(scale))
     return (value, kept) if loss.returns_kept else value
 
 
@@ -41,8 +45,10 @@ class _Loss(torch.autograd.Function):
     def forward(ctx, student: Tensor, call):
         loss, backend, reduction, scale, args = call  # one argument: each costs a microsecond
         rest = gradient = None
-        half = student.dtype == torch.float16
+        half, traced = student.dtype == torch.float16, torch.compiler.is_compiling()
         early = backend in loss.early and reduction != "none" and not (half and loss.any_weight(*args))
+        if half and traced and (loss.pixel_weight is not None or backend in loss.late):
+            early = False  # the unit is made of sizes
         if not early:
             value, kept = operator(backend, loss.name + "_forward")(*args, reduction, scale)
         elif not half:
@@ -55,7 +61,6 @@ class _Loss(torch.autograd.Function):
             if reduction == "mean":
                 rest = rest / torch.where(kept == 0, 1, kept)
             value = value * rest
-        traced = torch.compiler.is_compiling()
         ctx.call = loss, backend, reduction, scale, args[loss.tensors :], early, traced, rest
         if early and traced:  # a traced graph must not change what it has saved
             ctx.save_for_backward(gradient)
