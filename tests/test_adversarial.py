@@ -528,7 +528,7 @@ class Sequences(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(list(CASES)))
     def a_refused_call(self, name):
-        with pytest.raises(ValueError, match="expected (4|3 to 5) dimensions"):
+        with pytest.raises(ValueError, match=r"expected (4|3 to 5) dimensions"):
             LOSSES[CASES[name][0]](self.inputs[0][0, 0], *self.inputs[1:])
 
     @invariant()
