@@ -16,7 +16,7 @@ from torch import Tensor
 from .launch import accumulator, launch
 from .softmax import LOG2E, START, difference, divergence, grow, grow_cross
 from .tiles import cut, locate, tile_of
-from .total import gather_parts, total
+from .total import gather_parts, reduced, total
 
 COUNT_BLOCK = 4096  # labels a program counts
 
@@ -175,4 +175,4 @@ def gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, the count, and the student's gradient in its dtype and layout; the arguments of :func:`forward`."""
     out = _launch((student, teacher, target, weight, temperature, ignore_index), reduction, scale, True)
-    return (*total(out.part, reduction, scale * temperature**2), out.gradient)
+    return (*reduced(out.part, reduction == "mean", scale * temperature**2), out.gradient)

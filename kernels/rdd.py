@@ -24,17 +24,19 @@ from .resize import (
     View,
     any_of,
     locate,
+    nothing,
     part_of,
     parts_of,
     plan,
     prepare,
     read_labels,
+    write_pixels,
 )
 from .resized_cross_entropy import softmax
 from .softmax import LOG2E, START, difference, divergence, grow, grow_cross
 from .tiles import cut, tile_of
 from .tiles import locate as locate_tile
-from .total import gather_parts, scaled_sum, total
+from .total import gather_parts, reduced, scaled_sum
 
 # ---- heads ----------------------------------------------------------------------------------------------------------
 
@@ -99,13 +101,12 @@ def _heads(
 
 
 def _run_heads(
-    student: Tensor | None, main: Tensor, aux: Tensor, direction: str, scale: float, with_gradient: bool
+    student: Tensor | None, main: Tensor, aux: Tensor, direction: str, scale: float, gradient: Tensor | None
 ) -> Heads:
     n, _, h, w = main.shape
     acc, _ = accumulator(main)
     tiled = cut(main, "channels", split=False, maps=3)
     part = None if student is None else main.new_empty((1, tiled.programs), dtype=acc)
-    gradient = torch.empty_like(student) if with_gradient else None
     out = Heads(main.new_empty((n, h, w), dtype=acc), part, gradient)
     launch(_heads, (tiled.programs,), main, student, main, aux, out, scale, direction == "aux_main", tiled.tiles)
     return out
@@ -117,14 +118,14 @@ def teacher_confidence(main: Tensor, aux: Tensor, direction: str) -> Tensor:
     Args:
         main, aux: (N, C, h, w) of one layout, NCHW-contiguous or channels_last.
     """
-    return _run_heads(None, main, aux, direction, 1.0, False).confidence
+    return _run_heads(None, main, aux, direction, 1.0, None).confidence
 
 
 def kd_confidence_forward(
     student: Tensor, teacher: Tensor, aux: Tensor, direction: str, reduction: str, scale: float
 ) -> tuple[Tensor, Tensor]:
     """KD's summed loss and the map above; all three maps of one layout."""
-    out = _run_heads(student, teacher, aux, direction, scale, False)
+    out = _run_heads(student, teacher, aux, direction, scale, None)
     return scaled_sum(out.part, scale), out.confidence
 
 
@@ -132,8 +133,9 @@ def kd_confidence_gradient(
     student: Tensor, teacher: Tensor, aux: Tensor, direction: str, reduction: str, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same with KD's gradient."""
-    out = _run_heads(student, teacher, aux, direction, scale, True)
-    return scaled_sum(out.part, scale), out.confidence, out.gradient
+    gradient = torch.empty_like(student)
+    out = _run_heads(student, teacher, aux, direction, scale, gradient)
+    return scaled_sum(out.part, scale), out.confidence, gradient
 
 
 # ---- difficulty -----------------------------------------------------------------------------------------------------
@@ -168,15 +170,18 @@ def _confidence(
     first, last = parts_of(grid)
     for part in range(first, last):
         pixels = part_of(place, logits, grid, part, T)
-        offset, label, counted, _ = read_labels(labels, grid, place, pixels, logits.classes)
-        cell = Cell(place, pixels, any_of(counted))
-        base, sums, own = softmax(View(logits, ()), cell, counted, label if BY_LABEL else None, T)
-        for k in tl.static_range(len(counted)):
-            p = tl.where(counted[k], tl.exp2(own[k]) / sums[k], 1)
+        worth = read_labels(labels, grid, place, pixels, logits.classes, T)
+        cell = Cell(place, pixels, any_of(worth.counted))
+        norm, distance = softmax(View(logits, ()), grid, cell, worth.counted, worth.label if BY_LABEL else None, T)
+        confidence, lse = nothing(), nothing()
+        for k in tl.static_range(len(norm)):
+            p = tl.where(worth.counted[k], tl.exp2(-distance[k]), 1)
             hard += (pixels.exist[k] & (p <= limit)).to(tl.int32)
-            tl.store(out.confidence + offset[k], p, mask=pixels.exist[k])
-            if out.lse is not None:
-                tl.store(out.lse + offset[k], (base[k] + tl.log2(sums[k])) * LN2, mask=pixels.exist[k])
+            confidence = confidence + (p,)
+            lse = lse + (norm[k] * LN2,)
+        write_pixels(out.confidence, grid, place, pixels, confidence)
+        if out.lse is not None:
+            write_pixels(out.lse, grid, place, pixels, lse)
     tl.store(out.hard + tl.program_id(0), tl.sum(hard).to(tl.float64))
 
 
@@ -242,15 +247,15 @@ def _difficulty(args: tuple[Any, ...], keep_lse: bool) -> tuple[Tensor, Tensor]:
         )  # fmt: skip
     k = min(min_kept, pixels)
     limits = kth_or_threshold(maps, k, gather_parts(hard), threshold) if k else None
-    mask = None if keep_lse else torch.empty_like(target, dtype=torch.bool)
+    selected = torch.empty_like(target, dtype=torch.bool) if lse is None else lse
     programs = triton.cdiv(pixels, SELECT_BLOCK)
     part = maps.new_empty((2, programs))
     launch(
-        _select, (programs,), maps, maps, limits, labels, lse if mask is None else mask.view(torch.uint8), part,
+        _select, (programs,), maps, maps, limits, labels, selected.view(torch.uint8) if lse is None else selected, part,
         (student.shape[1], pixels), threshold, SELECT=select, BLOCK=SELECT_BLOCK,
     )  # fmt: skip
-    share, _ = total(part, "mean", 1.0)
-    return (lse if mask is None else mask), share
+    share, _ = reduced(part, True, 1.0)
+    return selected, share
 
 
 def difficulty_mask(

@@ -142,7 +142,7 @@ def _plan(
     largest = 4 * (max(size) + 1) * (max(h, w) + 1)
     constants = (*tile, cells, halo, align, tl.int32 if largest < 2**31 else tl.int64)
     constants = (*constants, tl.float64 if double else tl.float32)
-    grid = Grid(n, line, *size, parts[1], parts[0] * parts[1], split)
+    grid = Grid(n, line, size[0], size[1], parts[1], parts[0] * parts[1], split)
     return Plan(grid, Tile(*map(tl.constexpr, constants)), programs * split, split)
 
 
@@ -223,6 +223,50 @@ def prepare(size: Sequence[int], scale: float, *maps: Tensor) -> list[Logits]:
         scale * LOG2E, ACC=ACC, BLOCK_CLASSES=16, BLOCK_PIXELS=64,
     )  # fmt: skip
     return to
+
+
+# ---- tuples: one entry a label pixel --------------------------------------------------------------------------------
+
+
+@triton.jit
+def nothing():
+    """An empty tuple, to be added to."""
+    return ()
+
+
+@triton.jit
+def fill(value, COUNT: tl.constexpr):
+    """A tuple of one value."""
+    out = nothing()
+    for _ in tl.static_range(COUNT):
+        out = out + (value,)
+    return out
+
+
+@triton.jit
+def any_of(masks):
+    out = masks[0]
+    for i in tl.static_range(1, len(masks)):
+        out = out | masks[i]
+    return out
+
+
+@triton.jit
+def pick(values, k):
+    """Entry ``k``, which is known at run time."""
+    out = values[0]
+    for i in tl.static_range(1, len(values)):
+        out = tl.where(k == i, values[i], out)
+    return out
+
+
+@triton.jit
+def put(values, k, mask, value):
+    """``values`` with entry ``k``, which is known at run time, replaced where ``mask`` is set."""
+    out = ()
+    for i in tl.static_range(len(values)):
+        out = out + (tl.where(mask & (k == i), value, values[i]),)
+    return out
 
 
 # ---- a lane's cell --------------------------------------------------------------------------------------------------
@@ -332,7 +376,7 @@ def axis(cell, k, into, out, COUNT: tl.constexpr, T):
     """Outputs k to k + COUNT of a cell along one axis: their places, whether they exist, the neighbour's weight."""
     start = first_output(cell, into, out, T.ALIGN)
     end = first_output(cell + 1, into, out, T.ALIGN)
-    at, exist, weight = (), (), ()
+    at, exist, weight = nothing(), nothing(), nothing()
     for i in tl.static_range(COUNT):
         x = start + k + i
         at = at + (x,)
@@ -358,23 +402,6 @@ def parts_of(grid):
     """The parts this program takes: the first, and one past the last."""
     which = tl.program_id(0) % grid.split
     return which * grid.parts // grid.split, (which + 1) * grid.parts // grid.split
-
-
-@triton.jit
-def fill(value, COUNT: tl.constexpr):
-    """A tuple of one value."""
-    out = ()
-    for _ in tl.static_range(COUNT):
-        out = out + (value,)
-    return out
-
-
-@triton.jit
-def any_of(masks):
-    out = masks[0]
-    for i in tl.static_range(1, len(masks)):
-        out = out | masks[i]
-    return out
 
 
 # ---- interpolated values --------------------------------------------------------------------------------------------
@@ -403,21 +430,42 @@ def taps_of(logits, grid, pixels, T):
 
 @triton.jit
 def begin(view, cell):
-    """Pointers to class 0: of the logit above and to the left of each lane's cell, or of the sample where it has taps."""
+    """Pointers to class 0, a tuple that loops over classes carry: of the four logits of each lane's cell, or of the sample
+    where the map has taps.
+
+    Four and not one with three offsets, because Triton's Coalesce pass walks the whole kernel for every pointer that is
+    computed where it is used: most of the time of a compile.
+    """
     at = view.logits.data + cell.place.sample * view.logits.classes * plane_of(view.logits)
     if len(view.taps) == 0:
         at += (cell.place.y + 1).to(tl.int64) * (view.logits.width + 2) + (cell.place.x + 1)
-    return at
+        return around(at, view.logits)
+    else:
+        return (at,)
 
 
 @triton.jit
-def corners(at, logits, mask, shift):
+def around(at, logits):
+    """Pointers to four neighbouring logits from that of the first."""
+    return at, at + logits.right, at + logits.below, at + logits.below + logits.right
+
+
+@triton.jit
+def advance(at, step):
+    out = ()
+    for i in tl.static_range(len(at)):
+        out = out + (at[i] + step,)
+    return out
+
+
+@triton.jit
+def corners(at, mask, shift):
     """Four neighbouring logits less ``shift``: the left one above, the step to the right above, and how much each changes
     downwards."""
-    above = tl.load(at, mask=mask, other=0) - shift
-    right = tl.load(at + logits.right, mask=mask, other=0) - shift
-    below = tl.load(at + logits.below, mask=mask, other=0) - shift
-    across = tl.load(at + logits.below + logits.right, mask=mask, other=0) - shift
+    above = tl.load(at[0], mask=mask, other=0) - shift
+    right = tl.load(at[1], mask=mask, other=0) - shift
+    below = tl.load(at[2], mask=mask, other=0) - shift
+    across = tl.load(at[3], mask=mask, other=0) - shift
     step = right - above
     return above, step, below - above, (across - below) - step
 
@@ -427,7 +475,7 @@ def values(view, at, cell, shift):
     """One class's interpolated values, row by row, less ``shift``."""
     taps, out = view.taps, ()
     if len(taps) == 0:
-        corner = corners(at, view.logits, cell.mask, shift.lane)
+        corner = corners(at, cell.mask, shift.lane)
         for i in tl.static_range(len(cell.pixels.down)):
             left = corner[0] + cell.pixels.down[i] * corner[2]
             step = corner[1] + cell.pixels.down[i] * corner[3]
@@ -437,7 +485,7 @@ def values(view, at, cell, shift):
         for i in tl.static_range(len(taps.down)):
             for j in tl.static_range(len(taps.right)):
                 mask = cell.mask & cell.pixels.exist[i * len(taps.right) + j]
-                corner = corners(at + (taps.above[i] + taps.left[j]), view.logits, mask, shift.lane)
+                corner = corners(around(at[0] + (taps.above[i] + taps.left[j]), view.logits), mask, shift.lane)
                 left = corner[0] + taps.down[i] * corner[2]
                 out = out + (left + taps.right[j] * (corner[1] + taps.down[i] * corner[3]),)
     if len(shift.each) > 0:
@@ -476,22 +524,6 @@ def bound(view, cell):
 
 
 @triton.jit
-def largest(view, cell, T):
-    """Each label pixel's largest value."""
-    low: tl.constexpr = LOW64 if tl.float64 == T.ACC else LOW32
-    peak = fill(tl.zeros([T.CELLS], T.ACC) + low, len(cell.pixels.exist))
-    at = begin(view, cell)
-    for _ in range(view.logits.classes):
-        value = values(view, at, cell, Shift(0, ()))
-        at += plane_of(view.logits)
-        higher = ()
-        for k in tl.static_range(len(value)):
-            higher = higher + (tl.maximum(peak[k], value[k]),)
-        peak = higher
-    return peak
-
-
-@triton.jit
 def each(shift, COUNT: tl.constexpr):
     """A shift, label pixel by label pixel."""
     return shift.each if len(shift.each) > 0 else fill(shift.lane, COUNT)
@@ -507,55 +539,139 @@ def far_below(total, counted):
 
 
 @triton.jit
-def choose(masks, a, b):
-    """Of each label pixel, a where its mask is set, else b."""
-    out = ()
-    for k in tl.static_range(len(a)):
-        out = out + (tl.where(masks[k], a[k], b[k]),)
-    return out
+def one_pixel(cell, k):
+    """The cell with label pixel ``k`` alone, which is known at run time."""
+    pixels = cell.pixels
+    across = len(pixels.right)
+    y, x = k // across, k % across
+    one = Pixels(
+        (pick(pixels.y, y),), (pick(pixels.x, x),), (pick(pixels.down, y),), (pick(pixels.right, x),),
+        (pick(pixels.exist, k),),
+    )  # fmt: skip
+    return Cell(cell.place, one, cell.mask)
+
+
+@triton.jit
+def one_view(view, grid, cell, T):
+    """``view`` of a cell of one label pixel."""
+    return View(view.logits, () if len(view.taps) == 0 else taps_of(view.logits, grid, cell.pixels, T))
+
+
+@triton.jit
+def largest(view, cell, T):
+    """The largest value of a cell's one label pixel."""
+    low: tl.constexpr = LOW64 if tl.float64 == T.ACC else LOW32
+    peak = tl.zeros([T.CELLS], T.ACC) + low
+    at = begin(view, cell)
+    for _ in range(view.logits.classes):
+        peak = tl.maximum(peak, values(view, at, cell, Shift(0, ()))[0])
+        at = advance(at, plane_of(view.logits))
+    return peak
 
 
 # ---- labels ---------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def read_labels(labels, grid, place, pixels, classes):
-    """Each label pixel's offset, its label (-1 where it does not count), whether it counts, and the log-sum-exp that
-    ``selected`` may have (inf where it does not count, so that its exponentials are 0)."""
-    offset, label, counted, known = (), (), (), ()
-    for k in tl.static_range(len(pixels.exist)):
-        x = pixels.x[k % len(pixels.x)]
-        at = (place.sample * grid.height + pixels.y[k // len(pixels.x)]) * grid.width + x
-        ok = pixels.exist[k]
-        own = x * 0
-        if labels.target is not None:
-            given = tl.load(labels.target + at, mask=ok, other=0).to(tl.int64)
-            ok = ok & (given != labels.ignore_index) & (given >= 0) & (given < classes)
-            own = given.to(tl.int32)
-        if labels.selected is not None:
-            found = tl.load(labels.selected + at, mask=ok, other=0)
-            if found.dtype.is_floating():
-                ok = ok & (found == found)
-                known = known + (tl.where(ok, found * INV_LN2, float("inf")),)
-            else:
-                ok = ok & (found != 0)
-        offset = offset + (at,)
-        # As floats: of integers LLVM would compare the label and look up whether it counts, class by class.
-        label = label + (tl.where(ok, own.to(tl.float32), -1.0),)
-        counted = counted + (ok,)
-    return offset, label, counted, known
+class Worth(NamedTuple):
+    """What each label pixel is worth: tuples of one entry a label pixel."""
+
+    label: (
+        Any  # as floats: of integers LLVM would look up class by class whether they count; -1 where one does not count
+    )
+    counted: Any
+    share: Any  # class weight, which the mean counts; 0 where it does not count
+    factor: Any  # that times pixel weight
+    known: Any  # the log-sum-exp that ``selected`` has, base 2, inf where it does not count; or ()
 
 
 @triton.jit
-def factor_of(labels, offset, label, counted, T):
-    """A label pixel's class weight, which the mean counts, and that times its pixel weight; 0 where not ``counted``."""
-    share = counted.to(T.ACC)
-    if labels.class_weight is not None:
-        share = tl.load(labels.class_weight + label.to(tl.int32), mask=counted, other=0)
-    scale = share
-    if labels.pixel_weight is not None:
-        scale *= tl.load(labels.pixel_weight + offset, mask=counted, other=0)
-    return share, scale
+def in_row(to, grid, place, pixels):
+    """Pointers to the label pixels of a part's first row."""
+    out = ()
+    row = (place.sample * grid.height + pixels.y[0]) * grid.width
+    for j in tl.static_range(len(pixels.x)):
+        out = out + (to + (row + pixels.x[j]),)
+    return out
+
+
+@triton.jit
+def put_row(values, i, row):
+    """``values`` with row ``i``, which is known at run time, replaced."""
+    out = ()
+    for k in tl.static_range(len(values)):
+        out = out + (tl.where(i == k // len(row), row[k % len(row)], values[k]),)
+    return out
+
+
+@triton.jit
+def read_labels(labels, grid, place, pixels, classes, T):
+    """The :class:`Worth` of a part's label pixels; rows in a loop that carries the pointers, see :func:`begin`."""
+    columns: tl.constexpr = len(pixels.x)
+    zero = tl.zeros([T.CELLS], T.ACC)
+    label = fill(tl.zeros([T.CELLS], tl.float32) - 1, len(pixels.exist))
+    share = fill(zero, len(pixels.exist))
+    factor = share
+    known = ()
+    targets = in_row(labels.target, grid, place, pixels) if labels.target is not None else ()
+    weights = in_row(labels.pixel_weight, grid, place, pixels) if labels.pixel_weight is not None else ()
+    chosen = in_row(labels.selected, grid, place, pixels) if labels.selected is not None else ()
+    if len(chosen) > 0:
+        if labels.selected.dtype.element_ty.is_floating():
+            known = fill(zero + float("inf"), len(pixels.exist))
+    for i in range(len(pixels.y)):
+        row_label, row_share, row_factor, row_known = (), (), (), ()
+        for j in tl.static_range(columns):
+            ok = pixels.exist[j]
+            for r in tl.static_range(1, len(pixels.y)):
+                ok = tl.where(i == r, pixels.exist[r * columns + j], ok)
+            own = tl.zeros([T.CELLS], tl.int32)
+            if len(targets) > 0:
+                given = tl.load(targets[j], mask=ok, other=0).to(tl.int64)
+                ok = ok & (given != labels.ignore_index) & (given >= 0) & (given < classes)
+                own = given.to(tl.int32)
+            if len(chosen) > 0:
+                found = tl.load(chosen[j], mask=ok, other=0)
+                if found.dtype.is_floating():
+                    ok = ok & (found == found)
+                    row_known = row_known + (tl.where(ok, found * INV_LN2, float("inf")),)
+                else:
+                    ok = ok & (found != 0)
+            worth = ok.to(T.ACC)
+            if labels.class_weight is not None:
+                worth = tl.load(labels.class_weight + own, mask=ok, other=0)
+            row_share = row_share + (worth,)
+            if len(weights) > 0:
+                worth *= tl.load(weights[j], mask=ok, other=0)
+            row_factor = row_factor + (worth,)
+            row_label = row_label + (tl.where(ok, own.to(tl.float32), -1.0),)
+        label, share, factor = (
+            put_row(label, i, row_label),
+            put_row(share, i, row_share),
+            put_row(factor, i, row_factor),
+        )
+        if len(known) > 0:
+            known = put_row(known, i, row_known)
+        targets, weights = advance(targets, grid.width), advance(weights, grid.width)
+        chosen = advance(chosen, grid.width)
+    counted = ()
+    for k in tl.static_range(len(label)):
+        counted = counted + (label[k] >= 0,)
+    return Worth(label, counted, share, factor, known)
+
+
+@triton.jit
+def write_pixels(to, grid, place, pixels, given):
+    """Stores a number a label pixel of a part in ``to`` (N, H, W)."""
+    columns: tl.constexpr = len(pixels.x)
+    at = in_row(to, grid, place, pixels)
+    for i in range(len(pixels.y)):
+        for j in tl.static_range(columns):
+            ok, value = pixels.exist[j], given[j]
+            for r in tl.static_range(1, len(pixels.y)):
+                ok = tl.where(i == r, pixels.exist[r * columns + j], ok)
+                value = tl.where(i == r, given[r * columns + j], value)
+            tl.store(at[j], value, mask=ok)
+        at = advance(at, grid.width)
 
 
 @triton.jit
@@ -653,10 +769,12 @@ def spread(to, value, pixels, again, T):
     before = tl.maximum(tl.arange(0, T.CELLS) - 1, 0)
     upper = upper_left + tl.where(to.from_left, tl.gather(upper_right, before, 0), 0)
     lower = lower_left + tl.where(to.from_left, tl.gather(to_lower_right, before, 0), 0)
-    upper += tl.load(to.upper, mask=to.has_upper & again, other=0)
-    lower += tl.load(to.lower, mask=to.has_lower & again, other=0)
-    tl.store(to.upper, upper, mask=to.has_upper)
-    tl.store(to.lower, lower, mask=to.has_lower)
+    # One lane alone adds to an address, in its program's order: the sum is the same in every run. A load and a store would
+    # wait for the load in every class.
+    tl.store(to.upper, upper, mask=to.has_upper & (not again))
+    tl.store(to.lower, lower, mask=to.has_lower & (not again))
+    tl.atomic_add(to.upper, upper, mask=to.has_upper & again, sem="relaxed")
+    tl.atomic_add(to.lower, lower, mask=to.has_lower & again, sem="relaxed")
 
 
 @triton.jit
@@ -682,12 +800,12 @@ def write_gradient(planes, grid, cell, student, teacher, state, kept, FORMULA: t
     for c in range(logits.classes):
         number = tl.cast(c, tl.float32)
         value = values(student, at, cell, Shift(0, ()))
-        at += plane_of(logits)
+        at = advance(at, plane_of(logits))
         other = value
         if len(teacher) > 0:
             other = values(teacher[0], teacher_at, cell, Shift(0, ()))
-            teacher_at += plane_of(teacher[0].logits)
-        gradient, keep = (), ()
+            teacher_at = advance(teacher_at, plane_of(teacher[0].logits))
+        gradient, keep = nothing(), nothing()
         for k in tl.static_range(len(value)):
             if len(kept) > 0:
                 one, more = FORMULA(k, number, value[k], other[k], kept[k], state)

@@ -24,26 +24,31 @@ from .resize import (
     Labels,
     Shift,
     View,
+    advance,
     any_of,
     begin,
     bound,
-    choose,
     each,
-    factor_of,
     far_below,
     fill,
     join,
     largest,
     locate,
+    nothing,
+    one_pixel,
+    one_view,
     part_of,
     parts_of,
+    pick,
     plan,
     plane_of,
     prepare,
+    put,
     read_labels,
     resize_weight,
     values,
     write_gradient,
+    write_pixels,
 )
 from .total import total
 
@@ -72,7 +77,7 @@ def sums(view, cell, shift, label, T):
     for c in range(view.logits.classes):
         number = tl.cast(c, tl.float32)
         value = values(view, at, cell, shift)
-        at += plane_of(view.logits)
+        at = advance(at, plane_of(view.logits))
         more, kept = (), ()
         for k in tl.static_range(len(value)):
             more = more + (total[k] + tl.exp2(value[k]),)
@@ -85,23 +90,31 @@ def sums(view, cell, shift, label, T):
 
 
 @triton.jit
-def softmax(view, cell, counted, label, T):
-    """``base``, ``total`` and ``own`` of each label pixel: its log-sum-exp is base + log2(total), the value that ``label``
-    asks for (see :func:`sums`) base + own.
+def softmax(view, grid, cell, counted, label, T):
+    """Each label pixel's log-sum-exp, base 2, and its distance to the value that ``label`` asks for (see :func:`sums`).
 
-    Where the sum about the bound has lost terms and the pixel is ``counted``, it is done again about the true maximum.
+    Where the sum about the bound has lost terms and the pixel is ``counted``, it is done again about the true maximum: pixel
+    by pixel in a loop, as this is rare and code for all of them would take as long to compile as the rest.
     """
     shift = bound(view, cell)
     total, own = sums(view, cell, shift, label, T)
-    base = each(shift, len(counted))
+    base, norm, distance = each(shift, len(counted)), (), ()
+    for k in tl.static_range(len(counted)):
+        log = tl.log2(total[k])
+        norm = norm + (base[k] + log,)
+        distance = distance + (log - own[k],)
     if far_below(total, counted):
-        peak = largest(view, cell, T)
-        right, right_own = sums(view, cell, Shift(0, peak), label, T)
-        far = ()
-        for k in tl.static_range(len(total)):
-            far = far + (total[k] < FAR,)
-        base, total, own = choose(far, peak, base), choose(far, right, total), choose(far, right_own, own)
-    return base, total, own
+        for j in range(len(counted)):
+            far = pick(counted, j) & (pick(total, j) < FAR)
+            if tl.max(far.to(tl.int32)) > 0:
+                one = one_pixel(cell, j)
+                seen = one_view(view, grid, one, T)
+                peak = largest(seen, one, T)
+                right, right_own = sums(seen, one, Shift(peak, ()), None if label is None else (pick(label, j),), T)
+                log = tl.log2(right[0])
+                norm = put(norm, j, far, peak + log)
+                distance = put(distance, j, far, log - right_own[0])
+    return norm, distance
 
 
 @triton.jit
@@ -133,35 +146,30 @@ def _cross_entropy(
     first, last = parts_of(grid)
     for part in range(first, last):
         pixels = part_of(place, logits, grid, part, T)
-        offset, label, counted, known = read_labels(labels, grid, place, pixels, logits.classes)
+        worth = read_labels(labels, grid, place, pixels, logits.classes, T)
+        label, counted, known = worth.label, worth.counted, worth.known
         cell, view = Cell(place, pixels, any_of(counted)), View(logits, ())
-        share, factor = (), ()
-        for k in tl.static_range(len(counted)):
-            one, weight = factor_of(labels, offset[k], label[k], counted[k], T)
-            share = share + (one,)
-            factor = factor + (weight,)
-        distance = ()  # from the log-sum-exp to the value of the label
+        distance = nothing()  # from the log-sum-exp to the value of the label
         norm, own = known, fill(zero, len(known))
         if len(known) == 0 or out.planes is None:
-            base, sums, value = softmax(view, cell, counted, label, T)
-            norm, own = (), ()
+            found, distance = softmax(view, grid, cell, counted, label, T)
+            norm, own = nothing(), nothing()
             for k in tl.static_range(len(counted)):
-                log = tl.log2(sums[k])
-                norm = norm + (tl.where(counted[k], base[k] + log, float("inf")),)
-                distance = distance + (log - value[k],)
+                norm = norm + (tl.where(counted[k], found[k], float("inf")),)
         if out.planes is not None:
-            state = (label, norm)
-            if (labels.class_weight is not None) or (labels.pixel_weight is not None):
-                state = (label, norm, factor)
+            weighted: tl.constexpr = (labels.class_weight is not None) or (labels.pixel_weight is not None)
+            state = (label, norm, worth.factor) if weighted else (label, norm)
             own = write_gradient(out.planes, grid, cell, view, (), state, own, _gradient, part > first, T)
             for k in tl.static_range(len(own)):
                 distance = distance + (norm[k] - own[k],)
+        terms = nothing()
         for k in tl.static_range(len(counted)):
-            term = tl.where(counted[k], factor[k] * (distance[k] * LN2), 0)
+            term = tl.where(counted[k], worth.factor[k] * (distance[k] * LN2), 0)
             losses += tl.where(place.own, term, 0)
-            counts += tl.where(place.own, share[k], 0)
-            if out.loss is not None:
-                tl.store(out.loss + offset[k], term * tl.full((), scale, tl.float64).to(T.ACC), mask=pixels.exist[k])
+            counts += tl.where(place.own, worth.share[k], 0)
+            terms = terms + (term * tl.full((), scale, tl.float64).to(T.ACC),)
+        if out.loss is not None:
+            write_pixels(out.loss, grid, place, pixels, terms)
     tl.store(out.part + tl.program_id(0), tl.sum(losses))
     tl.store(out.part + tl.num_programs(0) + tl.program_id(0), tl.sum(counts))
 

@@ -22,27 +22,32 @@ from .resize import (
     Labels,
     Shift,
     View,
+    advance,
     any_of,
     begin,
     bound,
-    choose,
     each,
-    factor_of,
     far_below,
     fill,
     join,
     largest,
     locate,
+    nothing,
+    one_pixel,
+    one_view,
     part_of,
     parts_of,
+    pick,
     plan,
     plane_of,
     prepare,
+    put,
     read_labels,
     resize_weight,
     taps_of,
     values,
     write_gradient,
+    write_pixels,
 )
 from .total import total
 
@@ -69,8 +74,7 @@ def _sums(student, teacher, cell, shift_s, shift_t, T):
     at_s, at_t = begin(student, cell), begin(teacher, cell)
     for _ in range(student.logits.classes):
         s, t = values(student, at_s, cell, shift_s), values(teacher, at_t, cell, shift_t)
-        at_s += plane_of(student.logits)
-        at_t += plane_of(teacher.logits)
+        at_s, at_t = advance(at_s, plane_of(student.logits)), advance(at_t, plane_of(teacher.logits))
         more_s, more_t, more = (), (), ()
         for k in tl.static_range(len(s)):
             e = tl.exp2(t[k])
@@ -82,30 +86,45 @@ def _sums(student, teacher, cell, shift_s, shift_t, T):
 
 
 @triton.jit
-def _softmaxes(student, teacher, cell, counted, T):
+def _ends(sum_s, sum_t, cross):
+    """A label pixel's logarithms of both sums, and its divergence, base 2."""
+    # The logarithm of the ratio, exactly 0 for equal maps; fast division may miss x / x = 1.
+    ratio = tl.where(sum_s == sum_t, 0, tl.log2(sum_s / sum_t))
+    return tl.log2(sum_s), tl.log2(sum_t), cross / sum_t + ratio
+
+
+@triton.jit
+def _softmaxes(student, teacher, grid, cell, counted, T):
     """Of each label pixel, both log-sum-exps and the divergence, base 2.
 
-    Where a sum about the bound has lost terms and the pixel is ``counted``, both are done again about the true maxima.
+    Where a sum about the bound has lost terms and the pixel is ``counted``, both are done again about the true maxima; see
+    :func:`kernels.resized_cross_entropy.softmax`.
     """
     shift_s, shift_t = bound(student, cell), bound(teacher, cell)
     sum_s, sum_t, cross = _sums(student, teacher, cell, shift_s, shift_t, T)
     base_s, base_t = each(shift_s, len(counted)), each(shift_t, len(counted))
-    if far_below(sum_s, counted) | far_below(sum_t, counted):
-        peak_s, peak_t = largest(student, cell, T), largest(teacher, cell, T)
-        right_s, right_t, right = _sums(student, teacher, cell, Shift(0, peak_s), Shift(0, peak_t), T)
-        far = ()
-        for k in tl.static_range(len(counted)):
-            far = far + ((sum_s[k] < FAR) | (sum_t[k] < FAR),)
-        sum_s, sum_t, cross = choose(far, right_s, sum_s), choose(far, right_t, sum_t), choose(far, right, cross)
-        base_s, base_t = choose(far, peak_s, base_s), choose(far, peak_t, base_t)
     norm_s, norm_t, divergence = (), (), ()
     for k in tl.static_range(len(counted)):
-        # The logarithm of the ratio, exactly 0 for equal maps; fast division may miss x / x = 1.
-        ratio = tl.where(sum_s[k] == sum_t[k], 0, tl.log2(sum_s[k] / sum_t[k]))
-        divergence = divergence + (cross[k] / sum_t[k] + ratio,)
-        norm_s = norm_s + (tl.where(counted[k], base_s[k] + tl.log2(sum_s[k]), float("inf")),)
-        norm_t = norm_t + (tl.where(counted[k], base_t[k] + tl.log2(sum_t[k]), float("inf")),)
-    return norm_s, norm_t, divergence
+        log_s, log_t, d = _ends(sum_s[k], sum_t[k], cross[k])
+        norm_s = norm_s + (base_s[k] + log_s,)
+        norm_t = norm_t + (base_t[k] + log_t,)
+        divergence = divergence + (d,)
+    if far_below(sum_s, counted) | far_below(sum_t, counted):
+        for j in range(len(counted)):
+            far = pick(counted, j) & ((pick(sum_s, j) < FAR) | (pick(sum_t, j) < FAR))
+            if tl.max(far.to(tl.int32)) > 0:
+                one = one_pixel(cell, j)
+                seen_s, seen_t = one_view(student, grid, one, T), one_view(teacher, grid, one, T)
+                peak_s, peak_t = largest(seen_s, one, T), largest(seen_t, one, T)
+                right_s, right_t, right = _sums(seen_s, seen_t, one, Shift(peak_s, ()), Shift(peak_t, ()), T)
+                log_s, log_t, d = _ends(right_s[0], right_t[0], right[0])
+                norm_s, norm_t = put(norm_s, j, far, peak_s + log_s), put(norm_t, j, far, peak_t + log_t)
+                divergence = put(divergence, j, far, d)
+    ends_s, ends_t = (), ()
+    for k in tl.static_range(len(counted)):
+        ends_s = ends_s + (tl.where(counted[k], norm_s[k], float("inf")),)
+        ends_t = ends_t + (tl.where(counted[k], norm_t[k], float("inf")),)
+    return ends_s, ends_t, divergence
 
 
 @triton.jit
@@ -134,21 +153,21 @@ def _kd(
     first, last = parts_of(grid)
     for part in range(first, last):
         pixels = part_of(place, student, grid, part, T)
-        offset, _, counted, _ = read_labels(labels, grid, place, pixels, student.classes)
+        worth = read_labels(labels, grid, place, pixels, student.classes, T)
+        counted = worth.counted
         cell = Cell(place, pixels, any_of(counted))
         views = (View(student, ()), View(teacher, () if SAME else taps_of(teacher, grid, pixels, T)))
-        norm_s, norm_t, divergence = _softmaxes(views[0], views[1], cell, counted, T)
-        factor = ()
+        norm_s, norm_t, divergence = _softmaxes(views[0], views[1], grid, cell, counted, T)
+        terms = nothing()
         for k in tl.static_range(len(counted)):
-            share, weight = factor_of(labels, offset[k], 0, counted[k], T)
-            term = tl.where(counted[k], weight * (divergence[k] * LN2), 0)
+            term = tl.where(counted[k], worth.factor[k] * (divergence[k] * LN2), 0)
             losses += tl.where(place.own, term, 0)
-            counts += tl.where(place.own, share, 0)
-            factor = factor + (weight,)
-            if out.loss is not None:
-                tl.store(out.loss + offset[k], term * tl.full((), scale, tl.float64).to(T.ACC), mask=pixels.exist[k])
+            counts += tl.where(place.own, worth.share[k], 0)
+            terms = terms + (term * tl.full((), scale, tl.float64).to(T.ACC),)
+        if out.loss is not None:
+            write_pixels(out.loss, grid, place, pixels, terms)
         if out.planes is not None:
-            state = (norm_s, norm_t) if labels.pixel_weight is None else (norm_s, norm_t, factor)
+            state = (norm_s, norm_t) if labels.pixel_weight is None else (norm_s, norm_t, worth.factor)
             write_gradient(out.planes, grid, cell, views[0], (views[1],), state, (), _gradient, part > first, T)
     tl.store(out.part + tl.program_id(0), tl.sum(losses))
     tl.store(out.part + tl.num_programs(0) + tl.program_id(0), tl.sum(counts))

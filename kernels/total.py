@@ -89,12 +89,20 @@ def _reduce(part: Tensor, loss: Tensor | None, count: Tensor | None, mean: bool,
     launch(_finish, (1,), part, part, loss, count, parts, scale, MEAN=mean, BLOCK=triton.next_power_of_2(parts))
 
 
-def total(part: Tensor, reduction: str, scale: float) -> tuple[Tensor | None, Tensor]:
-    """The loss (None for "none") and the count from partial sums (2, parts)."""
-    loss = None if reduction == "none" else part.new_empty(())
-    count = part.new_empty(())
-    _reduce(part, loss, count, reduction == "mean", scale)
+def reduced(part: Tensor, mean: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """The loss and the count from partial sums (2, parts)."""
+    loss, count = part.new_empty(()), part.new_empty(())
+    _reduce(part, loss, count, mean, scale)
     return loss, count
+
+
+def total(part: Tensor, reduction: str, scale: float) -> tuple[Tensor | None, Tensor]:
+    """:func:`reduced`; without a loss for "none"."""
+    if reduction != "none":
+        return reduced(part, reduction == "mean", scale)
+    count = part.new_empty(())
+    _reduce(part, None, count, False, scale)
+    return None, count
 
 
 def scaled_sum(terms: Tensor, scale: float) -> Tensor:

@@ -376,7 +376,10 @@ def test_kernels_keep_what_they_have(case, target, compiled):
 
 
 def class_loops(ptx: str) -> list[str]:
-    """The innermost loops of a kernel's PTX that hold an exponential."""
+    """The innermost loops of a kernel's PTX that hold exponentials of several label pixels.
+
+    One label pixel alone, with an exponential of each map, is done again where it is far below its bound.
+    """
     lines = ptx.splitlines()
     labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\$\w+):", line))}
     loops = []
@@ -384,17 +387,15 @@ def class_loops(ptx: str) -> list[str]:
         if (m := re.search(r"\bbra(?:\.uni)?\s+(\$\w+)", line)) and labels.get(m[1], i) < i:
             loops.append("\n".join(lines[labels[m[1]] : i + 1]))
     innermost = [loop for loop in loops if not any(other != loop and other in loop for other in loops)]
-    return [loop for loop in innermost if "ex2." in loop]
+    return [loop for loop in innermost if loop.count("ex2.") > 2]
 
 
 def loop_faults(loop: str) -> list[str]:
     """What a loop over classes may not hold: beside logits, their shares of the gradient and one lane's exchange."""
     out = []
     loads, exponentials = len(re.findall(r"\bld\.global", loop)), len(re.findall(r"\bex2\.", loop))
-    # A gradient's loop loads two shares of an earlier part beside its corners, and stores them.
-    corners = loads - len(re.findall(r"\bst\.global", loop))
-    if corners >= 0.3 * exponentials:
-        out.append(f"{corners} loads for {exponentials} exponentials")
+    if loads >= 0.3 * exponentials:
+        out.append(f"{loads} loads for {exponentials} exponentials")
     if re.search(r"\b(?:ld|st)\.shared|\bbar\.|\bbarrier\.", loop):
         out.append("shared memory")
     if re.search(r"\b(?:mul|mad)\.(?:wide|lo)\.[su](?:32|64)", loop) and re.search(r"\b(?:mul|mad)\.lo\.[su]64", loop):
