@@ -175,7 +175,9 @@ struct Cells {
     static constexpr int kThreadsOfBlock = 64;
     // 255, 168 or 128 registers: what a thread's pixels take, so that nothing is spilled.
     static constexpr int kBlocksPerCores =
-        PY * PX > 32 || sizeof(A) == 8 || (PY * PX > 16 && kGradient && Loss::kWeights) ? 4 : PY * PX > 16 ? 6 : 8;
+        PY * PX > 32 || sizeof(A) == 8 || (PY * PX > 16 && kGradient && Loss::kWeights) ? 4
+        : PY * PX > 16 || (PY * PX == 16 && kGradient && kGrids == 2)                   ? 6
+                                                                                        : 8;
     static constexpr bool kMakesGradient = kGradient;
     static constexpr bool kWeighs = !kGradient || !Loss::kOwn || Loss::kWeights;  // whether there may be weights
     static constexpr bool kWeights = kGradient && Loss::kWeights;  // of pixels, in registers while the gradient is made
