@@ -22,7 +22,7 @@ import fastkd
 
 LIBRARY = Path(fastkd.__file__).with_name("_cuda.so")
 TABLE = Path(__file__).with_name("cuda_registers.txt")
-ARCHS = os.environ.get("FASTKD_CUDA_ARCHS", "80 86 89 90 100").split()
+ARCHS = os.environ.get("FASTKD_CUDA_ARCHS", "80 90 100").split()
 
 pytestmark = [
     pytest.mark.skipif(
