@@ -34,7 +34,9 @@ def named(line, prefix):
 
 
 def built(config):
-    return engine.Run(config, show=False, datasets=tiny.DATASETS)
+    work = engine.Run(config, show=False, datasets=tiny.DATASETS)
+    work.schedule = engine.build_schedule(work.optimizer.optimizer, config.optim, config.train.steps)
+    return work
 
 
 @pytest.mark.parametrize("method", TERMS)
@@ -61,7 +63,7 @@ def test_every_method_trains(method, teacher, tmp_path):
     assert result["method"] == method
     assert 0 < result["loss_share"] < 1
     assert list(result) == [
-        "name", "method", "model", "params", "steps", "miou", "pixel_accuracy", "class_iou", "seconds_per_step", "loss_share",
+        "name", "method", "model", "params", "steps", "images", "miou", "pixel_accuracy", "class_iou", "seconds_per_step", "loss_share",
         "losses", "seconds", "seed", "processes", "versions",
     ]  # fmt: skip
     assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))

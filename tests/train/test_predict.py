@@ -87,10 +87,12 @@ def test_wrong_words(network, tmp_path, capsys):
         ([tmp_path / "absent.png"], "no image or folder"),
         ([image, image], "two of the images"),
         ([image, "--out", tmp_path], "would be overwritten"),
-        ([image, "--alpha", "2"], "between 0 and 1"),
     ):
         assert main(["predict", network, *map(str, words)]) == 1
         assert says in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["predict", network, str(image), "--alpha", "2"])
+    assert "must be a number 0 to 1, got '2'" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert predict(network, tmp_path / "empty", out=tmp_path) == 1
     assert "holds no image" in capsys.readouterr().err
