@@ -63,7 +63,8 @@ def test_every_method_trains(method, teacher, tmp_path):
     assert result["method"] == method
     assert 0 < result["loss_share"] < 1
     assert list(result) == [
-        "name", "method", "model", "params", "steps", "images", "miou", "pixel_accuracy", "class_iou", "seconds_per_step", "loss_share",
+        "name", "method", "model", "params", "steps", "images", "miou", "pixel_accuracy", "class_iou", "seconds_per_step",
+        "loss_share",
         "losses", "seconds", "seed", "processes", "versions",
     ]  # fmt: skip
     assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
