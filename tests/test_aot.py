@@ -36,7 +36,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels cannot be compiled in the interpreter", allow_module_level=True)
 
 import triton
-from fastkd.kernels import cwd, kd, launch, nfd, rdd, rescale, resize, resized_cross_entropy, resized_kd, tiles
+from fastkd.kernels import cwd, kd, launch, nfd, rdd, rescale, resized_cross_entropy, resized_kd, tiles
+from fastkd.kernels.resize import planning
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -52,7 +53,7 @@ TARGETS = {
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 U8, I32, I64 = torch.uint8, torch.int32, torch.int64
-CELLS = ("_cross_entropy", "_kd", "_confidence")  # of kernels/resize.py's cut, in these modules:
+CELLS = ("_cross_entropy", "_kd", "_confidence")  # of kernels/resize's cut, in these modules:
 CELL_MODULES = ("resized_cross_entropy", "resized_kd", "rdd")
 
 
@@ -243,6 +244,12 @@ def usage(kernel: str, compiled, seconds: float) -> Usage:
     return Usage(kernel, registers, shared, stack + local, loads, wide, exponentials, converts, seconds)
 
 
+def replace_launch(by: Callable[..., None]) -> None:
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fastkd.kernels.") and module is not launch and hasattr(module, "launch"):
+            module.launch = by
+
+
 def stand_in(target: str) -> dict[str, Usage]:
     """Replaces ``launch`` by one that compiles, and the driver. What it compiles appears in the result."""
     out: dict[str, Usage] = {}
@@ -257,10 +264,8 @@ def stand_in(target: str) -> dict[str, Usage]:
             again = sum(u.kernel.partition("#")[0] == name for u in out.values())
             out[compiled.hash] = usage(f"{name}#{again + 1}" if again else name, compiled, seconds)
 
-    for name, module in list(sys.modules.items()):
-        if name.startswith("fastkd.kernels.") and module is not launch and hasattr(module, "launch"):
-            module.launch = compile_only
-    resize.lanes = lambda: TARGETS[target].warp_size
+    replace_launch(compile_only)
+    planning.lanes = lambda: TARGETS[target].warp_size
     # Not set_active: the driver before may be none at all, where there is no GPU.
     driver._active = Target(target)
     return out
@@ -414,8 +419,7 @@ def compile_loops(case: str, target: str) -> dict[str, list[str]]:
             ptx = kernel.warmup(*args, grid=grid, num_warps=num_warps, **constants).asm["ptx"]
             found.setdefault(kernel.__name__, []).extend(class_loops(ptx))
 
-    for module in (resize, resized_cross_entropy, resized_kd, rdd):
-        module.launch = keep
+    replace_launch(keep)
     CASES[case]()
     return found
 

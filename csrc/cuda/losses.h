@@ -9,7 +9,7 @@
 // `ratio`: gradient() * weight / sum * (2^s - ratio * 2^t) less, with kOwn, gradient() * weight where c is the label.
 #pragma once
 
-#include "cells.h"
+#include "cells_run.h"
 
 namespace fastkd::gpu {
 

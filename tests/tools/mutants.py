@@ -170,8 +170,6 @@ EQUIVALENT = [
         "the size of a stage, which stays whole vectors: speed",
     ),
     ("kernels/rdd.py", "1", "2", "mask=inside, other=1) <=", "a pixel that is not there is not chosen"),
-    ("kernels/resize.py", "1", "2", "_total, (1,)", "two programs write the same number"),
-    ("kernels/resized_cross_entropy.py", "+", "-", "to_top = tl.zeros_like(", "only its shape is used"),
     ("kernels/tiles.py", "1", "2", "tile = TILE // (1 if", "the size of a block"),
     (
         "kernels/tiles.py",
@@ -254,7 +252,7 @@ def default_share() -> dict[str, int]:
         | {"csrc/cpu/resize.h": 24, "csrc/cpu/rdd.cpp": 24, "csrc/cpu/exp.cpp": 3}
         | {file: 2 if file.startswith("kernels") else 20 for file in PYTHON}
         | {f"csrc/cuda/{name}.h": 4 for name in ("kd", "moments", "pixels", "plan")}
-        | {f"csrc/cuda/{name}.h": 8 for name in ("nfd", "resize")}
+        | {f"csrc/cuda/{name}.h": 8 for name in ("nfd", "cells")}
     )
 
 

@@ -1,0 +1,121 @@
+// How a loss at label resolution is launched: count, then for each chunk of rows copy, loops and join, then the sum.
+#pragma once
+
+#include <type_traits>
+
+#include "cells.h"
+#include "cells_join.h"
+#include "cells_prepare.h"
+#include "dispatch.h"
+#include "kernels.h"
+
+namespace fastkd::gpu {
+
+template <class A, class Launch>
+void prepare(const Map& map, double scale, int64_t first, int64_t rows, A* out, A* peak, const Launch& launch) {
+    const auto run = [&](auto kind) {
+        using T = typename decltype(kind)::type;
+        if constexpr (std::is_same_v<Accumulator<T>, A>) {
+            const CellsPrepare<T> body{Source<T, 1>(map.data, map.type), map.channels_last, map.c, map.h, map.w, first, rows,
+                                       static_cast<A>(scale), out, peak};
+            launch(body, body.blocks(), CellsPrepare<T>::kShared);
+        }
+    };
+    map.type == DType::f64 ? run(Kind<double, 1>{}) : run(Kind<Any, 1>{});
+}
+
+// What is the same for all chunks of a call; `body` is a loss's Cells.
+template <class Body, class Launch>
+void run_cells(const Resized& a, Body body, const Launch& launch) {
+    using A = typename Body::A;
+    constexpr bool gradient = Body::kMakesGradient;
+    const CellsPlan& plan = a.choice.plan;
+    const CellsBuffers<A> at = lay_out<A>(plan, a.sides, gradient, a.scratch);
+    double* parts = body.parts;
+    int chunk = 0;
+    for (int64_t first = 0; first < plan.lines(); first += plan.chunk, ++chunk) {
+        const int64_t lines = least(plan.chunk, plan.lines() - first);
+        for (int side = 0; side < Body::kSides; ++side) {
+            const Map& map = a.maps[side];
+            const bool other = side == 1 && Body::kGrids == 2;
+            const int64_t from = other ? plan.sample(first) * (map.h + 2) : plan.padded_row(first);
+            const int64_t rows = other ? plan.samples(first, lines) * (map.h + 2) : plan.padded_rows(first, lines);
+            prepare<A>(map, kLog2E / a.temperature, from, rows, at.map[side], at.peak[side], launch);
+            body.map[side] = at.map[side];
+            body.peak[side] = at.peak[side];
+        }
+        body.first = first;
+        body.lines = lines;
+        body.parts = parts;
+        body.planes = at.planes;
+        body.edges = at.edges;
+        launch(body, body.blocks(), 0);
+        if (parts) parts += plan.warps(lines);
+        if constexpr (gradient) {
+            const auto join = [&](auto kind) {
+                using T = typename decltype(kind)::type;
+                if constexpr (std::is_same_v<Accumulator<T>, A>) {
+                    const CellsJoin<T> body_of_join{plan, first, lines, at.planes, at.edges, at.carry[chunk % 2],
+                                                    at.carry[1 - chunk % 2], Sink<T, 1>(a.gradient, a.maps[0].type),
+                                                    a.maps[0].channels_last};
+                    launch(body_of_join, body_of_join.blocks(), CellsJoin<T>::kShared);
+                }
+            };
+            a.maps[0].type == DType::f64 ? join(Kind<double, 1>{}) : join(Kind<Any, 1>{});
+        }
+    }
+}
+
+// f(ShapeOf) for one of the first `count` shapes.
+template <int PY, int PX>
+struct ShapeOf {
+    static constexpr int rows = PY, columns = PX;
+};
+template <int count, class F>
+void with_shape(int shape, const F& f) {
+    if constexpr (count > 0) {
+        if (shape == count - 1) return f(ShapeOf<kShape[count - 1].rows, kShape[count - 1].columns>{});
+        with_shape<count - 1>(shape, f);
+    }
+}
+
+// One loss: counts, runs the chunks, and adds up. `loss` is the struct of losses.h.
+template <class Loss, class Launch>
+void resized(const Resized& a, const Loss& loss, const Launch& launch) {
+    using A = typename Loss::A;
+    const CellsPlan& plan = a.choice.plan;
+    const int64_t all = static_cast<int64_t>(plan.n) * plan.rows.own.out * plan.columns.own.out;
+    const bool counts = a.pixels.label != Label::none || a.known;
+    const int counters = count_blocks(all);
+    if (counts && a.count)
+        launch(CellsCount<A>{a.pixels, static_cast<const A*>(a.known), plan.classes, all, a.count_parts, counters}, counters,
+               kSumScratch);
+    const bool divides = a.reduce == Reduce::mean;
+    const A scale = static_cast<A>(divides && !counts ? a.scale / static_cast<double>(all) : a.scale);
+    with_shape<shapes_of(sizeof(A) == 8, Loss::kGrids == 1)>(a.choice.shape, [&](auto shape) {
+        const auto run = [&](auto gradient) {
+            Cells<Loss, decltype(shape)::rows, decltype(shape)::columns, decltype(gradient)::value> body{};
+            body.plan = plan;
+            body.pixels = a.pixels;
+            body.loss = loss;
+            body.known = static_cast<const A*>(a.known);
+            body.terms = static_cast<A*>(a.terms);
+            body.sums_of = static_cast<A*>(a.sums);
+            body.parts = a.parts;
+            body.counted = a.count_parts;
+            body.counters = divides && counts ? counters : 0;
+            body.scale = scale;
+            run_cells(a, body, launch);
+        };
+        if constexpr (Loss::kGradient) {
+            if (a.gradient) return run(std::true_type{});
+        }
+        if constexpr (Loss::kForward) run(std::false_type{});
+    });
+    if (a.count)
+        launch_total(Total<A>{nullptr, total_warps(plan), counts ? a.count_parts : nullptr, counters, all, divides, a.scale,
+                              static_cast<A*>(a.loss), static_cast<A*>(a.count)},
+                     a.parts, launch);
+}
+
+}  // namespace fastkd::gpu

@@ -1,0 +1,96 @@
+"""How the cells of a map and their label pixels are cut into programs, lanes and registers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import lanes
+
+# Programs a large GPU holds at a time, three times over. Fewer, and a cell's parts go to several programs.
+PROGRAMS = 4096
+
+
+class Grid(NamedTuple):
+    """The line of cells and the label pixels in them."""
+
+    samples: Any
+    cells: Any  # in the line
+    height: Any  # of the labels
+    width: Any
+    column_parts: Any  # of a cell
+    parts: Any
+    split: Any  # programs that share a cell's parts
+
+
+class Tile(NamedTuple):
+    """What a kernel is compiled for, all ``tl.constexpr``."""
+
+    ROWS: Any  # label pixels a lane takes at a time, down and across
+    COLUMNS: Any
+    CELLS: Any  # lanes
+    HALO: Any  # 1 where lanes hand shares to their neighbour: each program recomputes one cell
+    ALIGN: Any
+    INT: Any  # what taps are computed in: 32 bits where their products fit
+    ACC: Any
+
+
+class Plan(NamedTuple):
+    """How label pixels are cut for one map."""
+
+    grid: Grid
+    tile: Tile
+    programs: int
+    split: int
+
+
+def plan(
+    logits: Tensor, size: Sequence[int], align_corners: bool, most: tuple[int, int], halo: int, acc: torch.dtype
+) -> Plan:
+    """The cut of ``logits`` (N, C, h, w) for labels of ``size``.
+
+    Args:
+        most: the most label pixels a lane takes at a time, down and across.
+    """
+    return _plan(logits.shape, tuple(size), align_corners, most, halo, acc == torch.float64, lanes())
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    shape: tuple[int, ...],
+    size: tuple[int, ...],
+    align: bool,
+    most: tuple[int, int],
+    halo: int,
+    double: bool,
+    cells: int,
+) -> Plan:
+    n, c, h, w = shape
+    line = n * (h + (not align)) * (w + (not align))
+    parts, tile = [], []
+    for into, out, limit in ((h, size[0], most[0]), (w, size[1], most[1])):
+        count = _phases(into, out, align)
+        parts.append(triton.cdiv(count, limit))
+        tile.append(triton.cdiv(count, parts[-1]))
+    programs = triton.cdiv(line, cells - halo)
+    split = min(parts[0] * parts[1], max(1, PROGRAMS // programs))
+    if halo and n * c * h * w > 2**16:  # each split has planes of its own
+        split = min(split, 2)
+    largest = 4 * (max(size) + 1) * (max(h, w) + 1)
+    constants = (*tile, cells, halo, align, tl.int32 if largest < 2**31 else tl.int64)
+    constants = (*constants, tl.float64 if double else tl.float32)
+    grid = Grid(n, line, size[0], size[1], parts[1], parts[0] * parts[1], split)
+    return Plan(grid, Tile(*map(tl.constexpr, constants)), programs * split, split)
+
+
+def _phases(into: int, out: int, align: bool) -> int:
+    """The most outputs that lie in one cell."""
+    if align:
+        return out if into == 1 else max(1, triton.cdiv(out - 1, into - 1))
+    return triton.cdiv(out, max(into, 2))

@@ -1,0 +1,47 @@
+"""Tuples of one entry a label pixel: what a lane keeps in registers."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def nothing():
+    """An empty tuple, to be added to."""
+    return ()
+
+
+@triton.jit
+def fill(value, COUNT: tl.constexpr):
+    """A tuple of one value."""
+    out = nothing()
+    for _ in tl.static_range(COUNT):
+        out = out + (value,)
+    return out
+
+
+@triton.jit
+def any_of(masks):
+    out = masks[0]
+    for i in tl.static_range(1, len(masks)):
+        out = out | masks[i]
+    return out
+
+
+@triton.jit
+def pick(values, k):
+    """Entry ``k``, which is known at run time."""
+    out = values[0]
+    for i in tl.static_range(1, len(values)):
+        out = tl.where(k == i, values[i], out)
+    return out
+
+
+@triton.jit
+def put(values, k, mask, value):
+    """``values`` with entry ``k``, which is known at run time, replaced where ``mask`` is set."""
+    out = ()
+    for i in tl.static_range(len(values)):
+        out = out + (tl.where(mask & (k == i), value, values[i]),)
+    return out
