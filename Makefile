@@ -5,7 +5,7 @@ WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test test-all test-tools bench lint clean
+.PHONY: demo test test-all test-tools bench lint wheel clean
 
 # glibc gives large blocks back to the system after every use; keeping them saves the page faults of a CPU training.
 demo: export MALLOC_MMAP_THRESHOLD_ = 33554432
@@ -48,8 +48,20 @@ lint: .venv/.built
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The source archive and, built from it, a pure wheel and one with the kernels. The latter has torch's libraries left out and is
+# one file for every Python and torch that pyproject.toml allows; auditwheel names the oldest glibc that it runs on.
+DIST ?= dist
+wheel: .venv/.built
+	rm -rf $(DIST)/fastkd-* $(DIST)/unrepaired
+	$(BIN)/python -m build --sdist --no-isolation --outdir $(DIST)
+	FASTKD_BUILD=0 $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w $(DIST) $(DIST)/fastkd-*.tar.gz
+	FASTKD_BUILD=1 $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w $(DIST)/unrepaired $(DIST)/fastkd-*.tar.gz
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+	    -w $(DIST) $(DIST)/unrepaired/*.whl
+	rm -r $(DIST)/unrepaired
+
 clean:
-	rm -rf .venv build *.egg-info fastkd/*.so
+	rm -rf .venv build dist *.egg-info fastkd/*.so
 
 # The build must see the torch it will run with, hence no build isolation.
 .venv/.built: .venv/.installed $(SOURCES)

@@ -5,7 +5,8 @@ The libraries use LibTorch's stable ABI and no Python, so one file serves every 
 FASTKD_BUILD=0 leaves them out; FASTKD_BUILD=1 makes it an error that one cannot be compiled; otherwise a package without it
 is built, and says so. The kernels in csrc/cpu are compiled once per instruction set and chosen when the library runs.
 Those in csrc/cuda are compiled where nvcc and a CUDA build of torch are there, for FASTKD_CUDA_ARCHS (default: all below);
-FASTKD_CUDA=0 leaves them out, FASTKD_CUDA=1 makes it an error that they cannot be built.
+FASTKD_CUDA=0 leaves them out, FASTKD_CUDA=1 makes it an error that they cannot be built. MAX_JOBS bounds the compilers
+that run at once (default: one a core).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ FLAGS = [
     "-Wall",
     "-Wno-psabi",
 ]
+JOBS = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 STABLE_ABI = "0x020a000000000000"  # torch 2.10
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = {"baseline": []}
@@ -125,7 +127,7 @@ class BuildExt(build_ext):
                 depends=depends,
             )[0]
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(JOBS) as pool:
             return list(pool.map(compile_unit, units))
 
     def build_cpu(self, ext: Extension) -> None:
@@ -154,9 +156,9 @@ class BuildExt(build_ext):
         objects = [str(folder / f"{source.stem}.o") for source in sources]
 
         def compile_kernels(source: Path, target: str) -> None:
-            self.spawn([nvcc, *CUDA_FLAGS, *archs, "--threads", "0", "-c", str(source), "-o", target])
+            self.spawn([nvcc, *CUDA_FLAGS, *archs, "--threads", str(JOBS), "-c", str(source), "-o", target])
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(JOBS) as pool:
             list(pool.map(compile_kernels, sources, objects))
         unit = ("cuda_registration", CSRC / "cuda" / "registration.cpp", ["-DTORCH_TARGET_VERSION=" + STABLE_ABI])
         objects += self.compile_all([unit], includes, ext.depends)

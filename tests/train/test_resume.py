@@ -73,7 +73,9 @@ def test_killed_runs_go_on(teacher, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(child.killed(whole, teacher))
     command = [sys.executable, "-m", "tests.train.child", "killed", parts, teacher]
-    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums of another number of threads round otherwise
+    env = os.environ | {
+        "OMP_NUM_THREADS": str(torch.get_num_threads())
+    }  # sums of another number of threads round otherwise
     for steps in (2, 6):
         process = subprocess.Popen(command, cwd=Path(__file__).parents[2], env=env)
         while not (parts / "log.jsonl").exists() or (parts / "log.jsonl").read_text().count('"train"') < steps:
