@@ -22,12 +22,18 @@ def check_word(name: str, got: str, known: tuple[str, ...]) -> None:
 
 
 def check_number(
-    name: str, got: float, *, minimum: float = -math.inf, above: float = -math.inf, maximum: float = math.inf
+    name: str,
+    got: float,
+    *,
+    minimum: float = -math.inf,
+    above: float = -math.inf,
+    maximum: float = math.inf,
+    below: float = math.inf,
 ) -> None:
     check_constant(name, got)
-    if not (minimum <= got <= maximum and above < got < math.inf):  # also refuses NaN
+    if not (minimum <= got <= maximum and above < got < below):  # also refuses NaN
         bounds = [f"> {above}"] if above > -math.inf else [f">= {minimum}"]
-        bounds.append(f"<= {maximum}" if maximum < math.inf else "< infinity")
+        bounds.append(f"<= {maximum}" if maximum < math.inf else f"< {below}" if below < math.inf else "< infinity")
         raise ValueError(f"{name}: got {got}, expected a number {' and '.join(bounds)}")
 
 
@@ -98,24 +104,63 @@ def check_pair(student: Tensor, teacher: Tensor, same_size: bool = True, ranks: 
     check_teacher("teacher", teacher)
 
 
-def check_target(target: Tensor, logits: Tensor, shape: tuple[int | None, ...], ignore_index: int) -> None:
-    """Labels (N, H, W); a None in ``shape`` is any size. Values are checked on the CPU, where that costs no wait."""
+def check_target(
+    target: Tensor, logits: Tensor, shape: tuple[int | None, ...], ignore_index: int, classes: int | None = None
+) -> None:
+    """Labels (N, H, W); a None in ``shape`` is any size. Values are checked on the CPU, where that costs no wait.
+
+    Args:
+        classes: how many labels there are, unless one a channel.
+    """
     if not isinstance(target, Tensor):
         raise TypeError(f"target: got {type(target).__name__}, expected a torch.Tensor of labels (N, H, W)")
     if target.dtype not in _LABELS:
         raise TypeError(f"target: got dtype {target.dtype}, expected uint8, int32 or int64 labels")
     _check_map("target", target, shape)
     check_device("target", target, "the logits", logits)
-    # A branch on a value cannot be traced, and waits for a GPU.
-    if torch.compiler.is_compiling() or not (target.is_cpu or os.environ.get("FASTKD_CHECK_LABELS") == "1"):
+    if not _values_are_checked(target):
         return
-    classes = logits.shape[1]
+    classes = logits.shape[1] if classes is None else classes
     bad = _first_bad_label(target, classes, ignore_index)
     if bad >= 0:
         raise IndexError(
             f"target: got label {int(target.flatten()[bad])}, expected 0 to {classes - 1} (C = {classes}) or ignore_index "
             f"{ignore_index}; map the labels to class indices, or pass the ignore_index they use"
         )
+
+
+def _values_are_checked(target: Tensor) -> bool:
+    """A branch on a value cannot be traced, and waits for a GPU."""
+    return not torch.compiler.is_compiling() and (target.is_cpu or os.environ.get("FASTKD_CHECK_LABELS") == "1")
+
+
+def check_elements(target: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
+    """Zeros and ones (N, C, H, W), for one class also (N, H, W), as (N, C, H, W) of a dtype that labels have."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: got {type(target).__name__}, expected a torch.Tensor of zeros and ones")
+    if target.dtype == torch.bool:
+        target = target.view(torch.uint8)
+    if target.is_floating_point() or target.is_complex():
+        raise TypeError(f"target: got dtype {target.dtype}, expected zeros and ones of an integer dtype or bool")
+    if target.dtype not in _LABELS:
+        target = target.long()
+    n, classes = logits.shape[:2]
+    if target.dim() == 3 and classes == 1:
+        target = target[:, None]
+    if target.dim() != 4 or target.shape[0] != n or target.shape[1] != classes:
+        raise ValueError(
+            f"target: got shape {tuple(target.shape)}, expected (N, C, H, W) with N and C of the logits {tuple(logits.shape)}"
+            + ("; labels of classes go to resized_cross_entropy, or through F.one_hot" if target.dim() == 3 else "")
+        )
+    check_device("target", target, "the logits", logits)
+    if _values_are_checked(target):
+        bad = _first_bad_label(target, 2, ignore_index)
+        if bad >= 0:
+            raise IndexError(
+                f"target: got {int(target.flatten()[bad])}, expected 0, 1 or ignore_index {ignore_index} (one class against "
+                "the rest)"
+            )
+    return target
 
 
 def _first_bad_label(target: Tensor, classes: int, ignore_index: int) -> int:
@@ -150,15 +195,13 @@ def check_pixel_weight(name: str, weight: Tensor, logits: Tensor, shape: tuple[i
     check_device(name, weight, "the logits", logits)
 
 
-def check_class_weight(weight: Tensor, logits: Tensor) -> None:
+def check_class_weight(weight: Tensor, logits: Tensor, name: str = "class_weight") -> None:
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise TypeError(
-            f"class_weight: got {getattr(weight, 'dtype', type(weight))}, expected a floating-point tensor (C,)"
-        )
-    check_constant("class_weight", weight)
+        raise TypeError(f"{name}: got {getattr(weight, 'dtype', type(weight))}, expected a floating-point tensor (C,)")
+    check_constant(name, weight)
     if weight.shape != (logits.shape[1],):
-        raise ValueError(f"class_weight: got shape {tuple(weight.shape)}, expected ({logits.shape[1]},), one per class")
-    check_device("class_weight", weight, "the logits", logits)
+        raise ValueError(f"{name}: got shape {tuple(weight.shape)}, expected ({logits.shape[1]},), one per class")
+    check_device(name, weight, "the logits", logits)
 
 
 def as_map(x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from ._arguments import (
     ANY_RANK,
     as_map,
     check_class_weight,
+    check_elements,
     check_float,
     check_number,
     check_pair,
@@ -41,14 +42,18 @@ from ._arguments import (
 )
 from .ops import accumulator, evaluate, operator
 from .ops.cwd import CWD
-from .ops.kd import KD
+from .ops.kd import KD, KD_SIGMOID
 from .ops.nfd import DIMS, NFD, fits_cuda
 from .ops.rdd import DIRECTIONS, KD_CONFIDENCE, SELECTIONS
-from .ops.resized_cross_entropy import RESIZED_CROSS_ENTROPY
-from .ops.resized_kd import RESIZED_KD
+from .ops.resized_binary_cross_entropy import RESIZED_BINARY_CROSS_ENTROPY
+from .ops.resized_cross_entropy import RESIZED_CROSS_ENTROPY, RESIZED_SHAPED_CROSS_ENTROPY
+from .ops.resized_dice import RESIZED_DICE
+from .ops.resized_kd import RESIZED_KD, RESIZED_KD_SIGMOID
 
 PIXEL_REDUCTIONS = ("mean", "mean_all", "sum", "batchmean", "none")
 FEATURE_REDUCTIONS = ("mean", "sum", "batchmean", "none")
+CLASS_REDUCTIONS = ("mean", "sum", "none")
+ACTIVATIONS = ("softmax", "sigmoid")
 
 
 def reduction_of(word: str, terms: int, batch: int, *, counted: bool = False, weight: float = 1.0) -> tuple[str, float]:
@@ -177,6 +182,7 @@ def kd_loss(
     weight: Tensor | None = None,
     ignore_index: int = 255,
     reduction: str = "mean",
+    activation: str = "softmax",
 ) -> Tensor:
     """Pixel-wise KL(softmax(T / tau) || softmax(S / tau)) * tau^2 over the classes (Hinton, arXiv 1503.02531).
 
@@ -187,8 +193,10 @@ def kd_loss(
         target: labels (N, H, W); pixels labelled ``ignore_index`` do not count. None: every pixel counts.
         weight: (N, H, W), scales each pixel's term, never the count.
         reduction: ``"mean"`` over valid pixels, ``"mean_all"``, ``"sum"``, ``"batchmean"``, ``"none"``: (N, H, W).
+        activation: ``"sigmoid"`` compares each class with the rest, KL of Bernoulli distributions summed over the classes.
     """
-    return _kd_loss(student, teacher, target, weight, temperature, ignore_index, reduction, 1.0)
+    options = (temperature, ignore_index, activation)
+    return _kd_loss(student, teacher, target, weight, options, reduction, 1.0)
 
 
 def _kd_loss(
@@ -196,13 +204,14 @@ def _kd_loss(
     teacher: Tensor,
     target: Tensor | None,
     weight: Tensor | None,
-    temperature: float,
-    ignore_index: int,
+    options: tuple[float, int, str],
     reduction: str,
     loss_weight: float,
 ) -> Tensor:
+    temperature, ignore_index, activation = options
     check_pair(student, teacher, ranks=ANY_RANK)
     check_word("reduction", reduction, PIXEL_REDUCTIONS)
+    check_word("activation", activation, ACTIVATIONS)
     check_number("temperature", temperature, above=0)
     n, spatial = student.shape[0], student.shape[2:]
     if target is not None:
@@ -213,9 +222,9 @@ def _kd_loss(
     _, _, h, w = student.shape
     how = reduction_of(reduction, n * h * w, n, counted=target is not None, weight=loss_weight)
     if len(spatial) == 2:
-        return _kd(student, teacher, target, weight, temperature, ignore_index, how)
+        return _kd(student, teacher, target, weight, options, how)
     target, weight = (x if x is None else x.reshape(n, h, w) for x in (target, weight))
-    loss = _kd(student, teacher, target, weight, temperature, ignore_index, how)
+    loss = _kd(student, teacher, target, weight, options, how)
     return loss.reshape(n, *spatial) if reduction == "none" else loss
 
 
@@ -228,6 +237,8 @@ def resized_cross_entropy(
     ignore_index: int = 255,
     align_corners: bool = False,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    focal_gamma: float = 0.0,
 ) -> Tensor:
     """Cross-entropy at label resolution of logits at their own: bilinear resize, then cross-entropy.
 
@@ -238,9 +249,12 @@ def resized_cross_entropy(
         pixel_weight: (N, H, W), or (N, h', w') of another size, which is resized the same way; scales the terms only.
         align_corners: the convention of the resize (True in CIRKD and RDD, False in torchvision).
         reduction: ``"mean"`` over valid pixels, ``"mean_all"``, ``"sum"``, ``"batchmean"``, ``"none"``: (N, H, W).
+        label_smoothing: in [0, 1), as in :func:`torch.nn.functional.cross_entropy`.
+        focal_gamma: >= 0; a term is multiplied by (1 - p)^gamma, p the probability of its label (focal loss, arXiv
+            1708.02002; ``class_weight`` is its alpha). Not both of them.
     """
     labels = Labels(target, class_weight, ignore_index, align_corners)
-    return _resized_cross_entropy(logits, labels, pixel_weight, reduction, 1.0)
+    return _resized_cross_entropy(logits, labels, pixel_weight, (label_smoothing, focal_gamma), reduction, 1.0)
 
 
 class Labels(NamedTuple):
@@ -252,18 +266,36 @@ class Labels(NamedTuple):
     align_corners: bool
 
 
+def check_shape_options(label_smoothing: float, focal_gamma: float) -> None:
+    """Of :func:`resized_cross_entropy`."""
+    check_number("label_smoothing", label_smoothing, minimum=0, below=1)
+    check_number("focal_gamma", focal_gamma, minimum=0)
+    if label_smoothing and focal_gamma:
+        raise ValueError(
+            f"focal_gamma: got {focal_gamma} with label_smoothing {label_smoothing}, expected at most one of them; a focal "
+            "loss of smoothed labels is not defined here"
+        )
+
+
 def _resized_cross_entropy(
-    logits: Tensor, labels: Labels, pixel_weight: Tensor | None, reduction: str, loss_weight: float
+    logits: Tensor,
+    labels: Labels,
+    pixel_weight: Tensor | None,
+    shape: tuple[float, float],
+    reduction: str,
+    loss_weight: float,
 ) -> Tensor:
     check_float("logits", logits)
     n = logits.shape[0]
     check_word("reduction", reduction, PIXEL_REDUCTIONS)
+    if shape != (0, 0):
+        check_shape_options(*shape)
     check_target(labels.target, logits, (n, None, None), labels.ignore_index)
     if labels.class_weight is not None:
         check_class_weight(labels.class_weight, logits)
     if pixel_weight is not None:
         check_pixel_weight("pixel_weight", pixel_weight, logits, (n, None, None))
-    return _cross_entropy(logits, labels, pixel_weight, None, reduction, loss_weight)[0]
+    return _cross_entropy(logits, labels, pixel_weight, None, reduction, loss_weight, shape)[0]
 
 
 def resized_ohem_cross_entropy(
@@ -307,6 +339,250 @@ def _resized_ohem_cross_entropy(
     return _selected_cross_entropy(logits, logits.detach(), labels, hard, reduction, loss_weight)[0]
 
 
+class DiceOptions(NamedTuple):
+    """Which Dice, of the many: see :func:`resized_dice_loss`."""
+
+    batch: bool = True
+    smooth: float = 1.0
+    square: bool = False
+    background: bool = True
+    present: bool = False
+
+
+class CEDiceOutput(NamedTuple):
+    """``loss`` = ce_weight * ``ce`` + dice_weight * ``dice``, all 0-d and differentiable."""
+
+    loss: Tensor
+    ce: Tensor
+    dice: Tensor
+
+
+def resized_dice_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    batch: bool = True,
+    smooth: float = 1.0,
+    square: bool = False,
+    background: bool = True,
+    present: bool = False,
+    class_weight: Tensor | None = None,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """Dice loss at label resolution: 1 - (2 sum p_c [y = c] + smooth) / (sum p_c + sum [y = c] + smooth) of each class c.
+
+    p is the softmax of the resized logits; sums are over the valid pixels. 0 / 0 is a dice of 1.
+
+    Args:
+        logits: (N, C, h, w); with C = 1 p is their sigmoid, the labels are 0 and 1, and ``background`` does not apply.
+        target: labels (N, H, W).
+        batch: sums over the batch; False: of each image.
+        smooth: >= 0. square: the sum of p_c^2 in the denominator.
+        background: False leaves class 0 out. present: True leaves out the classes without a labelled pixel.
+        class_weight: (C,), multiplies each class's loss; ``"mean"`` then divides by the summed weights of what counts.
+        reduction: ``"mean"`` over the classes that count (and images), ``"sum"``, ``"none"``: (C,), or (N, C) of images.
+    """
+    labels = Labels(target, class_weight, ignore_index, align_corners)
+    options = DiceOptions(batch, smooth, square, background, present)
+    return _resized_dice_loss(logits, labels, options, reduction, 1.0)
+
+
+def _resized_dice_loss(
+    logits: Tensor, labels: Labels, options: DiceOptions, reduction: str, loss_weight: float
+) -> Tensor:
+    check_word("reduction", reduction, CLASS_REDUCTIONS)
+    _check_dice(logits, labels, options)
+    sums = _dice_sums(logits, labels, options.square, 3)
+    dice = _dice(sums, logits.shape[1], labels.class_weight, options, reduction)
+    return (dice * loss_weight).to(accumulator(logits))
+
+
+def resized_cross_entropy_dice_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ce_weight: float = 1.0,
+    dice_weight: float = 1.0,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    batch: bool = True,
+    smooth: float = 1.0,
+    square: bool = False,
+    background: bool = True,
+    present: bool = False,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+) -> CEDiceOutput:
+    """:func:`resized_cross_entropy` and :func:`resized_dice_loss`, their means, in shared passes.
+
+    Args:
+        logits: (N, C, h, w); with C = 1 ``ce`` is the binary cross-entropy.
+        target: labels (N, H, W).
+        ce_weight, dice_weight: factors of the two.
+        class_weight: (C,), of both; not with C = 1.
+        The rest: as in the two functions.
+    """
+    labels = Labels(target, class_weight, ignore_index, align_corners)
+    options = DiceOptions(batch, smooth, square, background, present)
+    weights = (ce_weight, dice_weight, label_smoothing)
+    return _resized_cross_entropy_dice_loss(logits, labels, options, weights, 1.0)
+
+
+def _resized_cross_entropy_dice_loss(
+    logits: Tensor,
+    labels: Labels,
+    options: DiceOptions,
+    weights: tuple[float, float, float],
+    loss_weight: float,
+    dice_class_weight: bool = True,
+) -> CEDiceOutput:
+    """
+    Args:
+        weights: ce_weight, dice_weight, label_smoothing.
+        dice_class_weight: whether the class weights are those of Dice as well.
+    """
+    ce_weight, dice_weight, label_smoothing = weights
+    check_number("ce_weight", ce_weight, minimum=0)
+    check_number("dice_weight", dice_weight, minimum=0)
+    check_number("label_smoothing", label_smoothing, minimum=0, below=1)
+    _check_dice(logits, labels, options)
+    if labels.class_weight is not None and logits.shape[1] == 1:
+        raise ValueError(
+            "class_weight: got a weight for one logit, which is two classes to the cross-entropy; leave it out, or pass "
+            "pos_weight to resized_binary_cross_entropy and add resized_dice_loss"
+        )
+    sums = _dice_sums(logits, labels, options.square, 5 if label_smoothing else 4)
+    dice = _dice(sums, logits.shape[1], labels.class_weight if dice_class_weight else None, options, "mean")
+    total = sums.sum(0)  # from here on the cross-entropy: (C, columns)
+    counts, terms = total[:, 2], total[:, 3]
+    if labels.class_weight is not None:
+        weight = labels.class_weight.double()
+        counts, terms = counts * weight, terms * weight
+    ce = terms.sum()
+    if label_smoothing:
+        each = total[:, 4] if labels.class_weight is None else total[:, 4] * weight
+        ce = (1 - label_smoothing) * ce + label_smoothing * each.mean()
+    count = counts.sum()
+    ce = ce / torch.where(count == 0, 1, count)
+    loss = loss_weight * (ce_weight * ce + dice_weight * dice)
+    acc = accumulator(logits)
+    return CEDiceOutput(loss.to(acc), (loss_weight * ce).to(acc), (loss_weight * dice).to(acc))
+
+
+def _check_dice(logits: Tensor, labels: Labels, options: DiceOptions) -> None:
+    check_float("logits", logits)
+    check_number("smooth", options.smooth, minimum=0)
+    n, classes = logits.shape[:2]
+    check_target(labels.target, logits, (n, None, None), labels.ignore_index, max(classes, 2))
+    if labels.class_weight is not None:
+        check_class_weight(labels.class_weight, logits)
+
+
+def _dice_sums(logits: Tensor, labels: Labels, square: bool, columns: int) -> Tensor:
+    """The sums of :mod:`fastkd.ops.resized_dice`, (N, C, columns) in fp64; one logit is the second of two classes."""
+    target, _, ignore_index, align_corners = labels
+    if logits.shape[1] == 1:
+        logits = torch.cat([torch.zeros_like(logits), logits], 1)  # softmax of (0, z) is sigmoid(z)
+    backend = backends.choose("resized_dice", logits.device)
+    if logits.numel() == 0 or target.numel() == 0:
+        return _nothing(logits, (), "sum").double().expand(*logits.shape[:2], columns)
+    if backend == "reference":
+        size = (target.shape[-2], target.shape[-1])
+        return reference.dice_sums(reference.resize(logits, size, align_corners), target, ignore_index, square, columns)
+    (logits,) = dense_each(logits)
+    options = (ignore_index, align_corners, square, columns)
+    return evaluate(RESIZED_DICE, backend, "none", 1, logits, dense(target), *options)
+
+
+def _dice(sums: Tensor, classes: int, class_weight: Tensor | None, options: DiceOptions, reduction: str) -> Tensor:
+    """Dice of the sums of :func:`_dice_sums`, in fp64."""
+    sums = sums[:, -classes:]  # of one logit's two classes the second
+    if options.batch:
+        sums = sums.sum(0)
+    labelled = sums[..., 2]
+    above, below = 2 * sums[..., 0] + options.smooth, sums[..., 1] + labelled + options.smooth
+    empty = below == 0
+    terms = 1 - torch.where(empty, 1, above / torch.where(empty, 1, below))
+    weight = torch.ones_like(labelled) if class_weight is None else class_weight.double().expand_as(labelled)
+    if not options.background and classes > 1:
+        weight = torch.cat([torch.zeros_like(weight[..., :1]), weight[..., 1:]], -1)
+    if options.present:
+        weight = weight * (labelled > 0)
+    terms = torch.where(weight == 0, 0, terms * weight)
+    if reduction == "none":
+        return terms
+    count = weight.sum()
+    return terms.sum() / torch.where(count == 0, 1, count) if reduction == "mean" else terms.sum()
+
+
+def resized_binary_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    pos_weight: Tensor | None = None,
+    pixel_weight: Tensor | None = None,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """Binary cross-entropy with logits at label resolution, each class against the rest.
+
+    Args:
+        logits: (N, C, h, w).
+        target: 0 and 1 of any integer dtype or bool, (N, C, H, W), for C = 1 also (N, H, W). Elements that are
+            ``ignore_index`` do not count.
+        pos_weight: (C,), multiplies the terms of ones, as in :func:`torch.nn.functional.binary_cross_entropy_with_logits`.
+        pixel_weight: (N, H, W), or (N, h', w') of another size, which is resized the same way; scales the terms only.
+        reduction: ``"mean"`` over the elements that count, ``"mean_all"``, ``"sum"``, ``"batchmean"``, ``"none"``: like
+            ``target``.
+    """
+    weights = (pos_weight, pixel_weight)
+    return _resized_binary_cross_entropy(logits, target, weights, ignore_index, align_corners, reduction, 1.0)
+
+
+def _resized_binary_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weights: tuple[Tensor | None, Tensor | None],
+    ignore_index: int,
+    align_corners: bool,
+    reduction: str,
+    loss_weight: float,
+) -> Tensor:
+    pos_weight, pixel_weight = weights
+    check_float("logits", logits)
+    check_word("reduction", reduction, PIXEL_REDUCTIONS)
+    elements = check_elements(target, logits, ignore_index)
+    shape, target = target.shape, elements
+    n, _, height, width = target.shape
+    if pos_weight is not None:
+        check_class_weight(pos_weight, logits, "pos_weight")
+    if pixel_weight is not None:
+        check_pixel_weight("pixel_weight", pixel_weight, logits, (n, None, None))
+    how = reduction_of(reduction, target.numel(), n, counted=True, weight=loss_weight)
+    backend = backends.choose("resized_binary_cross_entropy", logits.device)
+    if logits.numel() == 0 or target.numel() == 0:
+        return _nothing(logits, shape, reduction)
+    acc = accumulator(logits)
+    pixel_weight = dense(pixel_weight, acc)
+    if pixel_weight is not None and (reduction == "none" or backend == "reference"):
+        pixel_weight = reference.resize(pixel_weight, (height, width), align_corners)
+    if backend == "reference":
+        resized = reference.resize(logits, (height, width), align_corners)
+        terms, valid = reference.binary_cross_entropy(resized, target, pos_weight, ignore_index)
+        if pixel_weight is not None:
+            terms = terms * torch.where(valid, pixel_weight[:, None].to(terms.dtype), 0)
+        loss = reference.reduce(terms, *how, valid.sum())
+    else:
+        (logits,) = dense_each(logits)
+        pixel_weight = None if pixel_weight is None else pixel_weight[:, None]
+        tensors = (logits, dense(target), dense(pos_weight, acc), pixel_weight)
+        loss = evaluate(RESIZED_BINARY_CROSS_ENTROPY, backend, *how, *tensors, ignore_index, align_corners)
+    return loss.reshape(shape) if reduction == "none" else loss
+
+
 def resized_kd_loss(
     student: Tensor,
     teacher: Tensor,
@@ -318,6 +594,7 @@ def resized_kd_loss(
     ignore_index: int = 255,
     align_corners: bool = False,
     reduction: str = "mean",
+    activation: str = "softmax",
 ) -> Tensor:
     """:func:`kd_loss` at ``size`` of logits at their own: both sides are resized bilinearly, then compared.
 
@@ -326,9 +603,10 @@ def resized_kd_loss(
         teacher: logits (N, C, h', w').
         size: (H, W) of the labels.
         target: labels (N, H, W) or None; pixel_weight: (N, H, W), or of another size, which is resized the same way.
-        temperature, ignore_index, align_corners, reduction: as in :func:`kd_loss` and :func:`resized_cross_entropy`.
+        temperature, ignore_index, align_corners, reduction, activation: as in :func:`kd_loss` and
+            :func:`resized_cross_entropy`.
     """
-    options = (temperature, ignore_index, align_corners)
+    options = (temperature, ignore_index, align_corners, activation)
     return _resized_kd_loss(student, teacher, target, pixel_weight, size, options, reduction, 1.0)
 
 
@@ -338,13 +616,14 @@ def _resized_kd_loss(
     target: Tensor | None,
     pixel_weight: Tensor | None,
     size: tuple[int, int],
-    options: tuple[float, int, bool],
+    options: tuple[float, int, bool, str],
     reduction: str,
     loss_weight: float,
 ) -> Tensor:
-    temperature, ignore_index, align_corners = options
+    temperature, ignore_index, align_corners, activation = options
     check_pair(student, teacher, same_size=False)
     check_word("reduction", reduction, PIXEL_REDUCTIONS)
+    check_word("activation", activation, ACTIVATIONS)
     check_number("temperature", temperature, above=0)
     n, classes = student.shape[:2]
     size = _size(size)
@@ -354,7 +633,8 @@ def _resized_kd_loss(
         check_pixel_weight("pixel_weight", pixel_weight, student, (n, None, None))
     pixels = n * size[0] * size[1]
     how = reduction_of(reduction, pixels, n, counted=target is not None, weight=loss_weight)
-    backend = backends.choose("resized_kd", student.device)
+    loss = RESIZED_KD if activation == "softmax" else RESIZED_KD_SIGMOID
+    backend = backends.choose(loss.name, student.device)
     if student.numel() == 0 or teacher.numel() == 0 or pixels == 0:
         return _nothing(student, (n, *size), reduction)
     pixel_weight = dense(pixel_weight, accumulator(student, teacher))
@@ -362,11 +642,13 @@ def _resized_kd_loss(
         pixel_weight = reference.resize(pixel_weight, size, align_corners)
     if backend == "reference":
         student, teacher = (reference.resize(x, size, align_corners) for x in (student, _constant(teacher)))
-        terms = reference.kd(student, teacher, temperature)
+        plain = reference.kd if loss is RESIZED_KD else reference.kd_sigmoid
+        terms = plain(student, teacher, temperature)
         terms, count = reference.count_pixels(terms, target, pixel_weight, classes, ignore_index)
         return reference.reduce(terms, *how, count)
     student, teacher = dense_each(student, teacher)
-    return evaluate(RESIZED_KD, backend, *how, student, teacher, dense(target), pixel_weight, size, *options)
+    tensors = (student, teacher, dense(target), pixel_weight)
+    return evaluate(loss, backend, *how, *tensors, size, temperature, ignore_index, align_corners)
 
 
 @torch.no_grad()
@@ -546,7 +828,7 @@ def _rdd_loss(
     weight = options.loss_weight
     if stage == "tse" and blend is None:
         how = _mean_of(heads.student, weight)
-        kd = _kd(heads.student, heads.teacher, None, None, options.temperature, ignore_index, how)
+        kd = _kd(heads.student, heads.teacher, None, None, (options.temperature, ignore_index, "softmax"), how)
         return _rdd_output(*tse(weight), kd, options.kd_weight, stage)
     if heads.teacher_aux is None:
         raise ValueError(
@@ -599,18 +881,20 @@ def _kd(
     teacher: Tensor,
     target: Tensor | None,
     weight: Tensor | None,
-    temperature: float,
-    ignore_index: int,
+    options: tuple[float, int, str],
     how: tuple[str, float],
 ) -> Tensor:
-    backend = backends.choose("kd", student.device)
+    temperature, ignore_index, activation = options
+    loss = KD if activation == "softmax" else KD_SIGMOID
+    backend = backends.choose(loss.name, student.device)
     if backend == "reference" or student.numel() == 0:
-        terms = reference.kd(student, _constant(teacher), temperature)
+        plain = reference.kd if loss is KD else reference.kd_sigmoid
+        terms = plain(student, _constant(teacher), temperature)
         terms, count = reference.count_pixels(terms, target, weight, student.shape[1], ignore_index)
         return reference.reduce(terms, *how, count)
     student, teacher = dense_together(student, teacher)
     weight = dense(weight, accumulator(student))
-    return evaluate(KD, backend, *how, student, teacher, dense(target), weight, temperature, ignore_index)
+    return evaluate(loss, backend, *how, student, teacher, dense(target), weight, temperature, ignore_index)
 
 
 def _cross_entropy(
@@ -620,16 +904,19 @@ def _cross_entropy(
     selected: Tensor | None,
     reduction: str,
     loss_weight: float,
+    shape: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[Tensor, Tensor]:
     """:func:`resized_cross_entropy` over the selected pixels, and their number or summed class weights.
 
     Args:
         selected: bool (N, H, W); or their log-sum-exp, NaN where a pixel is not selected (:func:`_difficulty`).
+        shape: label smoothing and focal gamma; with them every pixel is selected.
     """
     target, class_weight, ignore_index, align_corners = labels
     n, height, width = target.shape
     how = reduction_of(reduction, n * height * width, n, counted=True, weight=loss_weight)
-    backend = backends.choose("resized_cross_entropy", logits.device)
+    shaped = shape != (0, 0)
+    backend = backends.choose("resized_shaped_cross_entropy" if shaped else "resized_cross_entropy", logits.device)
     if logits.numel() == 0 or target.numel() == 0:
         loss = _nothing(logits, target.shape, reduction)
         return loss, loss.new_zeros(())
@@ -641,14 +928,17 @@ def _cross_entropy(
         if selected is not None:
             target = torch.where(selected, target.long(), ignore_index)
         resized = reference.resize(logits, (height, width), align_corners)
-        terms, valid, weight = reference.cross_entropy(resized, target, class_weight, ignore_index)
+        terms, valid, weight = reference.cross_entropy(resized, target, class_weight, ignore_index, *shape)
         if pixel_weight is not None:
             terms = terms * torch.where(valid, pixel_weight.to(terms.dtype), 0)
         count = weight.sum()
         return reference.reduce(terms, *how, count), count
     (logits,) = dense_each(logits)
-    tensors = (logits, dense(target), dense(class_weight, acc), pixel_weight, selected)
-    return evaluate(RESIZED_CROSS_ENTROPY, backend, *how, *tensors, ignore_index, align_corners)
+    tensors = (logits, dense(target), dense(class_weight, acc), pixel_weight)
+    if shaped:
+        assert selected is None
+        return evaluate(RESIZED_SHAPED_CROSS_ENTROPY, backend, *how, *tensors, ignore_index, align_corners, *shape)
+    return evaluate(RESIZED_CROSS_ENTROPY, backend, *how, *tensors, selected, ignore_index, align_corners)
 
 
 def _selected_cross_entropy(
@@ -675,7 +965,8 @@ def _kd_and_confidence(heads: Heads, direction: str, temperature: float, loss_we
     if backend == "reference" or temperature != 1 or student.numel() == 0:
         with torch.no_grad():
             confidence = _confidence(teacher, teacher_aux, direction)
-        return _kd(student, teacher, None, None, temperature, 255, _mean_of(student, loss_weight)), confidence
+        options = (temperature, 255, "softmax")
+        return _kd(student, teacher, None, None, options, _mean_of(student, loss_weight)), confidence
     how = _mean_of(student, loss_weight)
     return evaluate(KD_CONFIDENCE, backend, *how, *dense_together(student, teacher, teacher_aux), direction)
 

@@ -10,7 +10,19 @@ from torch import Tensor, nn, tensor
 
 from . import functional
 from ._arguments import as_map, check_number, check_word
-from .functional import FEATURE_REDUCTIONS, PIXEL_REDUCTIONS, PRESETS, Heads, Labels, RDDOptions, RDDOutput
+from .functional import (
+    ACTIVATIONS,
+    CLASS_REDUCTIONS,
+    FEATURE_REDUCTIONS,
+    PIXEL_REDUCTIONS,
+    PRESETS,
+    CEDiceOutput,
+    DiceOptions,
+    Heads,
+    Labels,
+    RDDOptions,
+    RDDOutput,
+)
 from .ops.nfd import DIMS
 from .ops.rdd import SELECTIONS
 
@@ -87,19 +99,26 @@ class KDLoss(nn.Module):
     """:func:`fastkd.kd_loss`."""
 
     def __init__(
-        self, *, temperature: float = 1.0, ignore_index: int = 255, reduction: str = "mean", loss_weight: float = 1.0
+        self,
+        *,
+        temperature: float = 1.0,
+        ignore_index: int = 255,
+        reduction: str = "mean",
+        activation: str = "softmax",
+        loss_weight: float = 1.0,
     ):
         super().__init__()
         check_number("temperature", temperature, above=0)
         check_word("reduction", reduction, PIXEL_REDUCTIONS)
-        self.temperature, self.ignore_index = temperature, ignore_index
+        check_word("activation", activation, ACTIVATIONS)
+        self.temperature, self.ignore_index, self.activation = temperature, ignore_index, activation
         self.reduction, self.loss_weight = reduction, loss_weight
 
     def forward(
         self, student: Tensor, teacher: Tensor, target: Tensor | None = None, *, weight: Tensor | None = None
     ) -> Tensor:
-        options = (self.temperature, self.ignore_index, self.reduction, self.loss_weight)
-        return functional._kd_loss(student, teacher, target, weight, *options)
+        options = (self.temperature, self.ignore_index, self.activation)
+        return functional._kd_loss(student, teacher, target, weight, options, self.reduction, self.loss_weight)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, reduction={self.reduction!r}, loss_weight={self.loss_weight}"
@@ -117,20 +136,28 @@ class ResizedCrossEntropyLoss(nn.Module):
         ignore_index: int = 255,
         align_corners: bool = False,
         reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        focal_gamma: float = 0.0,
         loss_weight: float = 1.0,
     ):
         super().__init__()
         check_word("reduction", reduction, PIXEL_REDUCTIONS)
+        functional.check_shape_options(label_smoothing, focal_gamma)
         self.register_buffer("class_weight", _buffer(class_weight), persistent=False)
         self.ignore_index, self.align_corners = ignore_index, align_corners
+        self.label_smoothing, self.focal_gamma = label_smoothing, focal_gamma
         self.reduction, self.loss_weight = reduction, loss_weight
 
     def forward(self, logits: Tensor, target: Tensor, *, pixel_weight: Tensor | None = None) -> Tensor:
         labels = Labels(target, self.class_weight, self.ignore_index, self.align_corners)
-        return functional._resized_cross_entropy(logits, labels, pixel_weight, self.reduction, self.loss_weight)
+        shape = (self.label_smoothing, self.focal_gamma)
+        return functional._resized_cross_entropy(logits, labels, pixel_weight, shape, self.reduction, self.loss_weight)
 
     def extra_repr(self) -> str:
-        return f"align_corners={self.align_corners}, reduction={self.reduction!r}, loss_weight={self.loss_weight}"
+        return (
+            f"align_corners={self.align_corners}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}, "
+            f"focal_gamma={self.focal_gamma}, loss_weight={self.loss_weight}"
+        )
 
 
 class ResizedOHEMCrossEntropyLoss(nn.Module):
@@ -171,6 +198,117 @@ class ResizedOHEMCrossEntropyLoss(nn.Module):
         )
 
 
+class ResizedDiceLoss(nn.Module):
+    """:func:`fastkd.resized_dice_loss`; ``class_weight`` (a tensor or a sequence) becomes a buffer."""
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        batch: bool = True,
+        smooth: float = 1.0,
+        square: bool = False,
+        background: bool = True,
+        present: bool = False,
+        class_weight: Tensor | None = None,
+        ignore_index: int = 255,
+        align_corners: bool = False,
+        reduction: str = "mean",
+        loss_weight: float = 1.0,
+    ):
+        super().__init__()
+        check_word("reduction", reduction, CLASS_REDUCTIONS)
+        check_number("smooth", smooth, minimum=0)
+        self.register_buffer("class_weight", _buffer(class_weight), persistent=False)
+        self.options = DiceOptions(batch, smooth, square, background, present)
+        self.ignore_index, self.align_corners = ignore_index, align_corners
+        self.reduction, self.loss_weight = reduction, loss_weight
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        labels = Labels(target, self.class_weight, self.ignore_index, self.align_corners)
+        return functional._resized_dice_loss(logits, labels, self.options, self.reduction, self.loss_weight)
+
+    def extra_repr(self) -> str:
+        return f"{_words(self.options)}, reduction={self.reduction!r}, loss_weight={self.loss_weight}"
+
+
+class ResizedCrossEntropyDiceLoss(nn.Module):
+    """:func:`fastkd.resized_cross_entropy_dice_loss`; ``class_weight`` (a tensor or a sequence) becomes a buffer.
+
+    ``loss_weight`` multiplies ``loss``, ``ce`` and ``dice``.
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        ce_weight: float = 1.0,
+        dice_weight: float = 1.0,
+        class_weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        batch: bool = True,
+        smooth: float = 1.0,
+        square: bool = False,
+        background: bool = True,
+        present: bool = False,
+        ignore_index: int = 255,
+        align_corners: bool = False,
+        loss_weight: float = 1.0,
+    ):
+        super().__init__()
+        check_number("ce_weight", ce_weight, minimum=0)
+        check_number("dice_weight", dice_weight, minimum=0)
+        check_number("label_smoothing", label_smoothing, minimum=0, below=1)
+        check_number("smooth", smooth, minimum=0)
+        self.register_buffer("class_weight", _buffer(class_weight), persistent=False)
+        self.ce_weight, self.dice_weight, self.label_smoothing = ce_weight, dice_weight, label_smoothing
+        self.options = DiceOptions(batch, smooth, square, background, present)
+        self.ignore_index, self.align_corners, self.loss_weight = ignore_index, align_corners, loss_weight
+
+    def forward(self, logits: Tensor, target: Tensor) -> CEDiceOutput:
+        labels = Labels(target, self.class_weight, self.ignore_index, self.align_corners)
+        weights = (self.ce_weight, self.dice_weight, self.label_smoothing)
+        return functional._resized_cross_entropy_dice_loss(logits, labels, self.options, weights, self.loss_weight)
+
+    def extra_repr(self) -> str:
+        return (
+            f"ce_weight={self.ce_weight}, dice_weight={self.dice_weight}, label_smoothing={self.label_smoothing}, "
+            f"{_words(self.options)}, loss_weight={self.loss_weight}"
+        )
+
+
+class ResizedBinaryCrossEntropyLoss(nn.Module):
+    """:func:`fastkd.resized_binary_cross_entropy`; ``pos_weight`` (a tensor or a sequence) becomes a buffer."""
+
+    pos_weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        pos_weight: Tensor | None = None,
+        ignore_index: int = 255,
+        align_corners: bool = False,
+        reduction: str = "mean",
+        loss_weight: float = 1.0,
+    ):
+        super().__init__()
+        check_word("reduction", reduction, PIXEL_REDUCTIONS)
+        self.register_buffer("pos_weight", _buffer(pos_weight), persistent=False)
+        self.ignore_index, self.align_corners = ignore_index, align_corners
+        self.reduction, self.loss_weight = reduction, loss_weight
+
+    def forward(self, logits: Tensor, target: Tensor, *, pixel_weight: Tensor | None = None) -> Tensor:
+        weights, options = (self.pos_weight, pixel_weight), (self.ignore_index, self.align_corners)
+        return functional._resized_binary_cross_entropy(
+            logits, target, weights, *options, self.reduction, self.loss_weight
+        )
+
+    def extra_repr(self) -> str:
+        return f"align_corners={self.align_corners}, reduction={self.reduction!r}, loss_weight={self.loss_weight}"
+
+
 class ResizedKDLoss(nn.Module):
     """:func:`fastkd.resized_kd_loss`; ``size`` defaults to that of the labels given to ``forward``."""
 
@@ -182,12 +320,15 @@ class ResizedKDLoss(nn.Module):
         ignore_index: int = 255,
         align_corners: bool = False,
         reduction: str = "mean",
+        activation: str = "softmax",
         loss_weight: float = 1.0,
     ):
         super().__init__()
         check_number("temperature", temperature, above=0)
         check_word("reduction", reduction, PIXEL_REDUCTIONS)
+        check_word("activation", activation, ACTIVATIONS)
         self.size, self.temperature, self.ignore_index = size, temperature, ignore_index
+        self.activation = activation
         self.align_corners, self.reduction, self.loss_weight = align_corners, reduction, loss_weight
 
     def forward(
@@ -200,7 +341,7 @@ class ResizedKDLoss(nn.Module):
                     "ResizedKDLoss: got neither size nor target; pass size=(H, W) to the constructor or labels"
                 )
             size = (target.shape[-2], target.shape[-1])
-        options = (self.temperature, self.ignore_index, self.align_corners)
+        options = (self.temperature, self.ignore_index, self.align_corners, self.activation)
         return functional._resized_kd_loss(
             student, teacher, target, pixel_weight, size, options, self.reduction, self.loss_weight
         )
@@ -297,6 +438,10 @@ class RDDLoss(nn.Module):
             f"preset={self.preset!r}, tfe_steps={self.tfe_steps} of {self.total_steps}, select={self.select!r}, "
             f"kd_weight={self.kd_weight}, loss_weight={self.loss_weight}"
         )
+
+
+def _words(options: DiceOptions) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options._asdict().items())
 
 
 def _buffer(class_weight) -> Tensor | None:

@@ -42,6 +42,18 @@ def kd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return kl(student, teacher, temperature, 1)
 
 
+def kd_sigmoid(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KD of each class against the rest: tau^2 * the KL of Bernoulli distributions, summed over the classes, (N, H, W)."""
+    acc = accumulator(student, teacher)
+    s, t = student.to(acc) / temperature, teacher.to(acc) / temperature
+    total = torch.zeros_like(s[:, 0])
+    for sign in (1, -1):  # the class, and its complement
+        p = torch.sigmoid(sign * t)
+        d = F.logsigmoid(sign * t) - F.logsigmoid(sign * s)
+        total = total + torch.where(p == 0, 0, p * d).sum(1)
+    return total * temperature**2
+
+
 def cwd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """CWD (arXiv 2011.13256): KL over the pixels of each channel, (N, C)."""
     return kl(student.flatten(2), teacher.flatten(2), temperature, 2)
@@ -64,15 +76,60 @@ def valid_pixels(target: Tensor, classes: int, ignore_index: int) -> Tensor:
 
 
 def cross_entropy(
-    logits: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float = 0.0,
+    focal_gamma: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per pixel: the class-weighted cross-entropy (0 where ignored), the valid map, and the class weight (0 where
     ignored), all (N, H, W) and at the logits' size."""
-    valid = valid_pixels(target, logits.shape[1], ignore_index)
+    classes = logits.shape[1]
+    valid = valid_pixels(target, classes, ignore_index)
     label = torch.where(valid, target, 0).long()
-    loss = F.nll_loss(F.log_softmax(logits, 1), label, reduction="none")
+    log_p = F.log_softmax(logits, 1)
+    loss = F.nll_loss(log_p, label, reduction="none")
     weight = valid.to(loss.dtype) if class_weight is None else class_weight.to(loss.dtype)[label] * valid
-    return torch.where(valid, loss * weight, 0), valid, weight
+    if focal_gamma:
+        rest = -torch.expm1(-loss)  # 1 - p
+        # Not 0, where the derivative of a power below 1 is infinite.
+        loss = loss * rest.clamp(min=torch.finfo(loss.dtype).tiny) ** focal_gamma
+    terms = loss * weight
+    if label_smoothing:
+        each = -log_p if class_weight is None else -log_p * class_weight.to(loss.dtype)[:, None, None]
+        terms = (1 - label_smoothing) * terms + label_smoothing / classes * each.sum(1)
+    return torch.where(valid, terms, 0), valid, weight
+
+
+def dice_sums(logits: Tensor, target: Tensor, ignore_index: int, square: bool, columns: int) -> Tensor:
+    """What Dice and cross-entropy are made of, (N, C, columns) in fp64: the columns of :mod:`fastkd.ops.resized_dice`."""
+    classes = logits.shape[1]
+    valid = valid_pixels(target, classes, ignore_index)
+    label = torch.where(valid, target.long(), classes)
+    own = torch.stack([label == c for c in range(classes)], 1)
+    log_p = F.log_softmax(logits, 1)
+    p = log_p.exp()
+    ones = torch.ones_like(p)
+    terms = [
+        (p, own),
+        (p.square() if square else p, valid[:, None]),
+        (ones, own),
+        (-log_p, own),
+        (-log_p, valid[:, None]),
+    ]
+    return torch.stack([torch.where(w, x, 0).sum((2, 3), dtype=torch.float64) for x, w in terms[:columns]], 2)
+
+
+def binary_cross_entropy(
+    logits: Tensor, target: Tensor, pos_weight: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Per element of (N, C, H, W): the binary cross-entropy of one class against the rest, and whether it counts."""
+    valid = valid_pixels(target, 2, ignore_index)
+    positive = -F.logsigmoid(logits)
+    if pos_weight is not None:
+        positive = positive * pos_weight.to(logits.dtype)[:, None, None]
+    return torch.where(valid, torch.where(target == 1, positive, -F.logsigmoid(-logits)), 0), valid
 
 
 def count_pixels(

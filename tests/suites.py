@@ -11,7 +11,10 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 
 # One file an operator family; each runs on whatever backend the process has (tests/support.py).
-FAMILIES = ("nfd", "kd", "cwd", "resized", "resized_kernels", "rdd", "rdd_kernels")
+FAMILIES = (
+    "nfd", "kd", "kd_sigmoid", "cwd", "resized", "resized_kernels", "resized_shaped_cross_entropy", "resized_dice",
+    "resized_binary_cross_entropy", "rdd", "rdd_kernels",
+)  # fmt: skip
 SUITES = {
     # Every operator on this machine's kernels.
     "operators": ("operators", "autograd", "csrc", *FAMILIES),

@@ -40,6 +40,12 @@ each_kernel = pytest.mark.parametrize("backend", kernel_backends())
 each_backend = pytest.mark.parametrize("backend", ["reference", *kernel_backends()])
 
 
+def needs(backend: str, op: str) -> None:
+    """Skips a test of an operator that this backend does not have."""
+    if backend != "reference" and backend not in backends.implementations(op):
+        pytest.skip(f"{backend} has no kernel for {op}")
+
+
 @dataclass(frozen=True)
 class Problem:
     """A pair of tensors to compare, described so that hypothesis can shrink it."""

@@ -41,7 +41,9 @@ def test_public_names():
     names = {
         "nfd_loss", "kd_loss", "cwd_loss", "resized_cross_entropy", "resized_kd_loss", "teacher_confidence",
         "difficulty_mask", "rdd_loss", "RDDOutput", "use_backend", "backend_info", "NFDLoss", "KDLoss", "CWDLoss",
-        "ResizedCrossEntropyLoss", "ResizedKDLoss", "RDDLoss",
+        "ResizedCrossEntropyLoss", "ResizedKDLoss", "RDDLoss", "resized_dice_loss", "resized_cross_entropy_dice_loss",
+        "resized_binary_cross_entropy", "CEDiceOutput", "ResizedDiceLoss", "ResizedCrossEntropyDiceLoss",
+        "ResizedBinaryCrossEntropyLoss",
     }  # fmt: skip
     assert names <= set(fastkd.__all__)
     assert all(getattr(fastkd, name).__doc__ for name in names)
@@ -68,6 +70,12 @@ def test_forcing_what_cannot_run():
             match=r"'triton' cannot run: (torch finds no CUDA or ROCm device|Triton cannot be imported)",
         ):
             fastkd.use_backend("triton")
+
+
+def test_forcing_a_backend_without_this_kernel(monkeypatch):
+    monkeypatch.setattr(backends, "implementations", lambda op: ("triton",))
+    with fastkd.use_backend("cpu"), pytest.raises(fastkd.BackendError, match="it has no kernel for kd"):
+        fastkd.kd_loss(S, T)
 
 
 def test_nesting_and_exceptions():

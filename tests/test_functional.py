@@ -27,11 +27,19 @@ each_loss = pytest.mark.parametrize("name", PAIRWISE)
 
 SIGNATURES = {
     "nfd_loss": "student, teacher, *, dims='hw', eps=1e-05, reduction='mean'",
-    "kd_loss": "student, teacher, *, temperature=1.0, target=None, weight=None, ignore_index=255, reduction='mean'",
+    "kd_loss": "student, teacher, *, temperature=1.0, target=None, weight=None, ignore_index=255, reduction='mean', "
+    "activation='softmax'",
     "cwd_loss": "student, teacher, *, temperature=4.0, reduction='mean'",
     "resized_cross_entropy": "logits, target, *, class_weight=None, pixel_weight=None, ignore_index=255, "
-    "align_corners=False, reduction='mean'",
+    "align_corners=False, reduction='mean', label_smoothing=0.0, focal_gamma=0.0",
     "resized_kd_loss": "student, teacher, *, size, temperature=1.0, target=None, pixel_weight=None, ignore_index=255, "
+    "align_corners=False, reduction='mean', activation='softmax'",
+    "resized_dice_loss": "logits, target, *, batch=True, smooth=1.0, square=False, background=True, present=False, "
+    "class_weight=None, ignore_index=255, align_corners=False, reduction='mean'",
+    "resized_cross_entropy_dice_loss": "logits, target, *, ce_weight=1.0, dice_weight=1.0, class_weight=None, "
+    "label_smoothing=0.0, batch=True, smooth=1.0, square=False, background=True, present=False, ignore_index=255, "
+    "align_corners=False",
+    "resized_binary_cross_entropy": "logits, target, *, pos_weight=None, pixel_weight=None, ignore_index=255, "
     "align_corners=False, reduction='mean'",
     "resized_ohem_cross_entropy": "logits, target, *, threshold=0.7, min_kept=100000, class_weight=None, ignore_index=255, "
     "align_corners=False, reduction='mean'",

@@ -32,6 +32,46 @@ CASES = [
         {},
     ),
     (
+        fastkd.ResizedCrossEntropyLoss,
+        fastkd.resized_cross_entropy,
+        {"label_smoothing": 0.2, "ignore_index": 1},
+        (S, Y),
+        {},
+    ),
+    (fastkd.ResizedCrossEntropyLoss, fastkd.resized_cross_entropy, {"focal_gamma": 2.0}, (S, Y), {}),
+    (
+        fastkd.ResizedDiceLoss,
+        fastkd.resized_dice_loss,
+        {
+            "batch": False,
+            "smooth": 0.1,
+            "square": True,
+            "background": False,
+            "present": True,
+            "ignore_index": 1,
+            "class_weight": torch.rand(4),
+            "align_corners": True,
+            "reduction": "none",
+        },
+        (S, Y),
+        {},
+    ),
+    (
+        fastkd.ResizedBinaryCrossEntropyLoss,
+        fastkd.resized_binary_cross_entropy,
+        {"pos_weight": torch.rand(4), "align_corners": True, "reduction": "sum", "ignore_index": 1},
+        (S, Y[:, None].expand(2, 4, 12, 12).clamp(max=1)),
+        {"pixel_weight": torch.rand(2, 3, 3)},
+    ),
+    (fastkd.KDLoss, fastkd.kd_loss, {"activation": "sigmoid"}, (S, T), {}),
+    (
+        fastkd.ResizedKDLoss,
+        fastkd.resized_kd_loss,
+        {"size": (12, 12), "activation": "sigmoid", "ignore_index": 1},
+        (S, T),
+        {"target": Y},
+    ),
+    (
         fastkd.ResizedKDLoss,
         fastkd.resized_kd_loss,
         {"size": (12, 12), "temperature": 2.0, "align_corners": True, "reduction": "mean_all"},
@@ -59,6 +99,27 @@ def test_defaults_are_the_functions(module, function):
     for p in shared:
         if p.default is not inspect.Parameter.empty:
             assert options[p.name].default == p.default, p.name
+
+
+def test_module_of_cross_entropy_and_dice():
+    """All three numbers take the module's weight."""
+    options = {
+        "ce_weight": 0.5,
+        "dice_weight": 2.0,
+        "class_weight": torch.rand(4),
+        "label_smoothing": 0.1,
+        "smooth": 1e-5,
+    }
+    options |= {"batch": False, "square": True, "background": False, "present": True, "align_corners": True}
+    options["ignore_index"] = 1
+    module = fastkd.ResizedCrossEntropyDiceLoss(**options, loss_weight=3.0)
+    want = fastkd.resized_cross_entropy_dice_loss(S, Y, **options)
+    for loss in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        torch.testing.assert_close(loss(S, Y), fastkd.CEDiceOutput(*[3 * x for x in want]))
+    assert "dice_weight=2.0" in repr(module)
+    defaults = inspect.signature(fastkd.resized_cross_entropy_dice_loss).parameters
+    for name, p in inspect.signature(fastkd.ResizedCrossEntropyDiceLoss).parameters.items():
+        assert name == "loss_weight" or p.default == defaults[name].default
 
 
 def test_adapter_and_resize():

@@ -3,7 +3,19 @@
 :func:`evaluate` makes any of the losses differentiable.
 """
 
-from . import cwd, exp, kd, labels, nfd, rdd, rescale, resized_cross_entropy, resized_kd
+from . import (
+    cwd,
+    exp,
+    kd,
+    labels,
+    nfd,
+    rdd,
+    rescale,
+    resized_binary_cross_entropy,
+    resized_cross_entropy,
+    resized_dice,
+    resized_kd,
+)
 from ._autograd import evaluate, operator
 from ._operator import Draw, Loss, Operator, accumulator
 
@@ -13,6 +25,8 @@ OPERATORS: tuple[Operator, ...] = (
     *cwd.OPERATORS,
     *resized_cross_entropy.OPERATORS,
     *resized_kd.OPERATORS,
+    *resized_dice.OPERATORS,
+    *resized_binary_cross_entropy.OPERATORS,
     *rdd.OPERATORS,
     *rescale.OPERATORS,
     *labels.OPERATORS,

@@ -122,6 +122,8 @@ def _weight_shape(loss: Loss, tensors: list[Tensor | None], options: tuple[Any, 
     """A shape that a pixel weight of one number can take: that of the given one, else of the loss of each pixel."""
     assert loss.pixel_weight is not None
     own = tensors[loss.pixel_weight]
+    if own is None and loss.one_weight is not None:
+        return loss.one_weight(*tensors, *options)
     return own.shape if own is not None else loss.fake(*tensors, *options, "none", 1.0)[0].shape
 
 

@@ -46,6 +46,12 @@ class Draw(NamedTuple):
         labels = torch.randint(0, classes + 1, (n, *(spatial or self.size)), generator=g)
         return torch.where(labels == classes, 255, labels).to(self.device, self.label_dtype)
 
+    def elements(self) -> Tensor:
+        """(N, C, H, W) of 0, 1 and, about one in three, ignored (255)."""
+        g = torch.Generator().manual_seed(5)
+        elements = torch.randint(0, 3, (*self.shape[:2], *self.size), generator=g)
+        return torch.where(elements == 2, 255, elements).to(self.device, self.label_dtype)
+
     def weight(self, *shape: int) -> Tensor:
         """Positive weights in the accumulator's dtype."""
         acc = torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -107,6 +113,8 @@ class Loss:
     """Which argument is the weight of each pixel (N, H, W); "none" passes the upstream gradient through it."""
     any_weight: Callable[..., bool] = _any_weight
     """Whether a weight is given, with which a gradient at ``unit`` may be beyond fp16."""
+    one_weight: Callable[..., tuple[int, ...]] | None = None
+    """The shape in which that argument is one number for each sample; else one of a label pixel each."""
     reductions: tuple[str, ...] = ("sum", "mean", "none")
     returns_kept: bool = False
     """Whether what the forward keeps is handed to the caller as well."""

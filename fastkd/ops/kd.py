@@ -6,6 +6,7 @@ The loss and its gradient come from one read of S and T.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -45,4 +46,12 @@ KD = Loss(
     pixel_weight=3,
     any_weight=lambda student, teacher, target, weight, *options: weight is not None,
 )
-OPERATORS = KD.operators()
+# The same with a sigmoid of each class, one against the rest:
+#
+#     loss[p] = weight[p] * tau^2 * sum_c KL(Bernoulli(sigmoid(t_c)) || Bernoulli(sigmoid(s_c))), t = T / tau, s = S / tau
+#     d / dS_c = weight[p] * tau * (sigmoid(s_c) - sigmoid(t_c))
+#
+# Stable by the sign of t: with t' = -|t|, s' = -s if t > 0 else s, p = sigmoid(t'), a class adds
+# p (t' - s') + softplus(s') - softplus(t'); p = 0 leaves out the first term, even at infinity.
+KD_SIGMOID = replace(KD, name="kd_sigmoid", early=())
+OPERATORS = (*KD.operators(), *KD_SIGMOID.operators())

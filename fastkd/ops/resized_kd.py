@@ -6,6 +6,7 @@ Student and teacher may differ in size; nothing of N*C*H*W elements exists.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -54,4 +55,6 @@ RESIZED_KD = Loss(
     pixel_weight=3,
     any_weight=lambda student, teacher, target, pixel_weight, *rest: pixel_weight is not None,
 )
-OPERATORS = RESIZED_KD.operators()
+# The same with a sigmoid of each class: the formula of fastkd/ops/kd.py at label pixels.
+RESIZED_KD_SIGMOID = replace(RESIZED_KD, name="resized_kd_sigmoid", early=())
+OPERATORS = (*RESIZED_KD.operators(), *RESIZED_KD_SIGMOID.operators())
