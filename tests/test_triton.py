@@ -1,33 +1,30 @@
-"""The Triton kernels against the float64 formula, in Triton's interpreter on the CPU or on a GPU.
+"""What is Triton's own: how maps are cut into tiles and chunks, every dtype and layout at every cut, labels of every type.
 
-The interpreter must be on before Triton is imported, so without a GPU the whole file runs in a process of its own,
-started by ``test_in_interpreter``. Errors are judged by those of plain PyTorch in fp32 (fp64 for fp64 maps).
+Runs where Triton's kernels run: on a GPU, or with TRITON_INTERPRET=1 in its interpreter. The tests that hold for every
+backend's kernels are in the files of the operators.
 """
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETER else "cpu"
-needs_kernels = pytest.mark.skipif(not INTERPRETER and DEVICE == "cpu", reason="runs inside test_in_interpreter")
+from . import budget
+from .support import DEVICE, INTERPRETER
 
-if INTERPRETER or DEVICE == "cuda":
-    from fastkd.kernels import cwd, kd, nfd, tiles
+if not INTERPRETER and DEVICE == "cpu":
+    pytest.skip("Triton's kernels run in the job with TRITON_INTERPRET=1", allow_module_level=True)
 
-    from fastkd import backends, reference
+from fastkd.kernels import cwd, kd, nfd, tiles
+
+from fastkd import backends, reference
 
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+# Student and teacher.
 DTYPES = [(F32, F32), (F16, F16), (BF16, BF16), (BF16, F32), (F32, F16), (F64, F64)]
+KINDS = [(*DTYPES[i % 6], (NCHW, NHWC)[(i + i // 6) % 2]) for i in range(12)]
 # Sizes around the tiles' (powers of two and WIDTH), one of everything, the channel and class counts of the field.
 SHAPES = [(2, 19, 5, 7), (3, 1, 9, 4), (1, 2, 1, 1), (2, 64, 4, 16), (1, 3, 53, 61), (2, 150, 3, 3), (1, 300, 2, 5)]
 # (TILE, WIDTH, PROGRAMS): as shipped; one long chunk of many tiles; a few chunks of several tiles each.
@@ -36,19 +33,18 @@ CASES = [("shipped", shape) for shape in SHAPES] + [
     (cut, shape) for cut in ("one chunk", "chunks") for shape in [(2, 19, 5, 7), (1, 3, 23, 41), (1, 150, 3, 3)]
 ]
 
-each_case = pytest.mark.parametrize(("cut", "shape"), CASES, ids=str, indirect=["cut"])
 each_cut = pytest.mark.parametrize("cut", CUTS, indirect=True)
-each_dims = pytest.mark.parametrize("dims", ["hw", "nhw", "c", "chw"])
+each_layout = pytest.mark.parametrize("layout", [NCHW, NHWC])
 
 
-@pytest.mark.skipif(INTERPRETER or DEVICE == "cuda", reason="this process runs the kernels itself")
-@pytest.mark.parametrize("file", [Path(__file__).name, "test_resized_kernels.py", "test_rdd_kernels.py"])
-def test_in_interpreter(file):
-    """Here the ones below; the others also hold for the C++ kernels, and for these on smaller problems."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(file))]
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, env=env, text=True, capture_output=True)
-    assert run.returncode == 0, run.stdout + run.stderr
+def each_problem(option: str, *values):
+    """Every cut and shape with every value of an option, each with the next kind of maps in turn."""
+    problems = [
+        (value, cut, shape, *KINDS[(i + 5 * j) % len(KINDS)])
+        for j, value in enumerate(values)
+        for i, (cut, shape) in enumerate(CASES)
+    ]
+    return pytest.mark.parametrize((option, "cut", "shape", "student", "teacher", "layout"), problems, indirect=["cut"])
 
 
 @pytest.fixture
@@ -58,12 +54,6 @@ def cut(request, monkeypatch):
     tiles._cut.cache_clear()
     yield request.param
     tiles._cut.cache_clear()
-
-
-def kinds(*case) -> list[tuple]:
-    """Two of the (student dtype, teacher dtype, layout) for a test: all turn up, without their product."""
-    i = sum(map(ord, str(case)))
-    return [(*DTYPES[(i + k) % len(DTYPES)], NHWC if (i // 2 + k // 3) % 2 else NCHW) for k in (0, 3)]
 
 
 def maps(shape, student=F32, teacher=F32, layout=NCHW, scale=1.0, offset=0.0, seed=0):
@@ -82,23 +72,13 @@ def truth(formula, student: Tensor, teacher: Tensor, grad: Tensor, dtype) -> tup
 
 
 def check(formula, student: Tensor, teacher: Tensor, grad: Tensor, loss: Tensor, gradient: Tensor) -> None:
-    """Both within four times the error of plain PyTorch, plus a few roundings of the largest value.
-
-    That error is measured in fp32. For fp64 maps, for which there is no better truth, it is scaled to fp64.
-    """
-    acc = F64 if student.dtype == F64 else F32
+    acc = budget.accumulator(student, teacher)
     assert (loss.dtype, gradient.dtype, gradient.stride()) == (acc, student.dtype, student.stride())
     right = truth(formula, student, teacher, grad, F64)
-    eager = truth(formula, student, teacher, grad, F32)
-    eps = torch.finfo(acc).eps
-    for got, plain, want in zip((loss, gradient), eager, right, strict=True):
-        error = (got.double() - want).abs()
-        allowed = 4 * (plain - want).abs().max() * eps / torch.finfo(F32).eps + 8 * eps * want.abs().max() + 2 * eps
-        allowed = allowed + torch.finfo(got.dtype).eps * want.abs()
-        if got.dtype == F16:  # a subnormal gradient is rounded to a fixed step
-            allowed = allowed + torch.finfo(F16).smallest_normal * torch.finfo(F16).eps
+    eager = truth(formula, student, teacher, grad, acc)
+    for what, got, plain, want in zip(("loss", "gradient"), (loss, gradient), eager, right, strict=True):
         assert got.shape == want.shape
-        assert (error <= allowed).all(), f"{error.max():.3e} > {allowed.max():.3e}"
+        budget.assert_within(what, got, plain, want, acc, unit=want.abs().max().item())
 
 
 def run_nfd(student: Tensor, teacher: Tensor, dims: str, eps: float = 1e-5):
@@ -122,50 +102,41 @@ def run_kd(student: Tensor, teacher: Tensor, temperature: float, target=None, we
     return grad, loss, kd.gradient(student, teacher, target, upstream, temperature, ignore_index, "sum", 1.0)[2]
 
 
-@needs_kernels
-@each_dims
-@each_case
-def test_nfd(cut, shape, dims):
-    for *dtypes, layout in kinds(cut, shape, dims):
-        s, t = maps(shape, *dtypes, layout)
-        check(lambda s, t: reference.nfd(s, t, dims, 1e-5), s, t, *run_nfd(s, t, dims))
+@each_problem("dims", "hw", "nhw", "c", "chw")
+def test_nfd(dims, cut, shape, student, teacher, layout):
+    s, t = maps(shape, student, teacher, layout)
+    check(lambda s, t: reference.nfd(s, t, dims, 1e-5), s, t, *run_nfd(s, t, dims))
 
 
-@needs_kernels
-@pytest.mark.parametrize("temperature", [4.0, 0.7])
-@each_case
-def test_cwd(cut, shape, temperature):
-    for *dtypes, layout in kinds(cut, shape, temperature):
-        s, t = maps(shape, *dtypes, layout, scale=3.0)
-        check(lambda s, t: reference.cwd(s, t, temperature), s, t, *run_cwd(s, t, temperature))
+@each_problem("temperature", 4.0, 0.7)
+def test_cwd(temperature, cut, shape, student, teacher, layout):
+    s, t = maps(shape, student, teacher, layout, scale=3.0)
+    check(lambda s, t: reference.cwd(s, t, temperature), s, t, *run_cwd(s, t, temperature))
 
 
-@needs_kernels
-@pytest.mark.parametrize(("temperature", "label_dtype", "weighted"), [(1.0, None, True), (4.0, torch.uint8, False)])
-@pytest.mark.parametrize(("cut", "shape"), [c for c in CASES if c[0] != "chunks"], ids=str, indirect=["cut"])
-def test_kd(cut, shape, temperature, label_dtype, weighted):
+@each_problem("pixels", "weighted", "labelled")
+def test_kd(pixels, cut, shape, student, teacher, layout):
     n, c, h, w = shape
-    for *dtypes, layout in kinds(cut, shape, temperature):
-        s, t = maps(shape, *dtypes, layout, scale=3.0)
-        weight, target = None, None
-        if weighted:
-            weight = torch.rand(n, h, w, dtype=F64 if s.dtype == F64 else F32, device=DEVICE)
-        if label_dtype is not None:  # some labels are ignored, some belong to no class
-            target = torch.randint(0, min(c + 2, 256), (n, h, w), device=DEVICE)
-            target[torch.rand(n, h, w, device=DEVICE) < 0.2] = 255
-            target = target.to(label_dtype)
+    s, t = maps(shape, student, teacher, layout, scale=3.0)
+    temperature, weight, target = 4.0, None, None
+    if pixels == "weighted":
+        temperature = 1.0
+        weight = torch.rand(n, h, w, dtype=F64 if s.dtype == F64 else F32, device=DEVICE)
+    else:  # some labels are ignored, some belong to no class
+        target = torch.randint(0, min(c + 2, 256), (n, h, w), device=DEVICE)
+        target[torch.rand(n, h, w, device=DEVICE) < 0.2] = 255
+        target = target.to(torch.uint8)
 
-        def formula(s, t, target=target, weight=weight):
-            loss = reference.kd(s, t, temperature) * (1 if weight is None else weight)
-            return loss if target is None else torch.where(reference.valid_pixels(target, c, 255), loss, 0)
+    def formula(s, t):
+        loss = reference.kd(s, t, temperature) * (1 if weight is None else weight)
+        return loss if target is None else torch.where(reference.valid_pixels(target, c, 255), loss, 0)
 
-        check(formula, s, t, *run_kd(s, t, temperature, target, weight))
+    check(formula, s, t, *run_kd(s, t, temperature, target, weight))
 
 
-@needs_kernels
-@pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
+@each_layout
 @each_cut
-@each_dims
+@pytest.mark.parametrize("dims", ["hw", "nhw", "c", "chw"])
 def test_nfd_far_from_zero(dims, cut, layout):
     """|mean| / std = 1e6: the gradient stays within 0.1 %."""
     s, t = maps((2, 20, 5, 9), layout=layout, scale=1e-2, offset=1e4)
@@ -175,9 +146,8 @@ def test_nfd_far_from_zero(dims, cut, layout):
     assert (gradient.double() - want_gradient).norm() <= 1e-3 * want_gradient.norm()
 
 
-@needs_kernels
 @each_cut
-@each_dims
+@pytest.mark.parametrize("dims", ["hw", "nhw", "c", "chw"])
 def test_nfd_near_convergence(dims, cut):
     """The loss is a difference of large numbers: its absolute error stays below 1e-6."""
     s, _ = maps((1, 10, 5, 17), scale=100.0, offset=30.0)
@@ -187,7 +157,6 @@ def test_nfd_near_convergence(dims, cut):
         assert (loss - reference.nfd(s.double(), t.double(), dims, 1e-5)).abs().max() < 1e-6
 
 
-@needs_kernels
 @each_cut
 def test_outlier_first(cut):
     """The value all means are kept relative to may be the one that is far from all others."""
@@ -197,9 +166,8 @@ def test_outlier_first(cut):
         check(lambda s, t: reference.nfd(s, t, dims, 1e-5), s, t, *run_nfd(s, t, dims))  # noqa: B023
 
 
-@needs_kernels
 @each_cut
-@pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
+@each_layout
 def test_masked_teacher(cut, layout):
     """A teacher logit of -inf is probability 0: it adds 0, also where a whole tile or chunk is -inf."""
     s, t = maps((1, 70, 3, 5), layout=layout)
@@ -210,9 +178,8 @@ def test_masked_teacher(cut, layout):
     check(lambda s, t: reference.cwd(s, t, 2.0), s, t, *run_cwd(s, t, 2.0))
 
 
-@needs_kernels
 @pytest.mark.parametrize("cut", ["shipped", "chunks"], indirect=True)
-@pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
+@each_layout
 def test_same_maps(cut, layout):
     """Equal maps have a divergence and a gradient of exactly 0, masked classes and far offsets included."""
     s, _ = maps((1, 21, 5, 7), layout=layout, scale=30.0, offset=1e3)
@@ -224,7 +191,6 @@ def test_same_maps(cut, layout):
     assert not run_kd(s, s, 2.0)[1].any()
 
 
-@needs_kernels
 def test_kd_labels():
     """Every label type; labels that are no class are ignored and lead to no read."""
     s, t = maps((2, 4, 6, 7))
@@ -252,8 +218,7 @@ def test_kd_labels():
         assert not gradient.any()
 
 
-@needs_kernels
-@pytest.mark.parametrize("shape", [(2, 19, 5, 7), (1, 150, 3, 41)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 19, 5, 7), (1, 150, 3, 41)])
 @pytest.mark.parametrize("labelled", [False, True], ids=["all", "labelled"])
 def test_kd_reductions(shape, labelled):
     """The sum, the mean and the count are those of the map, and so are their gradients; ``scale`` multiplies both."""
@@ -274,7 +239,6 @@ def test_kd_reductions(shape, labelled):
         torch.testing.assert_close(gradient, every * by)
 
 
-@needs_kernels
 @pytest.mark.parametrize("dims", ["hw", "nhw", "c", "chw"])
 def test_group_sums(dims):
     """The sum is that of the groups; a 0-d upstream gradient is one for all groups; ``scale`` multiplies both."""
@@ -288,7 +252,6 @@ def test_group_sums(dims):
         assert torch.equal(run.backward(torch.tensor(1.7, device=DEVICE), *args, "sum", 0.5, stats), everywhere)
 
 
-@needs_kernels
 def test_nan_propagates():
     s, t = maps((2, 5, 7, 9))
     s[1, 2, 3, 4] = torch.nan
@@ -300,7 +263,6 @@ def test_nan_propagates():
     assert torch.equal(loss.isnan().nonzero(), torch.tensor([[1, 3, 4]], device=DEVICE))
 
 
-@needs_kernels
 def test_constant_maps():
     """No variance: the loss is 0 and eps keeps the gradient finite."""
     s = torch.full((2, 3, 8, 9), 7.0, device=DEVICE)
@@ -310,7 +272,6 @@ def test_constant_maps():
         assert not gradient.any()
 
 
-@needs_kernels
 @pytest.mark.parametrize("cut", ["shipped", "chunks"], indirect=True)
 def test_same_bits_every_time(cut):
     s, t = maps((1, 5, 11, 13), BF16, F32)
@@ -325,7 +286,6 @@ def test_same_bits_every_time(cut):
     assert all(torch.equal(a, b) for a, b in zip(everything(), everything(), strict=True))
 
 
-@needs_kernels
 def test_registered():
     """The operators are reachable with the schemas of ``fastkd.ops``, and the storage offset of a map is minded."""
     s, t = (torch.cat([torch.zeros(1, device=DEVICE), x.flatten()])[1:].view(x.shape) for x in maps((1, 5, 6, 7)))
