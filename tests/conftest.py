@@ -21,6 +21,7 @@ slow = os.environ.get("TRITON_INTERPRET") == "1" or "FASTKD_CUDA_EMULATION" in o
 settings.load_profile("interpreter" if slow else "default")
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; what is about threads sets their number itself
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 def pytest_make_parametrize_id(config, val, argname):

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-@pytest.mark.parametrize("kind", ["shared", "few"])
+@pytest.mark.parametrize("kind", [pytest.param("shared", marks=pytest.mark.slow), "few"])  # few: with unlabelled images
 def test_two_processes_train_as_one(kind, teacher, tmp_path, quick):
     """Each in two parts, of different numbers of valid pixels; and the evaluation has an image too many to share."""
     one, two = tmp_path / "one", tmp_path / "two"

@@ -40,7 +40,8 @@ def built(config):
 
 
 @pytest.mark.parametrize("method", TERMS)
-def test_every_method_trains(method, teacher, tmp_path):
+def test_every_method_trains(method, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine.Run, "_report", lambda self: None)
     config = tiny.config(tmp_path, method=method, teacher=teacher)
     config.loss.rdd.tfe_steps = 1
     config.loss.cwd.compare = "features" if method == "cwd" else "logits"

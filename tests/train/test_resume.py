@@ -1,6 +1,5 @@
 """A run that goes on is bitwise the run that was not interrupted."""
 
-import os
 import subprocess
 import sys
 import time
@@ -72,12 +71,9 @@ def test_killed_runs_go_on(teacher, tmp_path):
     """SIGKILL, twice, at moments that nobody chose."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(child.killed(whole, teacher))
-    command = [sys.executable, "-m", "tests.train.child", "killed", parts, teacher]
-    env = os.environ | {
-        "OMP_NUM_THREADS": str(torch.get_num_threads())
-    }  # sums of another number of threads round otherwise
+    root = Path(__file__).parents[2]
     for steps in (2, 6):
-        process = subprocess.Popen(command, cwd=Path(__file__).parents[2], env=env)
+        process = subprocess.Popen([sys.executable, "-m", "tests.train.child", "killed", parts, teacher], cwd=root)
         while not (parts / "log.jsonl").exists() or (parts / "log.jsonl").read_text().count('"train"') < steps:
             assert process.poll() is None, "the run ended before it could be killed"
             time.sleep(0.01)
