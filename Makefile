@@ -1,6 +1,7 @@
 # `make demo` and `make test` do everything from a fresh clone: the environment in .venv, the build, the run.
 PYTHON ?= python3
 BIN := .venv/bin
+CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
@@ -51,13 +52,14 @@ lint: .venv/.built
 # The source archive and, built from it, a pure wheel and one with the kernels. The latter has torch's libraries left out and is
 # one file for every Python and torch that pyproject.toml allows; auditwheel names the oldest glibc that it runs on.
 DIST ?= dist
+PLATFORM ?= auto
 wheel: .venv/.built
 	rm -rf $(DIST)/fastkd-* $(DIST)/unrepaired
 	$(BIN)/python -m build --sdist --no-isolation --outdir $(DIST)
 	FASTKD_BUILD=0 $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w $(DIST) $(DIST)/fastkd-*.tar.gz
 	FASTKD_BUILD=1 $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w $(DIST)/unrepaired $(DIST)/fastkd-*.tar.gz
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
-	    -w $(DIST) $(DIST)/unrepaired/*.whl
+	    --plat $(PLATFORM) -w $(DIST) $(DIST)/unrepaired/*.whl
 	rm -r $(DIST)/unrepaired
 
 clean:
@@ -65,11 +67,11 @@ clean:
 
 # The build must see the torch it will run with, hence no build isolation.
 .venv/.built: .venv/.installed $(SOURCES)
-	FASTKD_BUILD=1 $(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[train,export,bench,dev]"
+	FASTKD_BUILD=1 $(BIN)/pip install -q --no-build-isolation -c $(CONSTRAINTS) -e ".[train,export,bench,dev]"
 	touch $@
 
-.venv/.installed: constraints.txt
+.venv/.installed: $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -U pip
-	$(BIN)/pip install -q -c constraints.txt torch torchvision triton numpy ninja "setuptools>=77"
+	$(BIN)/pip install -q -c $(CONSTRAINTS) torch torchvision triton numpy ninja "setuptools>=77"
 	touch $@

@@ -285,7 +285,11 @@ std::string chosen_isa() { return kernels().isa; }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastkd_cpu, CPU, m) {
+#if !defined(FASTKD_LIBRARY_IMPL)  // builds for the Kernel Hub have a namespace of their own
+#define FASTKD_LIBRARY_IMPL(key, m) STABLE_TORCH_LIBRARY_IMPL(fastkd_cpu, key, m)
+#endif
+
+FASTKD_LIBRARY_IMPL(CPU, m) {
     m.impl("nfd_forward", TORCH_BOX(&nfd_forward));
     m.impl("nfd_backward", TORCH_BOX(&nfd_backward));
     m.impl("cwd_forward", TORCH_BOX(&cwd_forward));
@@ -306,4 +310,4 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd_cpu, CPU, m) {
     m.impl("exp", TORCH_BOX(&exponential));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastkd_cpu, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&chosen_isa)); }
+FASTKD_LIBRARY_IMPL(CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&chosen_isa)); }

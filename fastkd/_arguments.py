@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .ops import operator
 
 _FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
 _LABELS = frozenset((torch.uint8, torch.int32, torch.int64))
@@ -165,7 +166,7 @@ def check_elements(target: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
 
 def _first_bad_label(target: Tensor, classes: int, ignore_index: int) -> int:
     if target.is_cpu and backends.why_not("cpu") is None:
-        return int(torch.ops.fastkd_cpu.first_bad_label.default(target.contiguous(), classes, ignore_index))
+        return int(operator("cpu", "first_bad_label")(target.contiguous(), classes, ignore_index))
     label = target.flatten().long()  # uint8 would wrap the numbers it is compared with
     bad = ((label < 0) | (label >= classes)) & (label != ignore_index)
     return int(bad.long().argmax()) if bool(bad.any()) else -1

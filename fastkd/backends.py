@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ._namespace import KERNELS, LIBRARIES, NAMESPACES
 from .ops import OPERATORS
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
@@ -41,8 +42,8 @@ CHOICE: dict[str, dict[str, tuple[str, ...]]] = {
 }
 _FORCED = os.environ.get("FASTKD_BACKEND", "auto")  # once: asking the environment is what a small call would mostly do
 _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
-_LIBRARY = "_cpu.so"
-_CUDA_LIBRARY = "_cuda.so"
+_LIBRARY = LIBRARIES["cpu"]
+_CUDA_LIBRARY = LIBRARIES["cuda"]
 
 _T = TypeVar("_T")
 _why_not: dict[str, str | None] = {}
@@ -71,11 +72,11 @@ class BackendError(RuntimeError):
 
 def define(backend: str) -> torch.library.Library:
     """Defines the operators that ``backend`` implements, in its namespace; its library registers the kernels."""
-    library = torch.library.Library(f"fastkd_{backend}", "DEF")
+    library = torch.library.Library(NAMESPACES[backend], "DEF")
     for operator in OPERATORS:
         if backend in operator.backends:
             library.define(operator.schema, tags=(torch.Tag.pt2_compliant_tag,))
-            torch.library.register_fake(f"fastkd_{backend}::{operator.name}", operator.fake, lib=library)
+            torch.library.register_fake(f"{NAMESPACES[backend]}::{operator.name}", operator.fake, lib=library)
     _libraries.append(library)
     return library
 
@@ -103,7 +104,7 @@ def _load_triton() -> str | None:
     interpreter = bool(triton.knobs.runtime.interpret)
     if not interpreter and not torch.cuda.is_available():
         return "torch finds no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter)"
-    importlib.import_module("fastkd.kernels").register(define("triton"))
+    importlib.import_module(KERNELS).register(define("triton"))
     return None
 
 
@@ -291,7 +292,7 @@ def _detail(name: str) -> str:
             return "CUDA C++, emulated on the CPU"
         return f"CUDA C++, {torch.cuda.get_device_name()}, sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
     if name == "cpu":
-        return f"C++, {torch.ops.fastkd_cpu.isa()}, {torch.get_num_threads()} threads"
+        return f"C++, {getattr(torch.ops, NAMESPACES['cpu']).isa()}, {torch.get_num_threads()} threads"
     import triton
 
     return f"Triton {triton.__version__}" + (", interpreter" if _interpreting() else "")

@@ -118,15 +118,35 @@ def test_wheel_without_torch_at_build_time(tmp_path):
 
 
 @pytest.mark.slow
-def test_wheel_with_kernels(tmp_path):
-    """One library for every Python of the platform, and every file the package needs."""
-    wheel = build(tmp_path, "--no-build-isolation", FASTKD_BUILD="1")
-    assert "-py3-none-linux" in wheel.filename
-    names = set(wheel.namelist())
-    assert {"fastkd/_cpu.so", *sources("fastkd", "fastkd"), *sources("kernels", "fastkd/kernels")} <= names
-    assert sources("benchmarks", "fastkd/benchmarks", ".py") <= names
-    assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc"))]
-    assert use(wheel, tmp_path / "installed").strip() == "cpu []"
+@pytest.mark.skipif(sys.platform != "linux", reason="manylinux")
+@needs("make")
+def test_make_wheel(tmp_path):
+    """The source archive; from it a pure wheel, and one for every Python and torch, with every file the package needs."""
+    here = Path(sys.executable).parent
+    command = [
+        "make",
+        "-o",
+        ".venv/.built",
+        "wheel",
+        f"BIN={here}",
+        f"DIST={tmp_path}",
+    ]  # with this environment as it is
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "FASTKD_CUDA": "0"})
+    archive, pure, wheel = sorted(
+        tmp_path.iterdir(), key=lambda path: (path.suffix == ".whl", "manylinux" in path.name)
+    )
+    assert archive.name == f"fastkd-{fastkd.__version__}.tar.gz"
+    assert pure.name == f"fastkd-{fastkd.__version__}-py3-none-any.whl"
+    assert re.fullmatch(
+        rf"fastkd-{fastkd.__version__}-py3-none-manylinux_[\d_]+_{platform.machine()}.*\.whl", wheel.name
+    )
+    files = {"fastkd/_cpu.so", *sources("fastkd", "fastkd"), *sources("kernels", "fastkd/kernels")}
+    files |= sources("benchmarks", "fastkd/benchmarks", ".py")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert files <= names
+    assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc", "fastkd.libs"))]
+    assert files - {"fastkd/_cpu.so"} <= set(zipfile.ZipFile(pure).namelist())
+    assert use(zipfile.ZipFile(wheel), tmp_path / "installed").strip() == "cpu []"
 
 
 @pytest.mark.slow
@@ -159,6 +179,26 @@ def test_from_source_archive_to_tests_with_torch_alone(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+def first(pattern: str, name: str) -> str:
+    found = re.search(pattern, (ROOT / name).read_text(), re.MULTILINE)
+    assert found, f"{name} has no {pattern}"
+    return found[1]
+
+
+def test_files_name_the_same_version():
+    assert first(r"^version: (.+)$", "CITATION.cff") == fastkd.__version__
+    assert first(r"^## (\S+) \(", "CHANGELOG.md") == fastkd.__version__
+
+
+@pytest.mark.parametrize("tool", ["ruff", "mypy"])
+def test_a_linter_has_one_version(tool):
+    """`make lint` takes it from the constraints, a commit and CI from pre-commit."""
+    pinned = {first(rf"^{tool}==(.+)$", name) for name in ("constraints.txt", "constraints-oldest.txt")}
+    hooks = set(re.findall(rf"\[{tool}==(.+)\]", (ROOT / ".pre-commit-config.yaml").read_text()))
+    assert pinned == hooks
+    assert len(pinned) == 1
 
 
 def test_an_old_setuptools_says_what_to_install(tmp_path):

@@ -1,6 +1,6 @@
 // The operators torch.ops.fastkd_cuda.*, on LibTorch's stable ABI: checks and allocation. Their schemas are defined in
 // Python (fastkd/ops); the work is in the .cu files. Compiled with FASTKD_EMULATION, the same for CPU tensors on the emulation (emulation.cpp).
-#if !defined(FASTKD_EMULATION)
+#if !defined(FASTKD_EMULATION) && !defined(USE_CUDA)
 #define USE_CUDA  // declares the stream below
 #endif
 
@@ -422,7 +422,11 @@ void rescale_(Tensor gradient, const Tensor& factor) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastkd_cuda, FASTKD_KEY, m) {
+#if !defined(FASTKD_LIBRARY_IMPL)  // builds for the Kernel Hub have a namespace of their own
+#define FASTKD_LIBRARY_IMPL(key, m) STABLE_TORCH_LIBRARY_IMPL(fastkd_cuda, key, m)
+#endif
+
+FASTKD_LIBRARY_IMPL(FASTKD_KEY, m) {
     m.impl("nfd_forward", TORCH_BOX(&nfd_forward));
     m.impl("nfd_gradient", TORCH_BOX(&nfd_gradient));
     m.impl("nfd_backward", TORCH_BOX(&nfd_backward));

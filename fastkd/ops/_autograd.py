@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._namespace import KERNELS, NAMESPACES
 from ._operator import Loss
 
 
 def operator(backend: str, name: str) -> Any:
     """The callable of an operator: Triton's launcher itself in eager mode, else the operator, which can be traced."""
     if backend == "triton" and not torch.compiler.is_compiling():
-        return sys.modules["fastkd.kernels"].LAUNCHERS[name]
-    return getattr(getattr(torch.ops, "fastkd_" + backend), name).default
+        return sys.modules[KERNELS].LAUNCHERS[name]
+    return getattr(getattr(torch.ops, NAMESPACES[backend]), name).default
 
 
 def evaluate(loss: Loss, backend: str, reduction: str, scale: float, *args: Any) -> Any:

@@ -1,11 +1,13 @@
 """One library under several versions of torch (and of Python, where they are installed).
 
     python -m tests.tools.versions 2.10.0 2.12.1 2.14.1
-    python -m tests.tools.versions 2.14.1 --python python3.10 python3.13
+    python -m tests.tools.versions newest --python python3.10 python3.13
+    python -m tests.tools.versions 2.10.0 --wheel dist/fastkd-0.2.0-py3-none-any.whl
 
-The library is built once, with the torch of this environment. For each version a fresh environment gets that torch from
-the package index, the wheel, and what runs the tests; then the tests of the core run. A version that cannot be installed
-is said to be so. An environment with CUDA libraries takes some 7 GB; it is removed before the next is made.
+The library is built once, with the torch of this environment, unless a wheel is given. For each version a fresh
+environment gets that torch from the package index, the wheel, and what runs the tests; then the tests of the core run. A
+version that cannot be installed is said to be so. It ends in 1 where a version fails or is not there. An environment with
+CUDA libraries takes some 7 GB; it is removed before the next is made.
 """
 
 from __future__ import annotations
@@ -20,51 +22,59 @@ import tempfile
 from pathlib import Path
 
 from .. import suites
-from .stage import ROOT
+
+ROOT = Path(__file__).parents[2]
 
 
 def call(command: list[str], **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
-def tests_of(python: str, tests: Path) -> str:
-    """The last line of pytest, after the lines of what failed."""
+def tests_of(python: str, tests: Path) -> tuple[bool, str]:
+    """Whether the tests passed; the last line of pytest, after the lines of what failed."""
     shutil.rmtree(tests, ignore_errors=True)
     shutil.copytree(ROOT / "tests", tests, ignore=shutil.ignore_patterns("train", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tests.parent)
     # Few examples: what the kernels compute is the library's own business, which is the same one everywhere.
     options = ["-q", "-m", "not slow", "-p", "no:cacheprovider", "--hypothesis-profile=interpreter"]
     command = [python, "-m", "pytest", *options, *suites.files("core")]
-    lines = call(command, cwd=tests.parent).stdout.strip().splitlines()
-    return "\n".join([line for line in lines if line.startswith(("FAILED", "ERROR"))] + lines[-1:])
+    done = call(command, cwd=tests.parent)
+    lines = done.stdout.strip().splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode == 0, "\n".join(failed + lines[-1:])
 
 
-def check(folder: Path, wheel: Path, python: str, torch: str, keep: bool) -> str:
+def check(folder: Path, wheel: Path, python: str, torch: str, keep: bool) -> tuple[bool, str]:
     environment = folder / f"{Path(python).name}-{torch}"
     if not environment.exists():
         if (made := call([python, "-m", "venv", str(environment)])).returncode:
-            return f"no such Python: {made.stderr.strip().splitlines()[-1:]}"
-        packages = [f"torch=={torch}", "pytest", "hypothesis", "expecttest", "numpy", "setuptools"]
+            return False, f"no such Python: {made.stderr.strip().splitlines()[-1:]}"
+        packages = [
+            "torch" if torch == "newest" else f"torch=={torch}",
+            "pytest",
+            "hypothesis",
+            "expecttest",
+            "numpy",
+            "setuptools",
+        ]
         installed = call([str(environment / "bin" / "pip"), "install", "-q", *packages])
         if installed.returncode:
             shutil.rmtree(environment)
-            return "not installed: " + " ".join(re.findall("ERROR: (.*)", installed.stderr)[:1])
+            return False, "not installed: " + " ".join(re.findall("ERROR: (.*)", installed.stderr)[:1])
     inside = str(environment / "bin" / "python")
     call([inside, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", str(wheel)])
     found = call(
         [inside, "-c", "import fastkd, torch; print(torch.__version__, fastkd.backend_info()['backends']['cpu'])"]
     )
-    result = (
-        found.stdout.strip() + found.stderr.strip()[-500:] + "\n" + tests_of(inside, folder / "elsewhere" / "tests")
-    )
+    passed, said = tests_of(inside, folder / "elsewhere" / "tests")
     if not keep:
         shutil.rmtree(environment)
-    return result
+    return passed, found.stdout.strip() + found.stderr.strip()[-500:] + "\n" + said
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("torch", nargs="+", help="versions of torch")
+    parser.add_argument("torch", nargs="+", help="versions of torch, or newest")
     parser.add_argument("--python", nargs="+", default=[sys.executable])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "fastkd-versions")
     parser.add_argument("--wheel", type=Path, help="the wheel, if it is built already")
@@ -77,10 +87,13 @@ def main() -> int:
         environment = {"FASTKD_CUDA": "0", **os.environ, "FASTKD_BUILD": "1"}
         subprocess.run([sys.executable, "-m", "pip", "wheel", *options], check=True, env=environment)
     wheel = args.wheel or max(args.folder.glob("fastkd-*.whl"), key=lambda path: path.stat().st_mtime)
+    failed = False
     for python in args.python:
         for torch in args.torch:
-            print(f"== {python}, torch {torch}\n{check(args.folder, wheel, python, torch, args.keep)}", flush=True)
-    return 0
+            passed, said = check(args.folder, wheel, python, torch, args.keep)
+            failed |= not passed
+            print(f"== {python}, torch {torch}\n{said}", flush=True)
+    return int(failed)
 
 
 if __name__ == "__main__":
