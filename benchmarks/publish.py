@@ -1,4 +1,4 @@
-"""`python -m benchmarks.publish`: docs/numbers.md, its plots and the README's table, made from results/*.csv alone.
+"""`python -m benchmarks.publish`: docs/numbers.md, its plots and the README's tables, made from results/*.csv alone.
 
 python -m benchmarks.publish --add DIR     first takes in the rows of DIR/*.csv, such as gpu_check.py's
 """
@@ -6,7 +6,7 @@ python -m benchmarks.publish --add DIR     first takes in the rows of DIR/*.csv,
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 
 from . import bench_step, full_resolution
 from .cases import cpu_cases, gpu_cases
-from .harness import COLUMNS, RESULTS, Record, Row, append, newest, read, rows
+from .harness import COLUMNS, RESULTS, Case, Record, Row, append, newest, read, rows
 from .report import PREDICTION, losses_share, losses_table, origin, plot, predictions_table, steps_table
 from .roofline import GPUS, PER_CLOCK
 
@@ -133,11 +133,10 @@ def pages(results: Path = RESULTS) -> dict[Path, str]:
         ]
     parts += ["### A training step on the CPU", *_steps(records["cpu_steps.csv"])]
     parts += ["## GPU", *gpu_section(cuda, records["cuda_steps.csv"])]
-    readme = ROOT / "README.md"
-    return {
-        ROOT / "docs" / "numbers.md": "\n\n".join(parts) + "\n",
-        readme: between_markers(readme.read_text(), readme_table(cpu)),
-    }
+    readme = (ROOT / "README.md").read_text()
+    for name, table in (("cpu", readme_cpu(cpu)), ("gpu", readme_gpu(newest(cuda)))):
+        readme = between_markers(readme, name, table)
+    return {ROOT / "docs" / "numbers.md": "\n\n".join(parts) + "\n", ROOT / "README.md": readme}
 
 
 def gpu_section(cuda: Mapping[tuple[str, ...], Row], steps: list[Record]) -> list[str]:
@@ -188,23 +187,56 @@ def _steps(records: list[Record]) -> list[str]:
     ]
 
 
-def readme_table(cpu: Mapping[tuple[str, ...], Row]) -> str:
-    """The fp32 rows, in the order of the cases."""
-    by_case = {key[1:]: row for key, row in cpu.items()}
-    lines = ["| loss | shape, fp32 | eager ÷ ours | compile ÷ ours | ours ÷ floor |", "|---|---|---:|---:|---:|"]
-    for case in cpu_cases():
-        if case.dtype == torch.float32 and case.key in by_case:
+def _shape(case: Case) -> str:
+    return f"{case.shape}{f' → {case.size[0]}×{case.size[1]}' if case.size else ''}"
+
+
+def _by_origin(found: Mapping[tuple[str, ...], Row], cases: Sequence[Case], head: str, line: Callable[..., str]) -> str:
+    """The cases that were measured, in their order: a table for each machine and commit."""
+    by_case = {key[1:]: row for key, row in found.items()}
+    groups: dict[str, list[str]] = {}
+    for case in cases:
+        if case.key in by_case:
             row = by_case[case.key]
-            size = f" → {case.size[0]}×{case.size[1]}" if case.size else ""
-            numbers = [row.ratio("eager"), row.ratio("compile"), row.over_floor]
-            cells = " | ".join("–" if n is None else f"{n:.2f}×" for n in numbers)
-            lines.append(f"| {case.op} | {case.shape}{size} | {cells} |")
-    return "\n".join(lines)
+            groups.setdefault(origin(row.ours), []).append(line(case, row))
+    return "\n\n".join("\n".join([f"{where}:", "", head, *lines]) for where, lines in groups.items())
 
 
-def between_markers(text: str, table: str) -> str:
-    """``text`` with what is between its markers replaced."""
-    begin, end = "<!-- table -->", "<!-- end -->"
+def readme_cpu(cpu: Mapping[tuple[str, ...], Row]) -> str:
+    """The fp32 rows."""
+
+    def line(case: Case, row: Row) -> str:
+        numbers = [row.ratio("eager"), row.ratio("compile"), row.over_floor]
+        return (
+            f"| {case.op} | {_shape(case)} | " + " | ".join("–" if n is None else f"{n:.1f}×" for n in numbers) + " |"
+        )
+
+    head = "| loss | shape, fp32 | eager ÷ ours | compile ÷ ours | ours ÷ floor |\n|---|---|---:|---:|---:|"
+    return _by_origin(cpu, [case for case in cpu_cases() if case.dtype == torch.float32], head, line)
+
+
+def readme_gpu(cuda: Mapping[tuple[str, ...], Row]) -> str:
+    """Time and extra memory of the faster of our backends, beside eager and compile."""
+
+    def line(case: Case, row: Row) -> str:
+        timed = {rival: ms for rival in row.rivals if (ms := row.value(rival, "median_ms"))}
+        best = min((rival for rival in timed if rival.partition(",")[0] == "ours"), key=timed.__getitem__)
+        times = [timed.get(rival) for rival in (best, "eager", "compile")]
+        memory = [row.value(rival, "peak_bytes") for rival in (best, "eager")]
+        cells = ["–" if ms is None else f"{ms:.3g}" for ms in times]
+        cells += [
+            "–" if size is None else "< 0.1" if size < 1e5 else f"{size / 1e6:,.{1 if size < 1e6 else 0}f}"
+            for size in memory
+        ]
+        return f"| {case.op} | {_shape(case)} | {' | '.join(cells)} |"
+
+    head = "| loss | shape, bf16 | ours, ms | eager | compile | ours, extra MB | eager |\n|---|---|---:|---:|---:|---:|---:|"
+    return _by_origin(cuda, [case for case in gpu_cases() if case.dtype == torch.bfloat16], head, line)
+
+
+def between_markers(text: str, name: str, table: str) -> str:
+    """``text`` with what is between the markers of ``name`` replaced."""
+    begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"README.md must have {begin} and {end} once each")
     head, _, rest = text.partition(begin)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkd.ranges import Count, Numbers, Positive, Share
+from fastkd.ranges import Count, Numbers, Positive, Shape, Share, Size
 
 USAGE = """usage: fastkd COMMAND ...
 
@@ -263,8 +263,8 @@ def _bench(words: list[str]) -> int:
         prog="fastkd bench",
         description="The losses on your shapes beside plain PyTorch and torch.compile: time, memory, error.",
     )
-    parser.add_argument("--shape", type=_numbers, required=True, metavar="N,C,h,w", help="of the logits or features")
-    parser.add_argument("--size", type=_numbers, metavar="H,W", help="of the labels (default: 8 times h,w)")
+    parser.add_argument("--shape", type=Shape, required=True, metavar="N,C,h,w", help="of the logits or features")
+    parser.add_argument("--size", type=Size, metavar="H,W", help="of the labels (default: 8 times h,w)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default: %(default)s)")
     parser.add_argument("--losses", nargs="+", metavar="LOSS", help="only these (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: the GPU if there is one)")
@@ -276,8 +276,6 @@ def _bench(words: list[str]) -> int:
 
     from fastkd.benchmarks import cases, harness, report
 
-    if len(args.shape) != 4 or (args.size is not None and len(args.size) != 2):
-        raise ValueError(f"got --shape {args.shape} --size {args.size}, expected N,C,h,w and H,W")
     unknown = sorted(set(args.losses or ()) - set(cases.LOSSES))
     if unknown:
         raise ValueError(f"--losses: got {', '.join(unknown)}, expected some of {', '.join(cases.LOSSES)}")
@@ -294,13 +292,6 @@ def _bench(words: list[str]) -> int:
         report.plot(found, args.plot)
         print(f"\nplot: {args.plot}")
     return 0
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers above 0 with commas between")
-    return tuple(map(int, parts))
 
 
 def _info(words: list[str]) -> int:

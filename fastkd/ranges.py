@@ -54,6 +54,9 @@ CountOrZero = Annotated[int, Range(low=0)]
 Byte = Annotated[int, Range(0, 255)]
 IgnoredByte = Annotated[int, Range(0, 255, note="files hold a label of -1 as 255")]
 Seed = Annotated[int, Range(0, 2**32 - 1)]  # what NumPy takes
+Side = Annotated[int, Range(low=16)]  # of a painted scene
+Shape = tuple[Count, Count, Count, Count]
+Size = tuple[Count, Count]
 
 
 def check(config: Any, prefix: str = "") -> None:
@@ -68,11 +71,20 @@ def check(config: Any, prefix: str = "") -> None:
 
 def check_options(function: Callable[..., Any], options: Mapping[str, Any], prefix: str) -> None:
     """The same for the keywords that a function is about to be called with."""
-    called = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
-    hints = typing.get_type_hints(called, include_extras=True)
+    hints = _hints(function)
     for name, value in options.items():
         if name in hints:
             _check(f"{prefix}{name}", hints[name], value)
+
+
+def option_limits(function: Callable[..., Any]) -> dict[str, str]:
+    """Name of each keyword of a function that holds numbers -> its type and range in words."""
+    return {name: words(hint) for name, hint in _hints(function).items() if name != "return" and _ranges(hint)}
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    called = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
+    return typing.get_type_hints(called, include_extras=True)
 
 
 def _check(name: str, hint: Any, value: Any) -> None:
@@ -137,11 +149,13 @@ def _ranges(hint: Any) -> list[Range]:
 
 def number(hint: Any) -> Callable[[str], Any]:
     """What reads the text of an option of this type."""
-    kind = typing.get_args(hint)[0]
+    parts = typing.get_args(hint)
+    several = typing.get_origin(hint) is tuple  # written with commas between
+    kind = typing.get_args(parts[0])[0] if several else parts[0]
 
     def read(text: str) -> Any:
         try:
-            value = kind(text)
+            value = tuple(map(kind, text.split(","))) if several else kind(text)
         except ValueError:
             value = text
         if not _fits(hint, value):
@@ -155,7 +169,7 @@ class Numbers(argparse.ArgumentParser):
     """An argparse parser whose options may have a type of this file, whose range --help then shows."""
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:  # type: ignore[override]
-        if typing.get_origin(options.get("type")) is Annotated:
+        if typing.get_origin(options.get("type")) in (Annotated, tuple):
             hint = options["type"]
             options |= {"type": number(hint), "help": f"{options.get('help', '')} ({words(hint)})".strip()}
         return super().add_argument(*names, **options)

@@ -241,11 +241,11 @@ def test_published_pages_are_those_of_the_rows():
 
 def test_readme_must_have_its_markers():
     assert (
-        publish.between_markers("a\n<!-- table -->\nold\n<!-- end -->\nb", "new")
-        == "a\n<!-- table -->\nnew\n<!-- end -->\nb"
+        publish.between_markers("a\n<!-- cpu -->\nold\n<!-- end cpu -->\nb", "cpu", "new")
+        == "a\n<!-- cpu -->\nnew\n<!-- end cpu -->\nb"
     )
     with pytest.raises(ValueError, match="must have"):
-        publish.between_markers("no markers", "new")
+        publish.between_markers("no markers", "cpu", "new")
 
 
 def test_rows_of_another_folder_are_taken_in_once(monkeypatch, tmp_path):
@@ -294,12 +294,12 @@ def test_bench_command(no_compile, tmp_path, capsys):
     assert "| resized CE | 1×3×4×8 → 8×16 | bfloat16 |" in out
     assert (tmp_path / "a.png").stat().st_size > 1000
     assert {r["op"] for r in harness.read(tmp_path / "a.csv")} == {"KD", "resized CE"}
-    assert cli.main(["bench", "--shape", "1,3,4"]) == 1
-    assert "expected N,C,h,w" in capsys.readouterr().err
     assert cli.main(["bench", "--shape", "1,3,4,8", "--losses", "ce"]) == 1
     assert "got ce, expected some of nfd, kd," in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main(["bench", "--shape", "1,3,x,8"])
+    for shape in ("1,3,4", "1,3,x,8"):
+        with pytest.raises(SystemExit):
+            cli.main(["bench", "--shape", shape])
+        assert "--shape: must be 4 of: a whole number at least 1" in capsys.readouterr().err
 
 
 def step(name, code, **more):

@@ -71,6 +71,12 @@ def test_options_of_a_command(capsys):
             parser.parse_args(["--limit", word])
         assert f"--limit: must be a whole number at least 1, got '{word}'" in capsys.readouterr().err
     assert "images (a whole number at least 1)" in parser.format_help()
+    parser.add_argument("--size", type=ranges.Size)
+    assert parser.parse_args(["--size", "3,4"]).size == (3, 4)
+    for word in ("3", "3,0", "3,4,5", "3,x"):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--size", word])
+        assert f"--size: must be 2 of: a whole number at least 1, got '{word}'" in capsys.readouterr().err
 
 
 def numbers(hint):
@@ -105,6 +111,24 @@ def test_every_number_of_the_configuration_has_a_range_and_help_shows_it():
     shown = re.sub(r"\s+", " ", shown)
     for option, words in (("optim.clip", "above 0"), ("train.ema", "above 0 and below 1"), ("data.flip", "0 to 1")):
         assert re.search(rf"--{option} [^-]*; {words}\.", shown)
+
+
+def test_every_number_of_a_data_set_has_a_range_and_help_shows_it(capsys):
+    pytest.importorskip("jsonargparse")
+    pytest.importorskip("torchvision")
+    from fastkd.train.config import parse
+    from fastkd.train.data import KINDS, build_dataset
+
+    hints = [hint for kind in KINDS.values() for name, hint in ranges._hints(kind).items() if name != "values"]
+    assert sum(True for hint in hints for _ in numbers(hint)) == 6
+    assert all(has for hint in hints for _, has in numbers(hint))  # values: layouts.py checks what it maps
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    shown = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "length of street_scenes, a whole number at least 1 or null" in shown
+    assert "first of folders, a whole number 0 to 255" in shown
+    with pytest.raises(ValueError, match=r"data\.options\.length must be a whole number at least 1 or null, got 0"):
+        build_dataset("street_scenes", split="train", length=0)
 
 
 def test_every_number_of_a_command_has_a_range(monkeypatch):

@@ -350,6 +350,8 @@ def parse(argv: list[str], *, prog: str = "fastkd train") -> tuple[Config, dict[
     for action in parser._actions:
         if action.dest in said:
             action.help = f"{str(action.help).removesuffix('.')}; {said[action.dest]}."
+        if action.dest == "data.options" and {"-h", "--help"} & set(argv):
+            action.help = f"{str(action.help).removesuffix('.')}. Numbers: {_data_limits()}."
     try:
         for flag, value in itertools.pairwise(part for word in argv for part in word.split("=", 1)):
             if flag == "--config" and Path(value).is_file():
@@ -370,6 +372,15 @@ def parse(argv: list[str], *, prog: str = "fastkd train") -> tuple[Config, dict[
         print(f"{prog}: {_with_hint(str(error))}\nAll values and their meaning: {prog} --help", file=sys.stderr)
         raise SystemExit(2) from None
     return config, {"resume": values.resume, "overwrite": values.overwrite}
+
+
+def _data_limits() -> str:
+    from fastkd.train.data import KINDS
+
+    found = {name: ranges.option_limits(kind) for name, kind in KINDS.items()}
+    return "; ".join(
+        f"{option} of {name}, {said}" for name, options in found.items() for option, said in options.items()
+    )
 
 
 def _refuse_unfolding(path: Path, most: int = 100_000) -> None:

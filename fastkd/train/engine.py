@@ -38,7 +38,7 @@ from fastkd.train.data.unlabelled import split
 from fastkd.train.evaluation import Scores, SegmentationSet, evaluate
 from fastkd.train.files import write_json
 from fastkd.train.gradients import Latest, cut, gradient_statistics, send_back
-from fastkd.train.loader import train_loader
+from fastkd.train.loader import Part, train_loader
 from fastkd.train.log import PANELS, Progress, RunLog, Stopwatch, versions
 from fastkd.train.loss_cost import Shapes, loss_cost, shapes_of
 from fastkd.train.methods import Objective, Terms, student_features, teacher_forward
@@ -258,9 +258,7 @@ class Run:
                 steps=range(self.step, self.config.train.steps),
                 seed=self.config.seed,
                 workers=self.config.data.workers,
-                rank=self.accelerator.process_index,
-                world=self.world,
-                parts=self.config.train.accumulate,
+                part=Part(self.accelerator.process_index, self.world, self.config.train.accumulate),
                 pin_memory=self.device.type == "cuda",
                 unlabelled=self.unlabelled,
                 unlabelled_size=unlabelled_size(self.config),

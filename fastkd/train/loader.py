@@ -7,13 +7,24 @@ labels are fewer than the images.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, default_collate
 
 from fastkd.train.data.unlabelled import Unlabelled
 from fastkd.train.evaluation import SegmentationSet
+
+
+class Part(NamedTuple):
+    """Which process of how many, and in how many parts a process does its share of a batch."""
+
+    rank: int = 0
+    world: int = 1
+    parts: int = 1
+
+
+ALONE = Part()
 
 
 class StepSampler(Sampler):
@@ -97,20 +108,18 @@ def train_loader(
     steps: range,
     seed: int,
     workers: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    parts: int = 1,
+    part: Part = ALONE,
     pin_memory: bool = False,
     unlabelled: Unlabelled | None = None,
     unlabelled_size: int = 0,
 ) -> DataLoader:
-    """Batches (images, labels of the first of them) for `steps` of a run, `parts` for each step.
+    """Batches (images, labels of the first of them) for `steps` of a run, `part.parts` for each step.
 
     batch_size counts the images of all processes and parts, `unlabelled_size` those of them from `unlabelled`.
     """
     others = 0 if unlabelled is None else len(unlabelled)
     sampler = StepSampler(
-        len(dataset), batch_size, steps, seed, rank, world, parts, unlabelled=others, unlabelled_size=unlabelled_size
+        len(dataset), batch_size, steps, seed, *part, unlabelled=others, unlabelled_size=unlabelled_size
     )
     both: Any = dataset if unlabelled is None else ConcatDataset([cast(Dataset, dataset), unlabelled])
     return DataLoader(

@@ -7,6 +7,7 @@ Nothing here downloads anything: weights come from a file the user names (`weigh
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import inspect
@@ -102,12 +103,7 @@ class SegmentationModel(nn.Module):
     Args:
         network: any module that maps (N, 3, H, W) floats to a segmentation.
         classes: K.
-        logits: path of the module that returns the raw logits.
-        features: name -> path of the features to return.
-        aux: path of the feature map an FCN head is put on, or None.
-        aux_logits: path of the module that returns the logits of the network's own auxiliary head, or None.
-        channels: "rgb" or "bgr", the order the network takes.
-        max_value: of white in what the network takes; mean, std: in the same units and order.
+        config: paths of the taps (`logits` and `features` are not None), and what the network takes as an image.
 
     forward(images): RGB, uint8 in [0, 255] or floats in [0, 1], (N, 3, H, W). The auxiliary logits are resized bilinearly to
     the main logits, so that the two heads can be compared pixel by pixel.
@@ -120,23 +116,17 @@ class SegmentationModel(nn.Module):
         self,
         network: nn.Module,
         classes: int,
-        *,
-        logits: str,
-        features: Mapping[str, str],
-        aux: str | None = None,
-        aux_logits: str | None = None,
-        channels: str = "rgb",
-        max_value: float = 1.0,
-        mean: Sequence[float] = (0.485, 0.456, 0.406),
-        std: Sequence[float] = (0.229, 0.224, 0.225),
+        config: ModelConfig,
     ):
         super().__init__()
+        assert config.logits is not None
+        logits, features, aux, aux_logits = config.logits, config.features or {}, config.aux, config.aux_logits
         if aux is not None and aux_logits is not None:
             raise ValueError(
                 "model.aux puts a new auxiliary head on the network, model.aux_logits taps its own: give one"
             )
         self.classes, self.feature_names = classes, tuple(features)
-        self.bgr, self.max_value = channels == "bgr", max_value
+        self.bgr, self.max_value = config.channels == "bgr", config.max_value
         # Named as in the configuration, for messages.
         paths = {f"model.features.{name}": path for name, path in features.items()} | {"model.logits": logits}
         if aux is not None:
@@ -144,8 +134,8 @@ class SegmentationModel(nn.Module):
         if aux_logits is not None:
             paths["model.aux_logits"] = aux_logits
         self.tapped = Tapped(network, paths)
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
+        self.register_buffer("mean", torch.tensor(config.mean, dtype=torch.float32).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(config.std, dtype=torch.float32).view(1, 3, 1, 1))
         taps = self._probe()
         for name, tap in taps.items():
             wanted = classes if name in ("model.logits", "model.aux_logits") else None
@@ -291,18 +281,11 @@ def _build(config: ModelConfig, classes: int, from_checkpoint: bool) -> Segmenta
         )
     if config.encoder_weights and not from_checkpoint:
         load_encoder_weights(network.get_submodule("encoder"), config.encoder, Path(config.encoder_weights))
-    model = SegmentationModel(
-        network,
-        classes,
-        logits=logits if config.logits is None else config.logits,
-        features=features if config.features is None else config.features,
-        aux=config.aux,
-        aux_logits=config.aux_logits,
-        channels=config.channels,
-        max_value=config.max_value,
-        mean=config.mean,
-        std=config.std,
-    )
+    taps: dict[str, Any] = {
+        "logits": logits if config.logits is None else config.logits,
+        "features": features if config.features is None else config.features,
+    }
+    model = SegmentationModel(network, classes, dataclasses.replace(config, **taps))
     head = getattr(network, "segmentation_head", None)
     if kind == "smp" and config.logits is None and isinstance(head, nn.Sequential):
         head[1] = nn.Identity()  # the up-sampling after the tapped logits would be thrown away

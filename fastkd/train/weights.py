@@ -35,16 +35,14 @@ HOLDERS = (
     *("state_dict", "model_state_dict", "model_state", "model", "module", "network", "net", "weights", "params"),
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
 )
-# What DataParallel, torch.compile and AveragedModel put before every name.
-WRAPPERS = ("module.", "_orig_mod.")
 SAVE = "save the state dict alone: torch.save(network.state_dict(), FILE)"
 
 
 def load_state_file(path: Path) -> dict[str, Tensor]:
     """State dict of a .safetensors or torch file, read without running code from it.
 
-    A checkpoint that holds it under one of `HOLDERS` is unwrapped, and so are the names of DataParallel and torch.compile, in
-    any order. ValueError: a file that cannot be read, or holds more than tensors.
+    A checkpoint that holds it under one of `HOLDERS` is unwrapped; `fitted` strips the names. ValueError: a file that cannot be
+    read, or holds more than tensors.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}")
@@ -75,10 +73,7 @@ def load_state_file(path: Path) -> dict[str, Tensor]:
             f"{path} holds {str(other)!r} ({type(state[other]).__name__}) {beside} "
             f"(expected under {', '.join(HOLDERS[:4])}, ...); {SAVE}"
         )
-    names = {key: key for key in map(str, state)}
-    while names and (wrapper := next((w for w in WRAPPERS if all(n.startswith(w) for n in names.values())), None)):
-        names = {key: name.removeprefix(wrapper) for key, name in names.items() if name != "n_averaged"}
-    return {name: state[key] for key, name in names.items()}
+    return {str(name): value for name, value in state.items()}
 
 
 def _unwrapped(state: Any) -> Any:
@@ -94,7 +89,7 @@ def _unwrapped(state: Any) -> Any:
 
 
 def fitted(state: dict[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
-    """`state` without what all its names begin with, as in "student.conv.weight", where more of `expected` is met then."""
+    """`state` without the prefixes that all names share ("module.", "student."), where that meets more of `expected`."""
     best = state
     while state and len(heads := {key.partition(".")[0] for key in state}) == 1 and all("." in key for key in state):
         state = {key.removeprefix(f"{next(iter(heads))}."): value for key, value in state.items()}

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("accelerate")
 
-from fastkd.train.loader import StepSampler, train_loader
+from fastkd.train.loader import Part, StepSampler, train_loader
 from tests.train import tiny
 
 
@@ -25,7 +25,9 @@ def test_samples_depend_on_seed_and_step_alone():
 def test_batches_do_not_depend_on_the_number_of_workers():
     def batches(workers):
         torch.manual_seed(workers)  # another place in the random stream
-        loader = train_loader(tiny.Patches(5), batch_size=4, steps=range(1, 4), seed=3, workers=workers, parts=2)
+        loader = train_loader(
+            tiny.Patches(5), batch_size=4, steps=range(1, 4), seed=3, workers=workers, part=Part(parts=2)
+        )
         return [torch.cat([images.flatten(), labels.flatten()]) for images, labels in loader]
 
     alone = batches(0)

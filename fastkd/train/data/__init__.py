@@ -25,7 +25,8 @@ __all__ = [
     "DATASETS", "DataError", "LabelledImages", "Layout", "StreetScenes", "build_dataset", "eval_transform", "train_transform",
 ]  # fmt: skip
 
-DATASETS = ("street_scenes", *LAYOUTS)
+KINDS: dict[str, Callable[..., Any]] = {"street_scenes": StreetScenes, **LAYOUTS}
+DATASETS = tuple(KINDS)
 SPLITS = ("train", "val", "test")
 
 
@@ -45,7 +46,7 @@ def build_dataset(
         raise ValueError(f"unknown data set {name!r};{_close(name, DATASETS)} known: {', '.join(sorted(DATASETS))}")
     if split not in SPLITS:
         raise ValueError(f"{name}: unknown split {split!r}; expected one of {', '.join(SPLITS)}")
-    kind: Any = StreetScenes if name == "street_scenes" else LAYOUTS[name]
+    kind: Any = KINDS[name]
     known = [p.name for p in inspect.signature(kind).parameters.values() if p.kind is p.KEYWORD_ONLY]
     known = [option for option in known if option != "transform"]
     for option in options:

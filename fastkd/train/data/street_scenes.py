@@ -19,6 +19,8 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from fastkd import ranges
+from fastkd.ranges import Count, CountOrZero, Side
 from fastkd.train.data import street_objects as things
 from fastkd.train.data.street_canvas import FLOAT, IGNORE, Canvas, clip01, cover, noise, pulse, rgb
 
@@ -305,18 +307,15 @@ class StreetScenes(Dataset):
         self,
         split: str,
         *,
-        size: tuple[int, int] = (256, 512),
-        length: int | None = None,
-        seed: int = 0,
+        size: tuple[Side, Side] = (256, 512),
+        length: Count | None = None,
+        seed: CountOrZero = 0,
         cache: bool = False,
         transform: Callable[..., Any] | None = None,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"StreetScenes: unknown split {split!r}; expected one of {', '.join(SPLITS)}")
-        if len(size) != 2 or min(size) < 16:
-            raise ValueError(f"StreetScenes: size must be (height, width), both at least 16, got {size}")
-        if seed < 0 or (length is not None and length < 1):
-            raise ValueError(f"StreetScenes: seed must be >= 0 and length >= 1, got seed={seed}, length={length}")
+        ranges.check_options(StreetScenes, {"size": size, "length": length, "seed": seed}, "StreetScenes: ")
         self.split, self.size, self.seed, self.transform = split, (int(size[0]), int(size[1])), seed, transform
         self.length = SPLITS[split] if length is None else length
         self.cache: dict[int, tuple[np.ndarray, np.ndarray]] | None = {} if cache else None
