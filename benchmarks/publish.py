@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import bench_step, full_resolution
+from . import bench_step, full_resolution, gpu_kernels
 from .cases import cpu_cases, gpu_cases
 from .harness import COLUMNS, RESULTS, Case, Record, Row, append, newest, read, rows
 from .report import PREDICTION, losses_share, losses_table, origin, plot, predictions_table, steps_table
@@ -25,6 +25,7 @@ FILES = {
     "cuda.csv": COLUMNS,
     "cpu_steps.csv": bench_step.COLUMNS,
     "cuda_steps.csv": bench_step.COLUMNS,
+    "cuda_kernels.csv": gpu_kernels.COLUMNS,
     "full_resolution.csv": full_resolution.COLUMNS,
 }
 NOT_RUN = "not yet run"

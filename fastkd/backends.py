@@ -22,9 +22,9 @@ from .ops import OPERATORS
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 
-# What is chosen for tensors of a device, the preferred backend first. On a GPU the order is what was measured on an H100
-# (docs/cuda.md says at which commit, and what has not been measured since): CUDA C++ for KD, for NFD where a group is a
-# contiguous row, and for everything at label resolution.
+# What is chosen for tensors of a device, the preferred backend first. CUDA C++ for NFD takes calls whose groups are
+# contiguous rows (``fits_cuda`` in ops/nfd.py). At label resolution it goes first because its first call compiles nothing and
+# it takes a third of the host's time; its prototype of KD was 1.2 times slower than Triton's.
 CHOICE: dict[str, dict[str, tuple[str, ...]]] = {
     "nfd": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
     "kd": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
@@ -39,6 +39,18 @@ CHOICE: dict[str, dict[str, tuple[str, ...]]] = {
     "kd_confidence": {"cpu": ("cpu",), "cuda": ("triton",)},
     "teacher_confidence": {"cpu": ("cpu",), "cuda": ("triton",)},
     "difficulty_mask": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
+}
+# What a row's order on a GPU rests on; tests/test_benchmarks.py compares it with benchmarks/results/cuda.csv.
+_H100, _PROTOTYPE = "H100 at 36b6442", "prototypes on an H100; these kernels have not run on a GPU"
+BASIS = {
+    "nfd": _H100,
+    "kd": f"Triton's reads once since then; {_H100}",
+    "cwd": "no CUDA C++ kernel",
+    "resized_cross_entropy": _PROTOTYPE,
+    "resized_kd": _PROTOTYPE,
+    "kd_confidence": "no CUDA C++ kernel",
+    "teacher_confidence": "no CUDA C++ kernel",
+    "difficulty_mask": _PROTOTYPE,
 }
 _FORCED = os.environ.get("FASTKD_BACKEND", "auto")  # once: asking the environment is what a small call would mostly do
 _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
@@ -255,7 +267,7 @@ def backend_info() -> dict[str, Any]:
     Returns:
         ``{"requested": name, "backends": {name: {"available": bool, "reason": str | None, "detail": str}},
         "operators": {op: {"kernels": [...], "cpu": chosen on CPU, "cuda": chosen on CUDA or None without a GPU,
-        "cuda_order": the order of preference on CUDA}}}``.
+        "cuda_order": the order of preference on CUDA, "cuda_basis": the measurement it rests on}}}``.
     """
     backends: dict[str, dict[str, Any]] = {
         "reference": {"available": True, "reason": None, "detail": f"plain PyTorch {torch.__version__}"}
@@ -273,6 +285,7 @@ def backend_info() -> dict[str, Any]:
                 "cpu": _chosen(op, torch.device("cpu")),
                 "cuda": _chosen(op, torch.device("cuda")) if cuda else None,
                 "cuda_order": list(order["cuda"]),
+                "cuda_basis": BASIS[op],
             }
             for op, order in CHOICE.items()
         },

@@ -318,9 +318,9 @@ def _info_lines() -> Iterator[str]:
     yield f"requested: {info['requested']}"
     for name, backend in info["backends"].items():
         yield f"{name:10} {'yes' if backend['available'] else 'no'}: {backend['detail'] or backend['reason']}"
-    yield f"{'chosen':22} {'CPU':10} {'GPU':10} of"
+    yield f"{'chosen':22} {'CPU':10} {'GPU':10} {'of':18} measured"
     for op, row in info["operators"].items():
-        yield f"{op:22} {row['cpu']:10} {row['cuda'] or '-':10} {', then '.join(row['cuda_order'])}"
+        yield f"{op:22} {row['cpu']:10} {row['cuda'] or '-':10} {', then '.join(row['cuda_order']):18} {row['cuda_basis']}"
 
 
 def _device(name: str | None) -> Any:

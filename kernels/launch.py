@@ -20,8 +20,23 @@ def lanes() -> int:
     return 64 if torch.version.hip else 32
 
 
-def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, num_warps: int = 4, **constants: Any) -> None:
-    """Runs ``kernel`` on the device of ``like``, whichever device is current."""
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    like: Tensor,
+    *args: Any,
+    num_warps: int = 4,
+    registers: int | None = None,
+    **constants: Any,
+) -> None:
+    """Runs ``kernel`` on the device of ``like``, whichever device is current.
+
+    Args:
+        registers: the most a thread may have. Without it NVIDIA's assembler spills a few where that makes room for more
+            warps; AMD's takes no such option.
+    """
+    if registers is not None and torch.version.hip is None:
+        constants["maxnreg"] = registers
     if not like.is_cuda or like.get_device() == torch.cuda.current_device():
         kernel[grid](*args, num_warps=num_warps, **constants)
     else:

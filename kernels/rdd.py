@@ -153,13 +153,14 @@ class Maps(NamedTuple):
     hard: Any  # (programs,) fp64: confidences that are at most the threshold
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keep_lse"])
 def _confidence(
     logits,  # resize.Logits
     labels,  # resize.Labels
     grid,  # resize.Grid
     out,  # Maps
     threshold: tl.float64,
+    keep_lse,  # the student's alone is needed; known at run time, so that both networks have one kernel
     BY_LABEL: tl.constexpr,
     T,  # resize.Tile
 ):
@@ -173,15 +174,18 @@ def _confidence(
         worth = read_labels(labels, grid, place, pixels, logits.classes, T)
         cell = Cell(place, pixels, any_of(worth.counted))
         norm, distance = softmax(View(logits, ()), grid, cell, worth.counted, worth.label if BY_LABEL else None, T)
-        confidence, lse = nothing(), nothing()
+        if out.lse is not None:
+            if keep_lse != 0:
+                lse = nothing()
+                for k in tl.static_range(len(norm)):
+                    lse = lse + (norm[k] * LN2,)
+                write_pixels(out.lse, grid, place, pixels, lse)
+        confidence = nothing()
         for k in tl.static_range(len(norm)):
             p = tl.where(worth.counted[k], tl.exp2(-distance[k]), 1)
             hard += (pixels.exist[k] & (p <= limit)).to(tl.int32)
             confidence = confidence + (p,)
-            lse = lse + (norm[k] * LN2,)
         write_pixels(out.confidence, grid, place, pixels, confidence)
-        if out.lse is not None:
-            write_pixels(out.lse, grid, place, pixels, lse)
     tl.store(out.hard + tl.program_id(0), tl.sum(hard).to(tl.float64))
 
 
@@ -238,12 +242,12 @@ def _difficulty(args: tuple[Any, ...], keep_lse: bool) -> tuple[Tensor, Tensor]:
     labels = Labels(target, None, None, None, ignore_index)
     cuts = [plan(logits, size, align_corners, TILE, 0, acc) for logits in (student, teacher)]
     hard = student.new_zeros((2, max(fit.programs for fit in cuts)), dtype=torch.float64)
-    for i, (logits, fit, kept) in enumerate(zip((student, teacher), cuts, (lse, None), strict=True)):
+    for i, (logits, fit) in enumerate(zip((student, teacher), cuts, strict=True)):
         (prepared,) = prepare(size, 1.0, logits)
-        out = Maps(maps[i], kept, hard[i])
+        out = Maps(maps[i], lse, hard[i])
         launch(
-            _confidence, (fit.programs,), logits, prepared, labels, fit.grid, out, threshold, confidence == "label", fit.tile,
-            num_warps=1,
+            _confidence, (fit.programs,), logits, prepared, labels, fit.grid, out, threshold, int(i == 0),
+            confidence == "label", fit.tile, num_warps=1, registers=168,
         )  # fmt: skip
     k = min(min_kept, pixels)
     limits = kth_or_threshold(maps, k, gather_parts(hard), threshold) if k else None

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .launch import accumulator, launch
 from .resize import (
-    FAR,
     LN2,
     LOW32,
     LOW64,
@@ -25,12 +24,14 @@ from .resize import (
     Shift,
     View,
     advance,
+    any_lane,
     any_of,
     begin,
     bound,
     each,
     far_below,
     fill,
+    has,
     join,
     largest,
     locate,
@@ -47,6 +48,7 @@ from .resize import (
     read_labels,
     resize_weight,
     values,
+    weigh,
     write_gradient,
     write_pixels,
 )
@@ -103,10 +105,11 @@ def softmax(view, grid, cell, counted, label, T):
         log = tl.log2(total[k])
         norm = norm + (base[k] + log,)
         distance = distance + (log - own[k],)
-    if far_below(total, counted):
+    below = far_below(total, counted)
+    if any_lane(below != 0):
         for j in range(len(counted)):
-            far = pick(counted, j) & (pick(total, j) < FAR)
-            if tl.max(far.to(tl.int32)) > 0:
+            far = has(below, j)
+            if any_lane(far):
                 one = one_pixel(cell, j)
                 seen = one_view(view, grid, one, T)
                 peak = largest(seen, one, T)
@@ -148,6 +151,8 @@ def _cross_entropy(
         pixels = part_of(place, logits, grid, part, T)
         worth = read_labels(labels, grid, place, pixels, logits.classes, T)
         label, counted, known = worth.label, worth.counted, worth.known
+        for k in tl.static_range(len(counted)):  # here, so that no share outlives it
+            counts += tl.where(place.own, worth.share[k], 0)
         cell, view = Cell(place, pixels, any_of(counted)), View(logits, ())
         distance = nothing()  # from the log-sum-exp to the value of the label
         norm, own = known, fill(zero, len(known))
@@ -156,17 +161,17 @@ def _cross_entropy(
             norm, own = nothing(), nothing()
             for k in tl.static_range(len(counted)):
                 norm = norm + (tl.where(counted[k], found[k], float("inf")),)
+        factor = weigh(labels, grid, place, pixels, worth)
         if out.planes is not None:
             weighted: tl.constexpr = (labels.class_weight is not None) or (labels.pixel_weight is not None)
-            state = (label, norm, worth.factor) if weighted else (label, norm)
+            state = (label, norm, factor) if weighted else (label, norm)
             own = write_gradient(out.planes, grid, cell, view, (), state, own, _gradient, part > first, T)
             for k in tl.static_range(len(own)):
                 distance = distance + (norm[k] - own[k],)
         terms = nothing()
         for k in tl.static_range(len(counted)):
-            term = tl.where(counted[k], worth.factor[k] * (distance[k] * LN2), 0)
+            term = tl.where(counted[k], factor[k] * (distance[k] * LN2), 0)
             losses += tl.where(place.own, term, 0)
-            counts += tl.where(place.own, worth.share[k], 0)
             terms = terms + (term * tl.full((), scale, tl.float64).to(T.ACC),)
         if out.loss is not None:
             write_pixels(out.loss, grid, place, pixels, terms)
@@ -184,7 +189,11 @@ def _launch(args: tuple[Any, ...], gradient: bool, per_pixel: bool, scale: float
     out = Out(loss, logits.new_empty((2, cut.programs), dtype=acc), planes)
     pixel_weight = resize_weight(pixel_weight, target.shape[1:], align_corners)
     labels = Labels(target, class_weight, pixel_weight, selected, ignore_index)
-    launch(_cross_entropy, (cut.programs,), logits, prepared, labels, cut.grid, out, scale, cut.tile, num_warps=1)
+    registers = 168 if class_weight is None and pixel_weight is None else None
+    launch(
+        _cross_entropy, (cut.programs,), logits, prepared, labels, cut.grid, out, scale, cut.tile,
+        num_warps=1, registers=registers,
+    )  # fmt: skip
     return cut, out
 
 

@@ -16,19 +16,20 @@ from torch import Tensor
 
 from .launch import accumulator, launch
 from .resize import (
-    FAR,
     LN2,
     Cell,
     Labels,
     Shift,
     View,
     advance,
+    any_lane,
     any_of,
     begin,
     bound,
     each,
     far_below,
     fill,
+    has,
     join,
     largest,
     locate,
@@ -37,7 +38,6 @@ from .resize import (
     one_view,
     part_of,
     parts_of,
-    pick,
     plan,
     plane_of,
     prepare,
@@ -46,6 +46,7 @@ from .resize import (
     resize_weight,
     taps_of,
     values,
+    weigh,
     write_gradient,
     write_pixels,
 )
@@ -109,10 +110,11 @@ def _softmaxes(student, teacher, grid, cell, counted, T):
         norm_s = norm_s + (base_s[k] + log_s,)
         norm_t = norm_t + (base_t[k] + log_t,)
         divergence = divergence + (d,)
-    if far_below(sum_s, counted) | far_below(sum_t, counted):
+    below = far_below(sum_s, counted) | far_below(sum_t, counted)
+    if any_lane(below != 0):
         for j in range(len(counted)):
-            far = pick(counted, j) & ((pick(sum_s, j) < FAR) | (pick(sum_t, j) < FAR))
-            if tl.max(far.to(tl.int32)) > 0:
+            far = has(below, j)
+            if any_lane(far):
                 one = one_pixel(cell, j)
                 seen_s, seen_t = one_view(student, grid, one, T), one_view(teacher, grid, one, T)
                 peak_s, peak_t = largest(seen_s, one, T), largest(seen_t, one, T)
@@ -155,19 +157,21 @@ def _kd(
         pixels = part_of(place, student, grid, part, T)
         worth = read_labels(labels, grid, place, pixels, student.classes, T)
         counted = worth.counted
+        for k in tl.static_range(len(counted)):  # here, so that no share outlives it
+            counts += tl.where(place.own, worth.share[k], 0)
         cell = Cell(place, pixels, any_of(counted))
         views = (View(student, ()), View(teacher, () if SAME else taps_of(teacher, grid, pixels, T)))
         norm_s, norm_t, divergence = _softmaxes(views[0], views[1], grid, cell, counted, T)
+        factor = weigh(labels, grid, place, pixels, worth)
         terms = nothing()
         for k in tl.static_range(len(counted)):
-            term = tl.where(counted[k], worth.factor[k] * (divergence[k] * LN2), 0)
+            term = tl.where(counted[k], factor[k] * (divergence[k] * LN2), 0)
             losses += tl.where(place.own, term, 0)
-            counts += tl.where(place.own, worth.share[k], 0)
             terms = terms + (term * tl.full((), scale, tl.float64).to(T.ACC),)
         if out.loss is not None:
             write_pixels(out.loss, grid, place, pixels, terms)
         if out.planes is not None:
-            state = (norm_s, norm_t) if labels.pixel_weight is None else (norm_s, norm_t, worth.factor)
+            state = (norm_s, norm_t) if labels.pixel_weight is None else (norm_s, norm_t, factor)
             write_gradient(out.planes, grid, cell, views[0], (views[1],), state, (), _gradient, part > first, T)
     tl.store(out.part + tl.program_id(0), tl.sum(losses))
     tl.store(out.part + tl.num_programs(0) + tl.program_id(0), tl.sum(counts))

@@ -1,5 +1,6 @@
 """The logic of the benchmarks: what is timed, what is hidden, what is kept, and what is predicted."""
 
+import re
 import subprocess
 import sys
 import time
@@ -7,10 +8,11 @@ import time
 import pytest
 import torch
 
-from benchmarks import bench_step, cases, gpu_check, harness, publish, report
+from benchmarks import bench_step, cases, gpu_check, gpu_kernels, harness, publish, report
 from benchmarks.harness import Case
 from benchmarks.roofline import GPU, GPUS, Work, special_function_rate
-from fastkd import cli
+from fastkd import backends, cli
+from fastkd.ops import nfd
 
 SHAPE = (2, 3, 4, 8)
 
@@ -216,6 +218,29 @@ def test_cases_of_the_recipes():
     assert gpu[0].key == ("NFD", "16x512x64x64", "", "bfloat16")
     assert {case.op for case in cases.cpu_cases(["rdd_tse"])} == {"RDD TSE"}
     assert all(case.targets for case in cases.cpu_cases() if case.dtype == torch.float32)
+
+
+def test_the_choice_on_a_gpu_follows_the_committed_rows():
+    """Where a loss was measured, the backend that a call gets is the faster one by kernel time, in every row of that commit."""
+    records = harness.read(harness.RESULTS / "cuda_kernels.csv")
+    assert backends.BASIS.keys() == backends.CHOICE.keys()
+    for op, basis in backends.BASIS.items():
+        if not (commit := re.search(r" at (\w+)$", basis)):
+            assert "have not run" in basis or backends.CHOICE[op]["cuda"] == ("triton",)
+            continue
+        times: dict[tuple[str, ...], dict[str, float]] = {}
+        for r in records:
+            if (r["loss"], r["commit"]) == (op, commit[1]):
+                key = (r["recipe"], r["layout"], r["dtype"])
+                times.setdefault(key, {})[r["backend"]] = float(r["kernel_us"])
+        assert len(times) >= 5
+        for (recipe, layout, dtype), found in times.items():
+            first, second = backends.CHOICE[op]["cuda"]
+            if op == "nfd":
+                x = torch.empty(cases.RECIPES[recipe].features, dtype=getattr(torch, dtype), device="meta")
+                x = x.to(memory_format=gpu_kernels.LAYOUTS[layout])
+                first, second = (first, second) if nfd.fits_cuda(x, x, "hw") else (second, first)
+            assert found[first] < found[second], (recipe, layout, dtype)
 
 
 def test_tables_say_what_is_measured_and_what_is_not():

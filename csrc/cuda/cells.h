@@ -50,6 +50,7 @@ struct Cells {
     Loss loss;
     const A* map[kSides];   // from CellsPrepare
     const A* peak[kSides];  // the maxima of the classes
+    Given<A> given[kSides];
     const A* known;         // null, or (n, height, width): log-sum-exps, NaN where a pixel does not count
     A* terms;               // null, or (n, height, width)
     A* sums_of;             // null, or (n, height, width): log-sum-exps of the first side
@@ -119,8 +120,9 @@ struct Cells {
             }
         }
         if constexpr (kGradient)
-            gradient(block, at, start, rows, right, down, label, weight, slope, ratio, factor * loss.gradient());
-        if (block.any(far != 0)) far_pixels(block, at, start, far, factor, sum);
+            gradient(block, at, start, rows, counts != 0, right, down, label, weight, slope, ratio,
+                     factor * loss.gradient());
+        if (block.any(far != 0)) far_pixels(block, at, far, factor, sum);
         if (parts) {
             for (int bit = 1; bit < kWarp; bit *= 2) sum += block.shuffle_xor(sum, bit);
             if (lane == 0) parts[warp] = sum;
@@ -250,18 +252,30 @@ private:
     FASTKD_DEVICE Walk<A> walk(const Place& at, int side) const {
         const int x = (side == 1 && kGrids == 2 ? at.across.other : at.x) + 1;
         const A* top = map[side] + row_of(at, side) * plan.classes * step(side) + x;
-        return {top, top + static_cast<int64_t>(plan.classes) * step(side)};
+        return {top, top + static_cast<int64_t>(below(side)) * plan.classes * step(side)};
     }
     // What the first side's logits of a label pixel are less.
     FASTKD_DEVICE Corners<A> peaks(const Place& at) const {
         const int w = step(0);
         const A* top = peak[0] + row_of(at, 0) * w + at.x + 1;
-        return {top[0], top[1], top[w], top[w + 1]};
+        const A* bottom = top + below(0) * w;
+        return {top[0], top[beside(0)], bottom[0], bottom[beside(0)]};
     }
     FASTKD_DEVICE A peak_of(const Place& at, A down, A right) const { return exact_value(peaks(at), down, right); }
 
     FASTKD_DEVICE int step(int side) const {
         return (side == 1 && kGrids == 2 ? plan.columns.other.in : plan.columns.own.in) + 2;
+    }
+
+    // Steps to the right and to the lower corners: 0 along an axis that is not resized, since a weight of 0 times a NaN is NaN.
+    // One column a cell has the shape with the fewest.
+    FASTKD_DEVICE int beside(int side) const {
+        const Axis& axis = side == 1 && kGrids == 2 ? plan.columns.other : plan.columns.own;
+        return PX > kShape[0].columns ? 1 : axis.in != axis.out;
+    }
+    FASTKD_DEVICE int below(int side) const {
+        const Axis& axis = side == 1 && kGrids == 2 ? plan.rows.other : plan.rows.own;
+        return axis.in != axis.out;
     }
 
     // f(class, corners of each side) for every class; the next class's corners are on their way meanwhile.
@@ -272,7 +286,7 @@ private:
         FASTKD_UNROLL
         for (int side = 0; side < kSides; ++side) {
             walk[side] = start[side];
-            next[side] = walk[side].next(step(side));
+            next[side] = walk[side].next(step(side), beside(side));
         }
         FASTKD_ROLLED
         for (int c = 0; c < plan.classes; ++c) {
@@ -280,7 +294,7 @@ private:
             FASTKD_UNROLL
             for (int side = 0; side < kSides; ++side) {
                 now[side] = next[side];
-                next[side] = walk[side].next(step(side));  // behind the last class another row begins
+                next[side] = walk[side].next(step(side), beside(side));  // behind the last class another row begins
             }
             f(c, now);
         }
@@ -344,7 +358,7 @@ private:
                 const int move = label[i][j] * step(0);
                 own.top += move;
                 own.bottom += move;
-                const Blend<A> value(own.next(0));
+                const Blend<A> value(own.next(0, beside(0)));
                 const A lse = known[at.pixel(*this, i, j)] * static_cast<A>(kLog2E);
                 sums[i][j] = {exp2_of(lse - multiply_add(right[j], step_right, left)),
                               multiply_add(right[j], multiply_add(down[i], value.down_step, value.step),
@@ -417,9 +431,9 @@ private:
         ++planes.edge;
     }
 
-    // Fills the planes for all classes.
+    // Fills the planes for all classes. Where none of a lane's pixels `counts`, its logits may be NaN.
     template <class Block>
-    FASTKD_DEVICE void gradient(Block& block, const Place& at, const Walk<A> (&start)[kSides], unsigned rows,
+    FASTKD_DEVICE void gradient(Block& block, const Place& at, const Walk<A> (&start)[kSides], unsigned rows, bool counts,
                                 const A (&right)[kGrids][PX], const A (&down)[kGrids][PY], const int (&label)[PY][PX],
                                 const A (&weight)[PY][PX], const A (&slope)[PY][PX], const A (&ratio)[PY][PX],
                                 A whole) const {
@@ -458,14 +472,20 @@ private:
                 add(std::bool_constant<Loss::kOwn>{});
             else
                 add(std::false_type{});
+            if (!counts) mine = {};
             put<false>(block, planes, mine);
         });
     }
 
     // Pixels whose exponentials vanish, one of each lane at a time, from the maximum of their own logits.
     template <class Block>
-    FASTKD_DEVICE void far_pixels(Block& block, const Place& at, const Walk<A> (&start)[kSides], uint64_t far, A factor,
-                                  double& sum) const {
+    FASTKD_DEVICE void far_pixels(Block& block, const Place& at, uint64_t far, A factor, double& sum) const {
+        typename Given<A>::Places places[kSides];
+        FASTKD_UNROLL
+        for (int side = 0; side < kSides; ++side) {
+            const bool other = side == 1 && kGrids == 2;
+            places[side] = given[side].places(at.n, other ? at.down.other : at.y, other ? at.across.other : at.x);
+        }
         FASTKD_ROLLED
         for (int which = 0; which < PY * PX; ++which) {
             const bool mine = far >> which & 1;
@@ -480,26 +500,31 @@ private:
             }
             const int64_t pixel = at.pixel(*this, i, j);
             const int label = mine ? class_of(pixels, plan.classes, pixel) : -1;
-            each_class(start, [&](int, const Corners<A>(&corners)[kSides]) {
+            const auto value_of = [&](int side, int c) {
+                return exact_value(given[side].corners(places[side], c), down[side], right[side]);
+            };
+            FASTKD_ROLLED
+            for (int c = 0; c < plan.classes; ++c) {
                 FASTKD_UNROLL
                 for (int side = 0; side < kSides; ++side) {
-                    const A value = exact_value(corners[side], down[side], right[side]);
+                    const A value = value_of(side, c);
                     top[side] = value != value ? value : largest(top[side], value);
                 }
-            });
+            }
             typename Loss::Sums sums;
-            const auto powers = [&](const Corners<A>(&corners)[kSides], A(&value)[kSides], A(&power)[kSides]) {
+            const auto powers = [&](int c, A(&value)[kSides], A(&power)[kSides]) {
                 FASTKD_UNROLL
                 for (int side = 0; side < kSides; ++side) {
-                    value[side] = exact_value(corners[side], down[side], right[side]) - top[side];
+                    value[side] = value_of(side, c) - top[side];
                     power[side] = exp2_of(value[side]);
                 }
             };
-            each_class(start, [&](int c, const Corners<A>(&corners)[kSides]) {
+            FASTKD_ROLLED
+            for (int c = 0; c < plan.classes; ++c) {
                 A value[kSides], power[kSides];
-                powers(corners, value, power);
+                powers(c, value, power);
                 Loss::add(sums, value, power, label == c);
-            });
+            }
             A weight = 0;
             if (mine) {
                 weight = class_weight(label);
@@ -508,22 +533,22 @@ private:
                 sum += static_cast<double>(term);
                 if (!kGradient && terms) terms[pixel] = term * scale;
                 if (Loss::kWritesSums && !kGradient && sums_of)
-                    sums_of[pixel] =
-                        (peak_of(at, down[0], right[0]) + (top[0] + log2_of(sums.sum))) * static_cast<A>(kLn2);
+                    sums_of[pixel] = (top[0] + log2_of(sums.sum)) * static_cast<A>(kLn2);
                 weight *= factor * loss.gradient();
             }
             if constexpr (kGradient) {
                 const A slope = weight / sums.sum, ratio = Loss::ratio(sums);
                 Planes planes = planes_of(at);
-                each_class(start, [&](int c, const Corners<A>(&corners)[kSides]) {
+                FASTKD_ROLLED
+                for (int c = 0; c < plan.classes; ++c) {
                     A value[kSides], power[kSides];
-                    powers(corners, value, power);
+                    powers(c, value, power);
                     A g = kSides == 2 ? multiply_add(-power[kSides - 1], ratio, power[0]) : power[0];
                     g *= slope;
                     if (Loss::kOwn && label == c) g -= weight;
                     if (!mine) g = 0;
                     put<true>(block, planes, {g, right[0] * g, down[0] * g, right[0] * down[0] * g});
-                });
+                }
             }
         }
     }

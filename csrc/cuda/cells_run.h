@@ -43,6 +43,8 @@ void run_cells(const Resized& a, Body body, const Launch& launch) {
             prepare<A>(map, kLog2E / a.temperature, from, rows, at.map[side], at.peak[side], launch);
             body.map[side] = at.map[side];
             body.peak[side] = at.peak[side];
+            body.given[side] = {map.data, map.type, map.channels_last, map.c, map.h, map.w,
+                                static_cast<A>(kLog2E / a.temperature)};
         }
         body.first = first;
         body.lines = lines;

@@ -19,7 +19,7 @@ Taps are exact integers: x * (in - 1) / (out - 1) with aligned corners, ((2 x + 
 A loss plugs in with what it makes of a label pixel's values, base 2 and as tuples of one entry a label pixel:
 
 1. Sums over the classes: a loop that calls :func:`values` and carries its sums (``resized_cross_entropy.sums``).
-2. A term from these sums, times the label pixel's ``factor`` of :func:`read_labels`.
+2. A term from these sums, times the label pixel's factor of :func:`weigh`.
 3. A formula ``(k, class, student's value, teacher's value, kept, state)`` that :func:`write_gradient` calls for every class
    and label pixel ``k``; it returns the gradient by that value, and what it keeps from class to class.
 
@@ -34,15 +34,16 @@ labels.py reads what label pixels are worth, gradient.py transposes to logit siz
 from .cells import Cell, locate, part_of, parts_of
 from .gradient import join, write_gradient
 from .interpolation import (
-    FAR,
     LN2,
     Shift,
     View,
     advance,
+    any_lane,
     begin,
     bound,
     each,
     far_below,
+    has,
     largest,
     one_pixel,
     one_view,
@@ -50,13 +51,12 @@ from .interpolation import (
     taps_of,
     values,
 )
-from .labels import Labels, read_labels, resize_weight, write_pixels
+from .labels import Labels, read_labels, resize_weight, weigh, write_pixels
 from .planning import plan
 from .preparation import LOW32, LOW64, prepare
 from .tuples import any_of, fill, nothing, pick, put
 
 __all__ = [
-    "FAR",
     "LN2",
     "LOW32",
     "LOW64",
@@ -65,12 +65,14 @@ __all__ = [
     "Shift",
     "View",
     "advance",
+    "any_lane",
     "any_of",
     "begin",
     "bound",
     "each",
     "far_below",
     "fill",
+    "has",
     "join",
     "largest",
     "locate",
@@ -88,6 +90,7 @@ __all__ = [
     "resize_weight",
     "taps_of",
     "values",
+    "weigh",
     "write_gradient",
     "write_pixels",
 ]

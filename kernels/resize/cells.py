@@ -48,7 +48,7 @@ class Place(NamedTuple):
 
     inside: Any  # the lane has a cell,
     own: Any  # which no other program writes
-    sample: Any  # int64
+    sample: Any
     y: Any  # the cell, from -1 (0 with aligned corners)
     x: Any
 
@@ -83,7 +83,7 @@ def locate(logits, grid, T):
     row = at // (logits.width + border)
     y = (row % (logits.height + border)).to(T.INT) - border
     x = (at % (logits.width + border)).to(T.INT) - border
-    return Place(inside, inside & (lane >= T.HALO), row // (logits.height + border), y, x)
+    return Place(inside, inside & (lane >= T.HALO), (row // (logits.height + border)).to(tl.int32), y, x)
 
 
 @triton.jit

@@ -33,7 +33,7 @@ def shares_of(planes, logits, grid, place, T):
     size = tl.cast(logits.height, tl.int64) * logits.width
     every = grid.samples * logits.classes * size
     which = (tl.program_id(0) % grid.split).to(tl.int64)
-    at = planes + which * 2 * every + place.sample * logits.classes * size + place.x
+    at = planes + which * 2 * every + place.sample.to(tl.int64) * logits.classes * size + place.x
     has = place.own & (place.x >= 0)
     below = place.y + 1
     has_lower = has & (below < logits.height)

@@ -69,7 +69,7 @@ def begin(view, cell):
     Four and not one with three offsets, because Triton's Coalesce pass walks the whole kernel for every pointer that is
     computed where it is used: most of the time of a compile.
     """
-    at = view.logits.data + cell.place.sample * view.logits.classes * plane_of(view.logits)
+    at = view.logits.data + cell.place.sample.to(tl.int64) * view.logits.classes * plane_of(view.logits)
     if len(view.taps) == 0:
         at += (cell.place.y + 1).to(tl.int64) * (view.logits.width + 2) + (cell.place.x + 1)
         return around(at, view.logits)
@@ -142,7 +142,7 @@ def bound(view, cell):
     """The largest corner over all classes, which no interpolated value exceeds: of each lane's cell, or of each label pixel
     where the map has taps."""
     logits = view.logits
-    at = logits.peak + cell.place.sample * plane_of(logits)
+    at = logits.peak + cell.place.sample.to(tl.int64) * plane_of(logits)
     out = ()
     if len(view.taps) == 0:
         at += (cell.place.y + 1).to(tl.int64) * (logits.width + 2) + (cell.place.x + 1)
@@ -164,11 +164,23 @@ def each(shift, COUNT: tl.constexpr):
 
 @triton.jit
 def far_below(total, counted):
-    """Whether any counted label pixel's sum of exponentials has lost terms."""
-    least = tl.where(counted[0], total[0], 1)
+    """The counted label pixels whose sum of exponentials has lost terms, as bits of an integer a lane: a tuple of masks would
+    keep a register for each while they are done again."""
+    bits = tl.where(counted[0] & (total[0] < FAR), 1, 0)
     for k in tl.static_range(1, len(total)):
-        least = tl.minimum(least, tl.where(counted[k], total[k], 1))
-    return tl.min(least) < FAR
+        bits |= tl.where(counted[k] & (total[k] < FAR), 1 << k, 0)
+    return bits
+
+
+@triton.jit
+def has(bits, k):
+    """The mask of the lanes whose bit ``k``, which is known at run time, is set."""
+    return ((bits >> k) & 1) != 0
+
+
+@triton.jit
+def any_lane(mask):
+    return tl.max(mask.to(tl.int32)) > 0
 
 
 @triton.jit

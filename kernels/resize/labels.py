@@ -28,22 +28,30 @@ class Labels(NamedTuple):
 class Worth(NamedTuple):
     """What each label pixel is worth: tuples of one entry a label pixel."""
 
-    label: (
-        Any  # as floats: of integers LLVM would look up class by class whether they count; -1 where one does not count
-    )
+    # As floats: of integers LLVM would look up class by class whether they count. -1 where a label pixel does not count.
+    label: Any
     counted: Any
     share: Any  # class weight, which the mean counts; 0 where it does not count
-    factor: Any  # that times pixel weight
     known: Any  # the log-sum-exp that ``selected`` has, base 2, inf where it does not count; or ()
 
 
 @triton.jit
 def in_row(to, grid, place, pixels):
-    """Pointers to the label pixels of a part's first row."""
+    """Pointers to the label pixels of a part's first row: from the first, as places of 64 bits would take two registers each
+    outside the loop over parts."""
     out = ()
-    row = (place.sample * grid.height + pixels.y[0]) * grid.width
+    first = to + ((place.sample.to(tl.int64) * grid.height + pixels.y[0]) * grid.width + pixels.x[0])
     for j in tl.static_range(len(pixels.x)):
-        out = out + (to + (row + pixels.x[j]),)
+        out = out + (first + j,)
+    return out
+
+
+@triton.jit
+def of_row(values, i, j: tl.constexpr, columns: tl.constexpr):
+    """Column ``j`` of row ``i``, which is known at run time."""
+    out = values[j]
+    for r in tl.static_range(1, len(values) // columns):
+        out = tl.where(i == r, values[r * columns + j], out)
     return out
 
 
@@ -62,21 +70,17 @@ def read_labels(labels, grid, place, pixels, classes, T):
     columns: tl.constexpr = len(pixels.x)
     zero = tl.zeros([T.CELLS], T.ACC)
     label = fill(tl.zeros([T.CELLS], tl.float32) - 1, len(pixels.exist))
-    share = fill(zero, len(pixels.exist))
-    factor = share
+    share = fill(zero, len(pixels.exist)) if labels.class_weight is not None else ()
     known = ()
     targets = in_row(labels.target, grid, place, pixels) if labels.target is not None else ()
-    weights = in_row(labels.pixel_weight, grid, place, pixels) if labels.pixel_weight is not None else ()
     chosen = in_row(labels.selected, grid, place, pixels) if labels.selected is not None else ()
     if len(chosen) > 0:
         if labels.selected.dtype.element_ty.is_floating():
             known = fill(zero + float("inf"), len(pixels.exist))
     for i in range(len(pixels.y)):
-        row_label, row_share, row_factor, row_known = (), (), (), ()
+        row_label, row_share, row_known = (), (), ()
         for j in tl.static_range(columns):
-            ok = pixels.exist[j]
-            for r in tl.static_range(1, len(pixels.y)):
-                ok = tl.where(i == r, pixels.exist[r * columns + j], ok)
+            ok = of_row(pixels.exist, i, j, columns)
             own = tl.zeros([T.CELLS], tl.int32)
             if len(targets) > 0:
                 given = tl.load(targets[j], mask=ok, other=0).to(tl.int64)
@@ -89,27 +93,43 @@ def read_labels(labels, grid, place, pixels, classes, T):
                     row_known = row_known + (tl.where(ok, found * INV_LN2, float("inf")),)
                 else:
                     ok = ok & (found != 0)
-            worth = ok.to(T.ACC)
-            if labels.class_weight is not None:
-                worth = tl.load(labels.class_weight + own, mask=ok, other=0)
-            row_share = row_share + (worth,)
-            if len(weights) > 0:
-                worth *= tl.load(weights[j], mask=ok, other=0)
-            row_factor = row_factor + (worth,)
+            if len(share) > 0:
+                row_share = row_share + (tl.load(labels.class_weight + own, mask=ok, other=0),)
             row_label = row_label + (tl.where(ok, own.to(tl.float32), -1.0),)
-        label, share, factor = (
-            put_row(label, i, row_label),
-            put_row(share, i, row_share),
-            put_row(factor, i, row_factor),
-        )
+        label = put_row(label, i, row_label)
+        if len(share) > 0:
+            share = put_row(share, i, row_share)
         if len(known) > 0:
             known = put_row(known, i, row_known)
-        targets, weights = advance(targets, grid.width), advance(weights, grid.width)
-        chosen = advance(chosen, grid.width)
+        targets, chosen = advance(targets, grid.width), advance(chosen, grid.width)
     counted = ()
     for k in tl.static_range(len(label)):
         counted = counted + (label[k] >= 0,)
-    return Worth(label, counted, share, factor, known)
+    if len(share) == 0:
+        for k in tl.static_range(len(label)):
+            share = share + (counted[k].to(T.ACC),)
+    return Worth(label, counted, share, known)
+
+
+@triton.jit
+def weigh(labels, grid, place, pixels, worth):
+    """What each label pixel's term is multiplied by: its share times its pixel weight. Read after the sums over the classes,
+    which need the registers."""
+    columns: tl.constexpr = len(pixels.x)
+    factor = worth.share
+    if labels.pixel_weight is not None:
+        at = in_row(labels.pixel_weight, grid, place, pixels)
+        read = factor
+        for i in range(len(pixels.y)):
+            row = ()
+            for j in tl.static_range(columns):
+                row = row + (tl.load(at[j], mask=of_row(worth.counted, i, j, columns), other=0),)
+            read = put_row(read, i, row)
+            at = advance(at, grid.width)
+        factor = ()
+        for k in tl.static_range(len(read)):
+            factor = factor + (worth.share[k] * read[k],)
+    return factor
 
 
 @triton.jit
@@ -119,11 +139,7 @@ def write_pixels(to, grid, place, pixels, given):
     at = in_row(to, grid, place, pixels)
     for i in range(len(pixels.y)):
         for j in tl.static_range(columns):
-            ok, value = pixels.exist[j], given[j]
-            for r in tl.static_range(1, len(pixels.y)):
-                ok = tl.where(i == r, pixels.exist[r * columns + j], ok)
-                value = tl.where(i == r, given[r * columns + j], value)
-            tl.store(at[j], value, mask=ok)
+            tl.store(at[j], of_row(given, i, j, columns), mask=of_row(pixels.exist, i, j, columns))
         at = advance(at, grid.width)
 
 
