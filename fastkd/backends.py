@@ -40,16 +40,13 @@ CHOICE: dict[str, dict[str, tuple[str, ...]]] = {
     "teacher_confidence": {"cpu": ("cpu",), "cuda": ("triton",)},
     "difficulty_mask": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
 }
-# What a row's order on a GPU rests on; tests/test_benchmarks.py compares it with benchmarks/results/cuda.csv.
+# What the order of two GPU backends rests on; tests/test_benchmarks.py compares it with benchmarks/results/cuda_kernels.csv.
 _H100, _PROTOTYPE = "H100 at 36b6442", "prototypes on an H100; these kernels have not run on a GPU"
 BASIS = {
     "nfd": _H100,
     "kd": f"Triton's reads once since then; {_H100}",
-    "cwd": "no CUDA C++ kernel",
     "resized_cross_entropy": _PROTOTYPE,
     "resized_kd": _PROTOTYPE,
-    "kd_confidence": "no CUDA C++ kernel",
-    "teacher_confidence": "no CUDA C++ kernel",
     "difficulty_mask": _PROTOTYPE,
 }
 _FORCED = os.environ.get("FASTKD_BACKEND", "auto")  # once: asking the environment is what a small call would mostly do
@@ -285,11 +282,17 @@ def backend_info() -> dict[str, Any]:
                 "cpu": _chosen(op, torch.device("cpu")),
                 "cuda": _chosen(op, torch.device("cuda")) if cuda else None,
                 "cuda_order": list(order["cuda"]),
-                "cuda_basis": BASIS[op],
+                "cuda_basis": _basis(op, order["cuda"]),
             }
             for op, order in CHOICE.items()
         },
     }
+
+
+def _basis(op: str, order: tuple[str, ...]) -> str:
+    if len(order) < 2:
+        return "nothing to choose from"
+    return BASIS.get(op, "these kernels have not run on a GPU")
 
 
 def _chosen(op: str, device: torch.device) -> str:
