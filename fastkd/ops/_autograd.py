@@ -115,8 +115,9 @@ def _late(
     if grad.dim() == 0:  # a map of one pixel a sample, or of all pixels
         grad = grad.expand(_weight_shape(loss, tensors, options))
     own = tensors[loss.pixel_weight]
-    tensors[loss.pixel_weight] = (grad if own is None else grad * own).contiguous()
-    return operator(backend, loss.name + "_gradient")(*tensors, *options, "sum", how[1])[2]
+    weighted = [*tensors]  # a copy: to the Dynamo of torch 2.10 these are a tuple
+    weighted[loss.pixel_weight] = (grad if own is None else grad * own).contiguous()
+    return operator(backend, loss.name + "_gradient")(*weighted, *options, "sum", how[1])[2]
 
 
 def _weight_shape(loss: Loss, tensors: list[Tensor | None], options: tuple[Any, ...]) -> tuple[int, ...]:
