@@ -6,7 +6,7 @@ WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test test-all test-tools bench lint wheel clean
+.PHONY: demo test test-all test-tools bench lint docs wheel clean
 
 # glibc gives large blocks back to the system after every use; keeping them saves the page faults of a CPU training.
 demo: export MALLOC_MMAP_THRESHOLD_ = 33554432
@@ -43,6 +43,10 @@ bench: .venv/.built
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.bench_step
 	$(BIN)/python -m benchmarks.publish
+
+# The docs as a site, in site/. A broken link is an error.
+docs: .venv/.built
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
 
 lint: .venv/.built
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Checks and normal forms of the losses' arguments. Each error says what was got, what was expected, what to do."""
+"""Checks and normal forms of the losses' arguments. Each error names what was given, what was expected and the remedy."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_number(
 
 
 def check_constant(name: str, x: object) -> None:
-    """Kernels compute no gradient for it, so a tensor that wants one would be a constant in silence."""
+    """Kernels compute no gradient for it, so one that requires grad would silently be a constant."""
     if isinstance(x, Tensor) and x.requires_grad:
         raise ValueError(f"{name}: requires grad, but it is taken as a constant; pass {name}.detach()")
 

@@ -2,7 +2,7 @@
 
 A backend is chosen per call from the device of the tensors: ``cpu`` (C++) for CPU tensors, ``triton`` for CUDA tensors
 (``cuda``, CUDA C++, where it was measured to be faster), ``reference`` (plain PyTorch, any device) where a kernel is missing.
-``FASTKD_BACKEND`` or :class:`use_backend` forces one. Nothing is loaded or compiled before the first call that needs it.
+``FASTKD_BACKEND`` or `use_backend` forces one. Nothing is loaded or compiled before the first call that needs it.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def why_not(backend: str) -> str | None:
 
 
 def requested() -> str:
-    """The backend forced by :class:`use_backend` or, when fastkd was imported, ``FASTKD_BACKEND``; else ``"auto"``."""
+    """The backend forced by `use_backend` or, when fastkd was imported, ``FASTKD_BACKEND``; else ``"auto"``."""
     name = _this_thread.forced or _FORCED
     if name not in NAMES:
         raise ValueError(f"FASTKD_BACKEND is {name!r}; expected one of {', '.join(NAMES)}")
@@ -160,7 +160,7 @@ def choose(op: str, device: torch.device, cuda: bool = True) -> str:
     """Backend for ``op`` on tensors of ``device``.
 
     Args:
-        op: a key of :data:`CHOICE`.
+        op: a key of `CHOICE`.
         cuda: whether CUDA C++ is fast for a call of this shape; if not, the next backend does it, unless CUDA C++ is forced.
 
     Raises:

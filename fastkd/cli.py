@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import sys
@@ -77,7 +78,7 @@ def _train(words: list[str]) -> int:
     result = train(config, **flags)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+    if os.environ.get("RANK", "0") == "0":  # only the first process prints
         print(_summary(result))
     return 0
 
@@ -304,6 +305,7 @@ def _info(words: list[str]) -> int:
 
 def _info_lines() -> Iterator[str]:
     """What a bug report needs, one line each."""
+    import importlib.metadata
     import platform
 
     import torch
@@ -311,16 +313,27 @@ def _info_lines() -> Iterator[str]:
     import fastkd
 
     info = fastkd.backend_info()
+    found = {}
+    for name in ("triton", "numpy", "accelerate", "segmentation-models-pytorch", "timm", "torchvision", "liger-kernel"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     yield f"fastkd {fastkd.__version__}, Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}"
+    yield f"packages: {', '.join(f'{name} {version}' for name, version in found.items()) or 'none of the optional packages'}"
+    yield f"CPU: {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    if not torch.cuda.device_count():
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else torch.version.hip or "CPUs"
+        yield f"GPU: none that torch finds (it is built for {built})"
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
         yield f"cuda:{i} {torch.cuda.get_device_name(i)}, sm_{major}{minor}, CUDA {torch.version.cuda or torch.version.hip}"
     yield f"requested: {info['requested']}"
     for name, backend in info["backends"].items():
         yield f"{name:10} {'yes' if backend['available'] else 'no'}: {backend['detail'] or backend['reason']}"
-    yield f"{'chosen':22} {'CPU':10} {'GPU':10} {'of':18} measured"
+    width = max(map(len, info["operators"]))
+    yield f"{'operator':{width}} {'on CPU':10} {'on GPU':10} {'order on a GPU':28} measured"
     for op, row in info["operators"].items():
-        yield f"{op:22} {row['cpu']:10} {row['cuda'] or '-':10} {', then '.join(row['cuda_order']):18} {row['cuda_basis']}"
+        order = ", ".join([*row["cuda_order"], "reference"])
+        yield f"{op:{width}} {row['cpu']:10} {row['cuda'] or '-':10} {order:28} {row['cuda_basis']}"
 
 
 def _device(name: str | None) -> Any:

@@ -175,7 +175,7 @@ def _keep(
             which = "tap a module that returns one"
         raise TypeError(f"{where}: expected a tensor, got a {type(out).__name__}; {which}")
     mode = name, module.training
-    # A compiled model and inference tensors count no writes: there what is known counts, and what is not is copied.
+    # Compiled models and inference tensors count no writes: use what is known, and copy the rest.
     counted = not (torch.compiler.is_compiling() or out.is_inference())
     known = overwritten.get(mode)
     copy = out.clone() if known is not False else None

@@ -57,10 +57,10 @@ ACTIVATIONS = ("softmax", "sigmoid")
 
 
 def reduction_of(word: str, terms: int, batch: int, *, counted: bool = False, weight: float = 1.0) -> tuple[str, float]:
-    """A reduction in the words of the operators (:class:`fastkd.ops.Loss`): "sum", "mean" or "none", and a scale.
+    """A reduction in the words of the operators (`fastkd.ops.Loss`): "sum", "mean" or "none", and a scale.
 
     Args:
-        word: of :data:`PIXEL_REDUCTIONS`.
+        word: of `PIXEL_REDUCTIONS`.
         terms: how many there are. batch: N.
         counted: whether the labels decide which terms count.
         weight: ``loss_weight`` of a module.
@@ -73,7 +73,7 @@ def reduction_of(word: str, terms: int, batch: int, *, counted: bool = False, we
 
 
 class RDDOutput(NamedTuple):
-    """What one RDD step gives.
+    """The result of one RDD step.
 
     ``loss`` = ``task`` + kd_weight * ``kd``, all 0-d and differentiable; ``stage`` is ``"tfe"`` or ``"tse"``;
     ``selected`` is 0-d, the share of valid pixels that carry task loss, without gradient.
@@ -112,7 +112,7 @@ def nfd_loss(
     Args:
         student: (N, C, H, W), (N, C, L) or (N, C, D, H, W); tokens (B, L, C) as ``x.transpose(1, 2)``, read in place. Below,
             H, W stand for all spatial axes.
-        teacher: the same shape; another C needs an adapter, another size a resize (:class:`fastkd.NFDLoss` does both).
+        teacher: the same shape; another C needs an adapter, another size a resize (`fastkd.NFDLoss` does both).
         dims: what a z-score is taken over: ``"hw"`` per sample and channel, ``"nhw"`` per channel over the batch,
             ``"c"`` per pixel over the channels, ``"chw"`` per sample.
         eps: added to the (biased) variance, >= 0.
@@ -240,7 +240,7 @@ def resized_cross_entropy(
     label_smoothing: float = 0.0,
     focal_gamma: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy at label resolution of logits at their own: bilinear resize, then cross-entropy.
+    """Fused bilinear resize of the logits to the labels and cross-entropy.
 
     Args:
         logits: (N, C, h, w).
@@ -249,7 +249,7 @@ def resized_cross_entropy(
         pixel_weight: (N, H, W), or (N, h', w') of another size, which is resized the same way; scales the terms only.
         align_corners: the convention of the resize (True in CIRKD and RDD, False in torchvision).
         reduction: ``"mean"`` over valid pixels, ``"mean_all"``, ``"sum"``, ``"batchmean"``, ``"none"``: (N, H, W).
-        label_smoothing: in [0, 1), as in :func:`torch.nn.functional.cross_entropy`.
+        label_smoothing: in [0, 1), as in `torch.nn.functional.cross_entropy`.
         focal_gamma: >= 0; a term is multiplied by (1 - p)^gamma, p the probability of its label (focal loss, arXiv
             1708.02002; ``class_weight`` is its alpha). Not both of them.
     """
@@ -267,7 +267,7 @@ class Labels(NamedTuple):
 
 
 def check_shape_options(label_smoothing: float, focal_gamma: float) -> None:
-    """Of :func:`resized_cross_entropy`."""
+    """Of `resized_cross_entropy`."""
     check_number("label_smoothing", label_smoothing, minimum=0, below=1)
     check_number("focal_gamma", focal_gamma, minimum=0)
     if label_smoothing and focal_gamma:
@@ -309,10 +309,10 @@ def resized_ohem_cross_entropy(
     align_corners: bool = False,
     reduction: str = "mean",
 ) -> Tensor:
-    """:func:`resized_cross_entropy` over the hard pixels alone: online hard example mining (OHEM, arXiv 1604.03540).
+    """`resized_cross_entropy` over the hard pixels alone: online hard example mining (OHEM, arXiv 1604.03540).
 
     Hard is a valid pixel whose labelled class has probability <= max(threshold, the k-th smallest of the batch),
-    k = min(min_kept, pixels), where ignored pixels count as 1: the mask of :func:`difficulty_mask` with
+    k = min(min_kept, pixels), where ignored pixels count as 1: the mask of `difficulty_mask` with
     ``select="student", confidence="label"``. The mask has no gradient.
 
     Args:
@@ -340,7 +340,7 @@ def _resized_ohem_cross_entropy(
 
 
 class DiceOptions(NamedTuple):
-    """Which Dice, of the many: see :func:`resized_dice_loss`."""
+    """Which Dice, of the many: see `resized_dice_loss`."""
 
     batch: bool = True
     smooth: float = 1.0
@@ -415,7 +415,7 @@ def resized_cross_entropy_dice_loss(
     ignore_index: int = 255,
     align_corners: bool = False,
 ) -> CEDiceOutput:
-    """:func:`resized_cross_entropy` and :func:`resized_dice_loss`, their means, in shared passes.
+    """`resized_cross_entropy` and `resized_dice_loss`, their means, in shared passes.
 
     Args:
         logits: (N, C, h, w); with C = 1 ``ce`` is the binary cross-entropy.
@@ -481,7 +481,7 @@ def _check_dice(logits: Tensor, labels: Labels, options: DiceOptions) -> None:
 
 
 def _dice_sums(logits: Tensor, labels: Labels, square: bool, columns: int) -> Tensor:
-    """The sums of :mod:`fastkd.ops.resized_dice`, (N, C, columns) in fp64; one logit is the second of two classes."""
+    """The sums of `fastkd.ops.resized_dice`, (N, C, columns) in fp64; one logit is the second of two classes."""
     target, _, ignore_index, align_corners = labels
     if logits.shape[1] == 1:
         logits = torch.cat([torch.zeros_like(logits), logits], 1)  # softmax of (0, z) is sigmoid(z)
@@ -497,7 +497,7 @@ def _dice_sums(logits: Tensor, labels: Labels, square: bool, columns: int) -> Te
 
 
 def _dice(sums: Tensor, classes: int, class_weight: Tensor | None, options: DiceOptions, reduction: str) -> Tensor:
-    """Dice of the sums of :func:`_dice_sums`, in fp64."""
+    """Dice of the sums of `_dice_sums`, in fp64."""
     sums = sums[:, -classes:]  # of one logit's two classes the second
     if options.batch:
         sums = sums.sum(0)
@@ -533,7 +533,7 @@ def resized_binary_cross_entropy(
         logits: (N, C, h, w).
         target: 0 and 1 of any integer dtype or bool, (N, C, H, W), for C = 1 also (N, H, W). Elements that are
             ``ignore_index`` do not count.
-        pos_weight: (C,), multiplies the terms of ones, as in :func:`torch.nn.functional.binary_cross_entropy_with_logits`.
+        pos_weight: (C,), multiplies the terms of ones, as in `torch.nn.functional.binary_cross_entropy_with_logits`.
         pixel_weight: (N, H, W), or (N, h', w') of another size, which is resized the same way; scales the terms only.
         reduction: ``"mean"`` over the elements that count, ``"mean_all"``, ``"sum"``, ``"batchmean"``, ``"none"``: like
             ``target``.
@@ -596,15 +596,15 @@ def resized_kd_loss(
     reduction: str = "mean",
     activation: str = "softmax",
 ) -> Tensor:
-    """:func:`kd_loss` at ``size`` of logits at their own: both sides are resized bilinearly, then compared.
+    """Fused bilinear resize of both sides to ``size`` and `kd_loss`.
 
     Args:
         student: logits (N, C, h, w).
         teacher: logits (N, C, h', w').
         size: (H, W) of the labels.
         target: labels (N, H, W) or None; pixel_weight: (N, H, W), or of another size, which is resized the same way.
-        temperature, ignore_index, align_corners, reduction, activation: as in :func:`kd_loss` and
-            :func:`resized_cross_entropy`.
+        temperature, ignore_index, align_corners, reduction, activation: as in `kd_loss` and
+            `resized_cross_entropy`.
     """
     options = (temperature, ignore_index, align_corners, activation)
     return _resized_kd_loss(student, teacher, target, pixel_weight, size, options, reduction, 1.0)
@@ -731,7 +731,7 @@ def rdd_loss(
     """Relative difficulty distillation (arXiv 2407.03719): task loss weighted by relative difficulty, plus KD.
 
     TFE: mean over all pixels of exp(-D) * CE(S), D the KL between the teacher's two heads. TSE: CE(S) over the pixels
-    :func:`difficulty_mask` selects. KD is :func:`kd_loss` at logit size over all pixels.
+    `difficulty_mask` selects. KD is `kd_loss` at logit size over all pixels.
 
     Args:
         student, teacher: main logits (N, C, h, w).
@@ -761,7 +761,7 @@ class Heads(NamedTuple):
 
 
 class RDDOptions(NamedTuple):
-    """The options of :func:`rdd_loss`; None is the preset's value."""
+    """The options of `rdd_loss`; None is the preset's value."""
 
     preset: str
     kd_weight: float
@@ -775,7 +775,7 @@ class RDDOptions(NamedTuple):
 
 
 class _Hard(NamedTuple):
-    """Which pixels :func:`difficulty_mask` selects."""
+    """Which pixels `difficulty_mask` selects."""
 
     threshold: float
     min_kept: int
@@ -906,10 +906,10 @@ def _cross_entropy(
     loss_weight: float,
     shape: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[Tensor, Tensor]:
-    """:func:`resized_cross_entropy` over the selected pixels, and their number or summed class weights.
+    """`resized_cross_entropy` over the selected pixels, and their number or summed class weights.
 
     Args:
-        selected: bool (N, H, W); or their log-sum-exp, NaN where a pixel is not selected (:func:`_difficulty`).
+        selected: bool (N, H, W); or their log-sum-exp, NaN where a pixel is not selected (`_difficulty`).
         shape: label smoothing and focal gamma; with them every pixel is selected.
     """
     target, class_weight, ignore_index, align_corners = labels
@@ -958,7 +958,7 @@ def _confidence(main: Tensor, aux: Tensor, direction: str) -> Tensor:
 
 
 def _kd_and_confidence(heads: Heads, direction: str, temperature: float, loss_weight: float) -> tuple[Tensor, Tensor]:
-    """KD and TFE's map; at temperature 1, which RDD has unless told otherwise, from one read."""
+    """KD and TFE's map; from one read at temperature 1, the default."""
     student, teacher, _, teacher_aux = heads
     assert teacher_aux is not None
     backend = backends.choose("kd_confidence", student.device)
@@ -979,7 +979,7 @@ def _mean_of(logits: Tensor, loss_weight: float) -> tuple[str, float]:
 
 @torch.no_grad()
 def _difficulty(student: Tensor, teacher: Tensor, labels: Labels, hard: _Hard, keep_lse: bool) -> tuple[Tensor, Tensor]:
-    """:func:`difficulty_mask`, and the share of valid pixels that are selected.
+    """`difficulty_mask`, and the share of valid pixels that are selected.
 
     Args:
         keep_lse: where the backend can, the student's log-sum-exp is kept as well: the mask is then a map of it, NaN where a

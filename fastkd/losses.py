@@ -1,4 +1,4 @@
-"""The losses as drop-in ``nn.Module``s: they hold options and adapters and call :mod:`fastkd.functional`.
+"""The losses as drop-in ``nn.Module``s: they hold options and adapters and call `fastkd.functional`.
 
 Constructor keywords are those of the function of the same name, plus ``loss_weight``, which multiplies the result.
 """
@@ -34,11 +34,11 @@ CITYSCAPES_CLASS_WEIGHTS = (
 
 
 class NFDLoss(nn.Module):
-    """:func:`fastkd.nfd_loss` of two feature maps that may differ in channels and size.
+    """`fastkd.nfd_loss` of two feature maps that may differ in channels and size.
 
     With ``in_channels`` and ``teacher_channels`` the student first passes a trained 1x1 convolution (``adapter``, no
     bias: a constant per channel cancels in the z-score); give its parameters to the optimiser. A teacher of another
-    H, W is resized bilinearly to the student's. Tokens and volumes: as in :func:`fastkd.nfd_loss`.
+    H, W is resized bilinearly to the student's. Tokens and volumes: as in `fastkd.nfd_loss`.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class NFDLoss(nn.Module):
 
 
 class CWDLoss(nn.Module):
-    """:func:`fastkd.cwd_loss`."""
+    """`fastkd.cwd_loss`."""
 
     def __init__(self, *, temperature: float = 4.0, reduction: str = "mean", loss_weight: float = 1.0):
         super().__init__()
@@ -96,7 +96,7 @@ class CWDLoss(nn.Module):
 
 
 class KDLoss(nn.Module):
-    """:func:`fastkd.kd_loss`."""
+    """`fastkd.kd_loss`."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class KDLoss(nn.Module):
 
 
 class ResizedCrossEntropyLoss(nn.Module):
-    """:func:`fastkd.resized_cross_entropy`; ``class_weight`` (a tensor or a sequence) becomes a buffer."""
+    """`fastkd.resized_cross_entropy`; ``class_weight`` (a tensor or a sequence) becomes a buffer."""
 
     class_weight: Tensor | None
 
@@ -161,7 +161,7 @@ class ResizedCrossEntropyLoss(nn.Module):
 
 
 class ResizedOHEMCrossEntropyLoss(nn.Module):
-    """:func:`fastkd.resized_ohem_cross_entropy`; ``class_weight`` (a tensor or a sequence) becomes a buffer."""
+    """`fastkd.resized_ohem_cross_entropy`; ``class_weight`` (a tensor or a sequence) becomes a buffer."""
 
     class_weight: Tensor | None
 
@@ -199,7 +199,7 @@ class ResizedOHEMCrossEntropyLoss(nn.Module):
 
 
 class ResizedDiceLoss(nn.Module):
-    """:func:`fastkd.resized_dice_loss`; ``class_weight`` (a tensor or a sequence) becomes a buffer."""
+    """`fastkd.resized_dice_loss`; ``class_weight`` (a tensor or a sequence) becomes a buffer."""
 
     class_weight: Tensor | None
 
@@ -234,7 +234,7 @@ class ResizedDiceLoss(nn.Module):
 
 
 class ResizedCrossEntropyDiceLoss(nn.Module):
-    """:func:`fastkd.resized_cross_entropy_dice_loss`; ``class_weight`` (a tensor or a sequence) becomes a buffer.
+    """`fastkd.resized_cross_entropy_dice_loss`; ``class_weight`` (a tensor or a sequence) becomes a buffer.
 
     ``loss_weight`` multiplies ``loss``, ``ce`` and ``dice``.
     """
@@ -280,7 +280,7 @@ class ResizedCrossEntropyDiceLoss(nn.Module):
 
 
 class ResizedBinaryCrossEntropyLoss(nn.Module):
-    """:func:`fastkd.resized_binary_cross_entropy`; ``pos_weight`` (a tensor or a sequence) becomes a buffer."""
+    """`fastkd.resized_binary_cross_entropy`; ``pos_weight`` (a tensor or a sequence) becomes a buffer."""
 
     pos_weight: Tensor | None
 
@@ -310,7 +310,7 @@ class ResizedBinaryCrossEntropyLoss(nn.Module):
 
 
 class ResizedKDLoss(nn.Module):
-    """:func:`fastkd.resized_kd_loss`; ``size`` defaults to that of the labels given to ``forward``."""
+    """`fastkd.resized_kd_loss`; ``size`` defaults to that of the labels given to ``forward``."""
 
     def __init__(
         self,
@@ -351,7 +351,7 @@ class ResizedKDLoss(nn.Module):
 
 
 class RDDLoss(nn.Module):
-    """:func:`fastkd.rdd_loss` over a run: TFE for the first ``tfe_steps`` steps, TSE for the rest.
+    """`fastkd.rdd_loss` over a run: TFE for the first ``tfe_steps`` steps, TSE for the rest.
 
     Args:
         total_steps: optimiser steps of the run, > 0.
@@ -361,7 +361,7 @@ class RDDLoss(nn.Module):
         blend: after TFE, task = (1 - l) * TSE + l * TFE with l = (total - step) / (total - tfe_steps), as in the
             released code. Needs ``teacher_aux`` at every step.
         loss_weight: multiplies ``loss``, ``task`` and ``kd``.
-        The rest: as in :func:`fastkd.rdd_loss`; ``class_weight`` may be a sequence and becomes a buffer.
+        The rest: as in `fastkd.rdd_loss`; ``class_weight`` may be a sequence and becomes a buffer.
     """
 
     class_weight: Tensor | None

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 @dataclass(frozen=True, repr=False)
 class Range:
-    """Finite numbers from `low` to `high`; `above` and `below` are ends that do not belong. note: said beside it."""
+    """Finite numbers from `low` to `high`; `above` and `below` are exclusive. note: shown with it."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -116,7 +116,7 @@ def _fits(hint: Any, value: Any) -> bool:
 
 
 def words(hint: Any) -> str:
-    """A type as it is said in a message."""
+    """A type in the words of a message."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         limits = " and ".join(repr(r) for r in parts[1:] if isinstance(r, Range))

@@ -1,8 +1,8 @@
 """Every operator in plain PyTorch: the specification, and the fallback where there is no kernel.
 
-Shapes and words are those of :mod:`fastkd.functional`; arguments are taken as checked. Arithmetic is fp32 (fp64 for
+Shapes and words are those of `fastkd.functional`; arguments are taken as checked. Arithmetic is fp32 (fp64 for
 fp64 inputs); everything is differentiable with respect to the student by autograd. Pixel losses come back per pixel,
-with what is counted; :func:`reduce` turns terms into one number.
+with what is counted; `reduce` turns terms into one number.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def cross_entropy(
 
 
 def dice_sums(logits: Tensor, target: Tensor, ignore_index: int, square: bool, columns: int) -> Tensor:
-    """What Dice and cross-entropy are made of, (N, C, columns) in fp64: the columns of :mod:`fastkd.ops.resized_dice`."""
+    """What Dice and cross-entropy are made of, (N, C, columns) in fp64: the columns of `fastkd.ops.resized_dice`."""
     classes = logits.shape[1]
     valid = valid_pixels(target, classes, ignore_index)
     label = torch.where(valid, target.long(), classes)
@@ -145,7 +145,7 @@ def count_pixels(
 
 
 def reduce(terms: Tensor, reduction: str, scale: float, count: Tensor | None = None) -> Tensor:
-    """Terms of pixels or groups, 0 where ignored, reduced as every operator does it (:class:`fastkd.ops.Loss`)."""
+    """Terms of pixels or groups, 0 where ignored, reduced as every operator does it (`fastkd.ops.Loss`)."""
     if reduction == "none":
         return terms * scale
     total = terms.sum() * scale

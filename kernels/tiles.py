@@ -136,7 +136,7 @@ def block_of(block, inner, BLOCK_INNER: tl.constexpr):
     """The outer index of a block, and its BLOCK_INNER inner indices, int64."""
     blocks = tl.cdiv(inner, BLOCK_INNER)
     lane = tl.arange(0, BLOCK_INNER)
-    # Written so that Triton sees runs of 4 and not of 8: a thread keeps its sums once for each inner index it loads.
+    # Limits inferred contiguity to 4, so each thread keeps fewer accumulators.
     i = (block % blocks).to(tl.int64) * BLOCK_INNER + (lane // 4 * 4 + lane % 4)
     return (block // blocks).to(tl.int64), i
 

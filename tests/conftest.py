@@ -24,6 +24,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; what is abou
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "promise(name): checks what tests/promises.py promises under that name")
+
+
 def pytest_make_parametrize_id(config, val, argname):
     """What decides a test is in its ID: dtypes, layouts, sizes and classes too, which pytest would number."""
     if isinstance(val, torch.dtype | torch.memory_format):

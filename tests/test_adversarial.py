@@ -104,6 +104,7 @@ def assert_as_right_as_eager(name: str, backend: str, student: Tensor, teacher: 
         budget.assert_within(what, got, plain, want, acc, unit=natural[what], moved=near)
 
 
+@pytest.mark.promise("finite")
 @each_kernel
 @each_loss
 @few
@@ -125,6 +126,7 @@ def test_extreme_contents(backend, name, shape, kinds, powers, dtype, layouts, s
     assert_as_right_as_eager(name, backend, student, teacher, y)
 
 
+@pytest.mark.promise("nfd-flat")
 @each_kernel
 @pytest.mark.parametrize("dims", ["hw", "nhw", "c", "chw"])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
@@ -141,6 +143,7 @@ def test_nfd_of_flat_groups_is_bounded(backend, dims, layout):
         assert gradient.isfinite().all()
 
 
+@pytest.mark.promise("cwd-flat")
 @each_kernel
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_cwd_of_huge_flat_maps(backend, layout):
@@ -160,6 +163,7 @@ def test_cwd_of_huge_flat_maps(backend, layout):
         torch.testing.assert_close(gradient, 0.3 * (1 / 108 - onehot))
 
 
+@pytest.mark.promise("masked-classes")
 @each_kernel
 @pytest.mark.parametrize("temperature", [1.0, 0.25])
 @pytest.mark.parametrize("size", [(9, 12), (30, 41)])
@@ -182,6 +186,7 @@ def test_classes_masked_with_the_lowest_number(backend, temperature, size):
 # ---- NaN and infinity -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("nan")
 @each_kernel
 @each_loss
 @few
@@ -223,6 +228,7 @@ def test_not_finite_goes_where_it_belongs(backend, name, shape, bad, side, many,
         assert not ours[0][~eager[0].isfinite()].isfinite().any(), "loss: finite where plain PyTorch is not"
 
 
+@pytest.mark.promise("ignored-pixels")
 @each_kernel
 def test_weights_of_ignored_pixels_do_not_matter(backend):
     """A weight that is NaN or infinite where the label is ignored changes nothing, there or next to it."""
@@ -243,6 +249,7 @@ def test_weights_of_ignored_pixels_do_not_matter(backend):
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.promise("value-error")
 @each_backend
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 def test_numbers_that_are_none(backend, bad):
@@ -260,6 +267,7 @@ def test_numbers_that_are_none(backend, bad):
             call()
 
 
+@pytest.mark.promise("fp16-range")
 @each_kernel
 def test_fp16_gradient_with_large_weights(backend):
     """The gradient of the sum is beyond fp16 here; that of the mean is not."""
@@ -276,6 +284,7 @@ def test_fp16_gradient_with_large_weights(backend):
 # ---- shapes, labels, memory -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("finite")
 @each_kernel
 @each_loss
 @pytest.mark.parametrize(
@@ -288,6 +297,7 @@ def test_one_pixel_and_any_number_of_channels(backend, name, shape):
         assert_as_right_as_eager(name, backend, student, teacher, y)
 
 
+@pytest.mark.promise("nothing-counted")
 @each_backend
 @each_loss
 @pytest.mark.parametrize("shape", [(0, 5, 4, 4), (0, 1, 1, 1)])
@@ -298,6 +308,7 @@ def test_empty_batch(backend, name, shape):
     assert gradient.shape == shape
 
 
+@pytest.mark.promise("nothing-counted")
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
 def test_every_label_ignored(backend, dtype):
@@ -320,6 +331,7 @@ def test_every_label_ignored(backend, dtype):
         assert not fastkd.difficulty_mask(student, teacher, y, select="or").any()
 
 
+@pytest.mark.promise("ignored-pixels")
 @each_kernel
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
 def test_operators_ignore_labels_out_of_range(backend, dtype):
@@ -343,6 +355,7 @@ def test_operators_ignore_labels_out_of_range(backend, dtype):
         assert all(torch.equal(a, b) for a, b in zip(call(bad), call(good), strict=True))
 
 
+@pytest.mark.promise("inputs")
 @each_kernel
 @each_loss
 def test_student_and_teacher_share_memory(backend, name):
@@ -358,6 +371,7 @@ def test_student_and_teacher_share_memory(backend, name):
         assert torch.equal(storage, before)
 
 
+@pytest.mark.promise("equal-maps")
 @each_kernel
 @few
 @given(
@@ -454,6 +468,7 @@ print(op.isa())
 """
 
 
+@pytest.mark.promise("half-precision")
 @pytest.mark.skipif(backends.why_not("cpu") is not None, reason=str(backends.why_not("cpu")))
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_number_of_half_precision(isa):
@@ -544,7 +559,7 @@ class Sequences(RuleBasedStateMachine):
 
 
 Sequences.TestCase.settings = settings(max_examples=8, stateful_step_count=20)
-TestSequences = Sequences.TestCase
+TestSequences = pytest.mark.promise("sequences")(pytest.mark.promise("callers")(Sequences.TestCase))
 
 
 class Heap(ctypes.Structure):
@@ -573,6 +588,7 @@ def bytes_in_use() -> int:
     return heap.uordblks + heap.hblkhd
 
 
+@pytest.mark.promise("no-leak")
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="counts bytes by glibc's mallinfo2")
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts the heap of the C++ kernels")
 @each_loss
@@ -612,6 +628,7 @@ def one_label_in_the_last_row():
     return target
 
 
+@pytest.mark.promise("large")
 @pytest.mark.slow
 @needs_memory(18)
 @pytest.mark.parametrize("name", ["nfd", "cwd", "kd"])
@@ -639,6 +656,7 @@ def test_more_than_two_to_the_31_elements(name):
     assert torch.equal(whole.grad[1, ::7, ::5], alone.grad[0, ::7, ::5])
 
 
+@pytest.mark.promise("large")
 @pytest.mark.slow
 @needs_memory(18)
 def test_more_than_two_to_the_31_label_pixels():
@@ -654,6 +672,7 @@ def test_more_than_two_to_the_31_label_pixels():
     assert logits.grad.count_nonzero() == 3
 
 
+@pytest.mark.promise("large")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("min_kept", "threshold"),

@@ -52,6 +52,7 @@ class Hostile:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.promise("no-code")
 @pytest.mark.parametrize("where", ["whole", "inside"])
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
 @pytest.mark.parametrize("read", [checkpoint.load, checkpoint.load_network, load_state_file])
@@ -84,6 +85,7 @@ def damage(data: bytes, chance: random.Random) -> bytes:
     return bytes(changed)
 
 
+@pytest.mark.promise("foreign")
 def test_damaged_checkpoints(tmp_path):
     """What is read in spite of the damage is what was written; all else names the file."""
     state = {"format": 1, "model": {"w": torch.arange(3000.0)}, "classes": ["a"], "step": 7}
@@ -113,6 +115,7 @@ PLACES = [
 ]  # fmt: skip
 
 
+@pytest.mark.promise("foreign")
 @pytest.mark.parametrize("place", PLACES, ids=".".join)
 def test_foreign_checkpoints(place, good, tmp_path):
     """A value that is missing or of another kind: an error that names the file, never a traceback of something else."""
@@ -157,6 +160,7 @@ def test_a_configuration_of_another_version(place, value, good, tmp_path, capsys
     assert str(path) in capsys.readouterr().err
 
 
+@pytest.mark.promise("no-fetch")
 @pytest.mark.parametrize("encoder", ["tu-hf-hub:someone/something", "tu-local-dir:/tmp", "hf-hub:someone/something"])
 def test_a_checkpoint_fetches_nothing(encoder, good, tmp_path):
     state = copy.deepcopy(good)
@@ -173,6 +177,7 @@ def refused(words: list[str], capsys) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.promise("yaml-bomb")
 def test_yaml_that_unfolds_without_end(tmp_path, capsys):
     """Eight lines that name each other ten times are a hundred million values."""
     path = tmp_path / "run.yaml"
@@ -186,6 +191,7 @@ def test_yaml_that_unfolds_without_end(tmp_path, capsys):
     assert parse(["--config", str(path)])[0].optim.lr == 0.5
 
 
+@pytest.mark.promise("foreign")
 def test_damaged_yaml(tmp_path, capsys):
     """Random edits of a configuration: it is read, or refused with exit status 2; nothing else."""
     text = "out: run\nmethod: none\noptim: {lr: 0.1, name: sgd}\ntrain:\n  steps: 5\n  precision: bf16\n"
@@ -221,6 +227,7 @@ def pictures() -> list[bytes]:
     return files
 
 
+@pytest.mark.promise("data-roots")
 @pytest.mark.filterwarnings("ignore:::PIL")
 def test_damaged_images(tmp_path):
     """Random edits, up to four in a file: it is read whole, or the error names it; nothing else."""

@@ -28,6 +28,7 @@ def takes(backend: str, name: str) -> None:
         pytest.skip("CUDA C++ has no kernel for it")
 
 
+@pytest.mark.promise("backward-again")
 @each_kernel
 @each_loss
 @half_and_single
@@ -80,6 +81,7 @@ def test_accumulates_like_any_gradient(backend, name):
     budget.assert_close(student.grad, 4 * alone.double())
 
 
+@pytest.mark.promise("fp16-range")
 @each_kernel
 @pytest.mark.parametrize("scaler", [1.0, 2.0**16])
 @pytest.mark.parametrize("name", ["kd", "kd_target", "resized_ce", "resized_kd"])
@@ -103,6 +105,7 @@ def test_fp16_gradient_of_a_mean_over_a_million_pixels(backend, name, scaler):
     assert error <= budget.roundings(1, want, 2**-11) + (0.5 * step * want.numel() ** 0.5 if scaler == 1 else 1e-9)
 
 
+@pytest.mark.promise("fp16-range")
 @each_kernel
 @pytest.mark.parametrize("name", ["kd", "resized_ce", "resized_kd", "class_weight"])
 def test_fp16_gradient_of_large_pixel_weights(backend, name):
@@ -140,6 +143,7 @@ MODULES = {
 }
 
 
+@pytest.mark.promise("rescale")
 @each_kernel
 @pytest.mark.parametrize("weight", [1.0, 8.0, 2.0**-10])
 @pytest.mark.parametrize("name", MODULES)
@@ -157,6 +161,7 @@ def test_loss_weight_of_a_module(backend, name, weight):
     assert torch.equal(gradients[0], gradients[1] * weight)
 
 
+@pytest.mark.promise("backward-again")
 @each_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", EACH)

@@ -28,6 +28,7 @@ def test_cpu_kernels_are_built():
     assert backends.why_not("cpu") is None
 
 
+@pytest.mark.promise("light-import")
 def test_import_is_light():
     out = python(
         "import sys, fastkd\n"
@@ -57,6 +58,7 @@ def test_environment_forces():
     assert "FASTKD_BACKEND is 'gpu'; expected one of auto, reference, cpu, triton, cuda" in wrong.stderr
 
 
+@pytest.mark.promise("backend-error")
 def test_forcing_what_cannot_run():
     if not torch.cuda.is_available():
         with pytest.raises(
@@ -126,6 +128,7 @@ def test_the_table_names_kernels_that_exist():
             assert set(names) <= set(backends.implementations(op)), (op, device)
 
 
+@pytest.mark.promise("pure-python")
 def test_says_once_what_is_missing():
     code = """
 import warnings, torch, fastkd
@@ -142,6 +145,7 @@ print([str(w.message) for w in caught])
     assert "were not built" in out
 
 
+@pytest.mark.promise("callers")
 def test_threads():
     """Calls from many threads at once give what one thread gives."""
     want = fastkd.nfd_loss(S, T)

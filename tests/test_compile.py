@@ -23,6 +23,7 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
+@pytest.mark.promise("one-graph")
 @each_backend
 @pytest.mark.parametrize("name", EACH)
 def test_one_graph_for_all_batches(backend, name):
@@ -61,6 +62,7 @@ def test_inductor():
     torch.testing.assert_close(gradient, torch.autograd.grad(want, student)[0])
 
 
+@pytest.mark.promise("one-graph")
 @pytest.mark.parametrize("blend", [False, True])
 def test_stage_switch(blend):
     """The first change of ``step`` makes it symbolic, which Dynamo does by recompiling; after that only the switch does."""

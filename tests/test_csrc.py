@@ -80,6 +80,7 @@ def of_each_isa(tmp_path_factory):
     return results
 
 
+@pytest.mark.promise("instruction-sets")
 @each_case
 def test_instruction_sets_agree(of_each_isa, case) -> None:
     """baseline, AVX2 and AVX-512 round differently, and only that."""
@@ -114,6 +115,7 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.promise("threads")
 @each_case
 def test_threads_do_not_change_a_bit(threads, case) -> None:
     """Items depend on the shape alone and are merged in order."""
@@ -126,6 +128,7 @@ def test_threads_do_not_change_a_bit(threads, case) -> None:
             assert torch.equal(value.nan_to_num(7.0), other[name].nan_to_num(7.0)), name
 
 
+@pytest.mark.promise("threads")
 def test_large_work_is_split_and_still_the_same(threads) -> None:
     """Groups longer than one work item are merged from partial results, the same for every thread count."""
     student, teacher = torch.randn(2, 4, 190, 210), torch.randn(2, 4, 190, 210)
@@ -199,6 +202,7 @@ torch.ops.fastkd_cpu.rescale_(gradient, torch.tensor(1.5))
 """
 
 
+@pytest.mark.promise("rescale")
 @pytest.mark.skipif(sys.platform != "linux", reason="read-only pages by Linux's mprotect")
 def test_rescale_by_one_writes_nothing() -> None:
     """A gradient in read-only memory is as good as any where the factor is 1; the next factor shows that it was read-only."""
@@ -300,6 +304,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.promise("runtime-error")
 @pytest.mark.parametrize("message", REFUSED)
 def test_inputs_are_checked(message) -> None:
     """What the Python layer guarantees is checked again: a wrong stride would read out of bounds."""

@@ -45,6 +45,7 @@ ELSEWHERE = {
     r"python3? -m (benchmarks|pytest|tests).*|python3 benchmarks/gpu_check.py .*": "measures or tests, for minutes",
     r"benchmarks/sanitize.sh": "needs a GPU",
     r"scontrol .*": "needs SLURM",
+    r"python examples/.*": "tests/test_examples.py runs them",
     r"fastkd export .*\.onnx.*": "takes 10 s; tests/train/test_export.py does it",
 }
 # Words that start one or more processes of fastkd; what follows them runs here, in one.
@@ -197,7 +198,7 @@ class Place:
             assert extras <= set(known), words
         for module in re.findall(r"-m (benchmarks[\w.]*|tests[\w.]*)", " ".join(words)):
             assert importlib.util.find_spec(module), words
-        for file in re.findall(r"\b(?:tests|benchmarks)/[\w/]+\.(?:py|sh)", " ".join(words)):
+        for file in re.findall(r"\b(?:tests|benchmarks|examples)/[\w/]+\.(?:py|sh)", " ".join(words)):
             assert (ROOT / file).is_file(), words
 
     def parsed(self, words: list[str], command: str = "train") -> Config:

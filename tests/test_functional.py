@@ -60,6 +60,8 @@ def test_names_and_defaults(name):
     assert str(bare) == f"({SIGNATURES[name]})"
 
 
+@pytest.mark.promise("value-error")
+@pytest.mark.promise("type-error")
 @each_loss
 def test_wrong_tensors(name):
     loss = PAIRWISE[name]
@@ -81,6 +83,7 @@ def test_wrong_tensors(name):
         loss(S, T.clone().requires_grad_())
 
 
+@pytest.mark.promise("value-error")
 @pytest.mark.parametrize("name", ["nfd_loss", "cwd_loss", "kd_loss"])
 def test_wrong_size(name):
     with pytest.raises(ValueError, match=r"teacher: got shape \(2, 4, 5, 6\), expected the same H"):
@@ -89,6 +92,7 @@ def test_wrong_size(name):
         PAIRWISE[name](S, T[..., :5])
 
 
+@pytest.mark.promise("value-error")
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -130,6 +134,7 @@ def test_wrong_options(call, message):
         call()
 
 
+@pytest.mark.promise("index-error")
 @pytest.mark.parametrize("bad", [4, 99, -1])
 def test_label_out_of_range(bad):
     target = Y.clone()
@@ -145,6 +150,7 @@ def test_label_out_of_range(bad):
             loss()
 
 
+@pytest.mark.promise("type-error")
 def test_label_dtype():
     with pytest.raises(TypeError, match=r"target: got dtype torch.float32, expected uint8, int32 or int64"):
         fastkd.resized_cross_entropy(S, Y.float())
@@ -175,6 +181,7 @@ class TestTeacherAndLayout:
         for a, b in zip(plain, moved, strict=True):
             budget.assert_close(a, b)
 
+    @pytest.mark.promise("inputs")
     def test_inputs_are_left_alone(self, backend, name):
         student, teacher = S.to(DEVICE), T.to(DEVICE)
         before = student.clone(), teacher.clone()
@@ -182,6 +189,7 @@ class TestTeacherAndLayout:
         assert torch.equal(student, before[0])
         assert torch.equal(teacher, before[1])
 
+    @pytest.mark.promise("overwritten")
     def test_overwritten_input_is_noticed(self, backend, name):
         student, teacher = S.to(DEVICE).clone().requires_grad_(), T.to(DEVICE).clone()
         with fastkd.use_backend(backend):
@@ -201,6 +209,7 @@ class TestTeacherAndLayout:
         value.backward()
         torch.testing.assert_close(student.grad, 2 * once)
 
+    @pytest.mark.promise("fp16-range")
     def test_gradient_scales_exactly(self, backend, name):
         """As a GradScaler needs it: a power of two passes through bit for bit."""
         one, many = (
@@ -209,6 +218,7 @@ class TestTeacherAndLayout:
         )
         assert torch.equal(one[1] * 65536, many[1])
 
+    @pytest.mark.promise("autocast")
     def test_autocast_changes_nothing(self, backend, name):
         plain = loss_and_gradient(PAIRWISE[name], S.to(DEVICE), T.to(DEVICE), backend)
         with torch.autocast(DEVICE, torch.bfloat16):

@@ -55,6 +55,7 @@ def assert_same(got, want):
     assert all(torch.equal(a, b.to(a.device)) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.promise("gpu-queue")
 @each_loss
 def test_no_synchronisation(name):
     given = inputs()
@@ -66,6 +67,7 @@ def test_no_synchronisation(name):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.promise("gpu-queue")
 @each_loss
 def test_cuda_graph(name):
     """Captured once and replayed on other values: the bits of an ordinary call."""
@@ -86,6 +88,7 @@ def test_cuda_graph(name):
     assert_same(captured, run(name, *given))
 
 
+@pytest.mark.promise("gpu-queue")
 @each_loss
 def test_streams(name):
     """Two streams at a time give what one gives."""
@@ -104,6 +107,7 @@ def test_streams(name):
         assert_same(a, b)
 
 
+@pytest.mark.promise("gpu-queue")
 @each_loss
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU alone")
 def test_another_device_than_the_current_one(name):
@@ -124,12 +128,14 @@ def test_autocast_inserts_no_cast(name):
     assert_same(got, want)
 
 
+@pytest.mark.promise("triton-bits")
 @each_loss
 def test_same_bits_every_time(name):
     given = inputs(dtype=torch.float16)
     assert_same(run(name, *given), run(name, *given))
 
 
+@pytest.mark.promise("memory-maps")
 @each_loss
 def test_extra_memory(name):
     """Beyond the gradient, at label resolution: at most 3 % of what plain PyTorch takes; the others 1 % of the inputs."""

@@ -56,6 +56,7 @@ def scalar(out: Tensor | fastkd.RDDOutput) -> Tensor:
 # ---- compile and export ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("one-graph")
 @each_kernel
 @each_loss
 def test_compiled_for_any_size(backend, name):
@@ -74,6 +75,7 @@ def test_compiled_for_any_size(backend, name):
     assert counter.frame_count <= 2  # a size of 1 more or less may answer a question of layout otherwise
 
 
+@pytest.mark.promise("backend-graph")
 def test_forcing_a_backend_inside_compiled_code():
     def loss(student, teacher):
         with fastkd.use_backend("reference"):
@@ -95,6 +97,7 @@ def test_forcing_a_backend_inside_compiled_code():
     assert backends.requested() == "auto"
 
 
+@pytest.mark.promise("backend-graph")
 def test_a_forced_backend_makes_another_graph():
     """Compiled code is not served to a caller who forces another backend."""
     torch._dynamo.reset()
@@ -108,6 +111,7 @@ def test_a_forced_backend_makes_another_graph():
     assert counter.frame_count == 2
 
 
+@pytest.mark.promise("export")
 @each_module
 def test_export(name):
     """torch.export keeps a module with its operators. The program survives a file, but for RDDLoss: torch writes a string
@@ -131,6 +135,7 @@ def test_export(name):
 # ---- autograd and func ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("double-backward")
 @each_kernel
 @each_loss
 def test_func_is_refused_by_kernels_and_works_on_the_reference(backend, name):
@@ -154,6 +159,8 @@ def test_func_is_refused_by_kernels_and_works_on_the_reference(backend, name):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.promise("double-backward")
+@pytest.mark.promise("runtime-error")
 @each_kernel
 @each_loss
 def test_double_backward_is_refused(backend, name):
@@ -164,6 +171,7 @@ def test_double_backward_is_refused(backend, name):
         torch.autograd.grad(loss, student, create_graph=True)
 
 
+@pytest.mark.promise("backward-again")
 @each_backend
 @each_loss
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -179,6 +187,7 @@ def test_checkpointed(backend, name, reentrant):
     assert torch.equal(student.grad, want_gradient)
 
 
+@pytest.mark.promise("deterministic")
 @each_backend
 @each_loss
 def test_strictly_deterministic(backend, name):
@@ -192,6 +201,7 @@ def test_strictly_deterministic(backend, name):
     assert torch.equal(*results)
 
 
+@pytest.mark.promise("autocast")
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_training_step_under_autocast(backend, dtype):
@@ -215,6 +225,7 @@ def test_a_training_step_under_autocast(backend, dtype):
 # ---- modules --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("copies")
 @each_module
 def test_copies_of_a_module(name):
     """deepcopy, pickle and torch.save, also after a step; the copy gives the same loss."""
@@ -234,6 +245,7 @@ def test_copies_of_a_module(name):
 # ---- threads and processes ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("callers")
 def test_a_forced_backend_is_its_threads_own():
     inside, outside = threading.Barrier(2), threading.Barrier(2)
     seen = []
@@ -296,6 +308,8 @@ def in_another_process(rank: int, folder: str, want: list[Tensor]) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.promise("processes")
+@pytest.mark.promise("ddp")
 @pytest.mark.skipif(DEVICE != "cpu", reason="two gloo processes on the CPU")
 def test_spawned_processes_and_ddp(tmp_path):
     """Two processes give the bits of this one, and DDP the mean of the gradients of both batches."""
@@ -330,6 +344,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.promise("processes")
 @pytest.mark.skipif(DEVICE != "cpu", reason="CUDA does not survive a fork")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_forked_process():

@@ -22,6 +22,7 @@ def labels(shape, classes, ignored, dtype, seed, ignore_index=255):
     return target.to(DEVICE, dtype)
 
 
+@pytest.mark.promise("budget")
 @each_kernel
 @given(
     problem=problems(),
@@ -123,6 +124,7 @@ def test_other_ignore_index(backend, ignore_index):
     assert ((got != 0) == (target != ignore_index)).all()
 
 
+@pytest.mark.promise("masked-classes")
 @each_backend
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_impossible_class_of_the_teacher(backend, layout):
@@ -162,6 +164,7 @@ def test_extreme_shapes(backend, shape, layout):
     assert_within_budget(fastkd.kd_loss, student, teacher, backend, 1 / (shape[0] * shape[2] * shape[3]))
 
 
+@pytest.mark.promise("threads")
 @each_kernel
 def test_bitwise_reproducible(backend):
     student, teacher = torch.randn(2, 2, 19, 65, 63, device=DEVICE)
@@ -185,6 +188,7 @@ def test_gradcheck(backend, reduction):
         )
 
 
+@pytest.mark.promise("backward-again")
 @each_kernel
 @pytest.mark.parametrize("with_target", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])

@@ -45,6 +45,7 @@ def measure(cases: list[tuple]) -> dict[str, tuple[float, float]]:
     return used
 
 
+@pytest.mark.promise("memory-maps")
 def test_extra_memory():
     """The losses at the resolution of the maps: less than 1 % of the inputs."""
     used = measure(
@@ -58,6 +59,7 @@ def test_extra_memory():
     assert all(share < 0.01 for share, _ in used.values()), used
 
 
+@pytest.mark.promise("memory-labels")
 def test_extra_memory_at_label_resolution():
     """Beyond the gradient: at most 8 bytes a label pixel, 16 in TSE, where the logits alone would be 76 or 600."""
     used = measure(

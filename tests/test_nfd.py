@@ -28,6 +28,7 @@ def smallest_std(x: torch.Tensor, dims: str) -> float:
     return (variance + 1e-5).min().sqrt().item()
 
 
+@pytest.mark.promise("budget")
 @each_kernel
 @each_dims
 @given(problem=problems(), reduction=st.sampled_from(fastkd.functional.FEATURE_REDUCTIONS))
@@ -49,6 +50,7 @@ def test_within_eagers_error(backend, dims, problem, reduction):
     )
 
 
+@pytest.mark.promise("nfd-offset")
 @each_kernel
 @pytest.mark.parametrize(("mean", "std", "tolerance"), [(1e4, 1e-2, 1e-3), (1e3, 1e-3, 1e-3), (-1e6, 1.0, 1e-3)])
 @each_dims

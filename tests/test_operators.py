@@ -59,6 +59,7 @@ def test_at_most_ten_arguments(name):
     assert arguments <= 10
 
 
+@pytest.mark.promise("opcheck")
 @each_kernel
 @each_operator
 @pytest.mark.parametrize(
@@ -71,6 +72,7 @@ def test_opcheck(backend, name, layout, dtype):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.promise("opcheck")
 @each_kernel
 @each_operator
 def test_opcheck_of_dynamic_shapes(backend, name):

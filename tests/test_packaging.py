@@ -30,6 +30,7 @@ def needs(program: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(shutil.which(program) is None, reason=f"needs {program} (binutils)")
 
 
+@pytest.mark.promise("stable-abi")
 @needs_library
 @needs("nm")
 def test_library_uses_stable_symbols_alone():
@@ -51,6 +52,7 @@ def test_library_uses_stable_symbols_alone():
     }
 
 
+@pytest.mark.promise("wide-instructions")
 @needs_library
 @needs("objdump")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="registers of x86")
@@ -106,6 +108,7 @@ def use(wheel: zipfile.ZipFile, folder: Path) -> str:
     return out.stdout
 
 
+@pytest.mark.promise("pure-python")
 @pytest.mark.slow
 def test_wheel_without_torch_at_build_time(tmp_path):
     """Build isolation: no torch, so no C++; the package works and says once what it lacks."""
@@ -117,6 +120,7 @@ def test_wheel_without_torch_at_build_time(tmp_path):
     assert said.count("the C++ kernels were not built") == 1
 
 
+@pytest.mark.promise("wheel")
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="manylinux")
 @needs("make")
@@ -149,6 +153,7 @@ def test_make_wheel(tmp_path):
     assert use(zipfile.ZipFile(wheel), tmp_path / "installed").strip() == "cpu []"
 
 
+@pytest.mark.promise("sdist")
 @pytest.mark.slow
 def test_from_source_archive_to_tests_with_torch_alone(tmp_path):
     """The archive holds what a wheel is built from; the wheel, in an environment with nothing but torch and what runs

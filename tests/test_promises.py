@@ -1,8 +1,4 @@
-"""docs/promises.md: each promise names tests that exist, and the bounds of its table hold."""
-
-import ast
-import re
-from pathlib import Path
+"""docs/promises.md is made of the tests' marks, and the bounds of its table hold."""
 
 import pytest
 import torch
@@ -11,46 +7,24 @@ from hypothesis import strategies as st
 
 from . import budget
 from .losses import LOSSES
+from .promises import PROMISES
 from .support import problems
+from .tools import pages
 from .tools.errors import DTYPES, errors
 
-ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
-NAMED = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+)(?:::(\w+))?)?`")
+
+@pytest.mark.parametrize("path", pages.pages(), ids=lambda path: path.name)
+def test_pages_are_made_of_the_marks(path):
+    assert path.read_text(encoding="utf-8") == pages.pages()[path], "run python -m tests.tools.pages"
 
 
-def names_in(path: Path) -> set[str]:
-    """Names of the functions, of the classes, and of the classes' functions as Class::function."""
-    found = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Assign):
-            targets = node.targets if isinstance(node, ast.Assign) else []
-            found |= {target.id for target in targets if isinstance(target, ast.Name)} or {getattr(node, "name", "")}
-        if isinstance(node, ast.ClassDef):
-            found |= {f"{node.name}::{child.name}" for child in node.body if isinstance(child, ast.FunctionDef)}
-    return found
+def test_every_promise_has_a_test_and_every_mark_a_promise():
+    names = [name for section in PROMISES.values() for name in section]
+    assert len(names) == len(set(names)) > 50
+    assert set(names) == set(pages.marked())
 
 
-def test_every_named_test_exists():
-    named = NAMED.findall(PAGE)
-    assert len(named) > 60
-    for file, *parts in named:
-        assert (ROOT / file).is_file(), file
-        if name := "::".join(part for part in parts if part):
-            assert name in names_in(ROOT / file), f"{file}::{name}"
-
-
-def test_every_promise_names_a_test():
-    """In the tables of promises the last column says where it is checked."""
-    promises, _, _ = PAGE.partition("\n## As run")
-    rows = [line for line in promises.splitlines() if line.startswith("| ") and not line.startswith("| loss |")]
-    promises = [row for row in rows if not row.startswith(("| promise |", "| raises |"))]
-    checked = [row for row in promises if NAMED.search(row.split(" | ")[-1])]
-    measured = [row for row in promises if re.search(r"\d\.\de-\d\d", row)]
-    assert len(checked) > 30
-    assert len(checked) + len(measured) == len(promises), set(promises) - set(checked) - set(measured)
-
-
+@pytest.mark.promise("error-bounds")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_error_bounds(name, dtype):
@@ -59,6 +33,7 @@ def test_error_bounds(name, dtype):
     assert gradient <= budget.GRADIENT[dtype]
 
 
+@pytest.mark.promise("examples-differ")
 def test_examples_differ():
     """What hypothesis draws covers the options: dtypes, layouts, and what a loss adds to them."""
     drawn = []

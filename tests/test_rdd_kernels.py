@@ -23,6 +23,7 @@ def at_the_limit(logits, target, *, threshold=0.7, min_kept=0, confidence="max",
     return (p - limit).abs() < 1e-12
 
 
+@pytest.mark.promise("mask")
 @each_kernel
 @given(
     shape=st.tuples(
@@ -54,6 +55,7 @@ def test_mask_is_the_references(backend, shape, size, teacher_size, confidence, 
     assert torch.equal(masks[0] | undecided, masks[1] | undecided)
 
 
+@pytest.mark.promise("mask")
 @each_kernel
 @pytest.mark.parametrize("min_kept", [0, 2000])
 def test_mask_differs_by_roundings_alone(backend, min_kept):
@@ -96,6 +98,7 @@ ADVERSARIAL = {
 }
 
 
+@pytest.mark.promise("mask")
 @each_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ADVERSARIAL)

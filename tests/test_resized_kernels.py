@@ -64,6 +64,7 @@ def scale_of(problem, target) -> float:
     return 4 * problem["scale"] * pixels
 
 
+@pytest.mark.promise("budget")
 @each_kernel
 @given(problem=problems)
 def test_cross_entropy_within_budget(backend, problem):
@@ -77,6 +78,7 @@ def test_cross_entropy_within_budget(backend, problem):
     assert_within_budget(loss, student, student.clone(), backend, loss_scale=scale, gradient_scale=scale)
 
 
+@pytest.mark.promise("budget")
 @each_kernel
 @given(problem=problems, temperature=st.sampled_from([1.0, 4.0]), with_target=st.booleans())
 def test_kd_within_budget(backend, problem, temperature, with_target):
@@ -135,6 +137,7 @@ def test_neighbours_that_disagree_by_hundreds(backend, classes):
     )
 
 
+@pytest.mark.promise("ignored-pixels")
 @each_kernel
 @pytest.mark.parametrize(("size", "first"), [((2, 80), 40), ((1, 20), 15)])
 def test_an_ignored_pixel_may_hold_anything(backend, size, first):
@@ -157,6 +160,7 @@ def test_an_ignored_pixel_may_hold_anything(backend, size, first):
         assert torch.equal(results[0][1], results[1][1])
 
 
+@pytest.mark.promise("nan")
 @each_kernel
 def test_nan_propagates(backend):
     logits = torch.randn(1, 4, 4, 8, device=DEVICE)
@@ -168,6 +172,7 @@ def test_nan_propagates(backend):
     assert torch.equal(got.isnan(), want)
 
 
+@pytest.mark.promise("masked-classes")
 @each_kernel
 def test_masked_classes_at_ratio_one(backend):
     """-inf is a class of probability 0, where nothing is interpolated."""
@@ -232,6 +237,7 @@ def test_a_masked_pixel_is_an_ignored_one(backend, size, align_corners):
     assert results[0][2].any()
 
 
+@pytest.mark.promise("threads")
 @each_kernel
 @pytest.mark.skipif(INTERPRETER, reason="the interpreter has one thread")
 def test_same_bits_for_any_number_of_threads(backend):
@@ -252,6 +258,7 @@ def test_same_bits_for_any_number_of_threads(backend):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.promise("backward-again")
 @each_kernel
 def test_backward_twice(backend):
     """A second backward over the same graph makes the gradient anew; a graph of the backward is refused."""

@@ -46,6 +46,7 @@ def sanitize(tool: str, folder, *options: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
+@pytest.mark.promise("sanitizers")
 def test_nothing_is_found(tool, tmp_path):
     assert sanitize(tool, tmp_path / "stage").endswith("nothing found")
 

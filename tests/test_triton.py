@@ -272,6 +272,7 @@ def test_constant_maps():
         assert not gradient.any()
 
 
+@pytest.mark.promise("triton-bits")
 @pytest.mark.parametrize("cut", ["shipped", "chunks"], indirect=True)
 def test_same_bits_every_time(cut):
     s, t = maps((1, 5, 11, 13), BF16, F32)

@@ -192,7 +192,7 @@ struct Side {
     int64_t stride;  // between classes
     int64_t phase;   // between phases, if kAhead
 
-    // kCareful: a neighbour of weight 0 has no say, even at -inf, whose product with 0 is NaN.
+    // kCareful: a neighbour of weight 0 contributes exactly 0, even at -inf, whose product with 0 is NaN.
     template <bool kBlend, bool kCareful>
     Vec<Acc> value(Vec<Acc> right, int64_t c, int64_t k) const {
         const Acc* at = values + c * stride;

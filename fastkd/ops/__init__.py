@@ -1,6 +1,6 @@
 """The operators, one file per family: schema, fake and sample inputs of each, in one table that everything enumerates.
 
-:func:`evaluate` makes any of the losses differentiable.
+`evaluate` makes any of the losses differentiable.
 """
 
 from . import (

@@ -28,11 +28,11 @@ def evaluate(loss: Loss, backend: str, reduction: str, scale: float, *args: Any)
     """The reduced loss, differentiable with respect to ``args[0]``; if ``loss.returns_kept``, with what it keeps.
 
     Args:
-        reduction, scale: as in :class:`Loss`.
+        reduction, scale: as in `Loss`.
         args: the loss's arguments, tensors dense and checked.
     """
     if torch.compiler.is_compiling() and not isinstance(scale, int):
-        # A scale made of symbolic sizes would pin the graph to them, so it multiplies what the traced operator gives.
+        # A scale of symbolic sizes would specialise the graph, so it multiplies the traced operator's result.
         out = evaluate(loss, backend, reduction, 1, *args)
         return (out[0] * scale, out[1]) if loss.returns_kept else out * scale
     if args[0].requires_grad and torch.is_grad_enabled():
@@ -90,7 +90,7 @@ class _Loss(torch.autograd.Function):
             gradient = _late(loss, backend, (reduction, scale), tensors, options, kept, grad)
         else:
             gradient, ctx.gradient = ctx.gradient, None
-            if gradient is None:  # handed out by the first backward over this graph
+            if gradient is None:  # the first backward over this graph returned it
                 how = (reduction, scale) if rest is None else ("sum", loss.unit(*tensors, *options))
                 gradient = operator(backend, loss.name + "_gradient")(*tensors, *options, *how)[2]
             operator(backend, "rescale_")(gradient, factor)
@@ -132,7 +132,7 @@ def _weight_shape(loss: Loss, tensors: list[Tensor | None], options: tuple[Any, 
 def _save(ctx, traced: bool, tensors: tuple[Tensor | None, ...]) -> None:
     """Keeps tensors for the backward.
 
-    Autograd refuses to save inference tensors, which is what a teacher run under ``torch.inference_mode`` gives. They
+    Autograd refuses to save inference tensors, such as a teacher's under ``torch.inference_mode``. They
     are constants, so holding them is enough; all others go through ``save_for_backward`` and its checks.
     """
     if not traced:  # tracing has no is_inference()

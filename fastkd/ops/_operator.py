@@ -40,7 +40,7 @@ class Draw(NamedTuple):
         return x.to(self.device, self.dtype).to(memory_format=self.layout)
 
     def labels(self, spatial: tuple[int, int] | None = None) -> Tensor:
-        """(N, H, W), of ``size`` unless told otherwise; about one in C + 1 is ignored (255)."""
+        """(N, H, W), of ``size`` by default; about one in C + 1 is ignored (255)."""
         n, classes = self.shape[:2]
         g = torch.Generator().manual_seed(2)
         labels = torch.randint(0, classes + 1, (n, *(spatial or self.size)), generator=g)
@@ -117,7 +117,7 @@ class Loss:
     """The shape in which that argument is one number for each sample; else one of a label pixel each."""
     reductions: tuple[str, ...] = ("sum", "mean", "none")
     returns_kept: bool = False
-    """Whether what the forward keeps is handed to the caller as well."""
+    """Whether the caller also gets what the forward keeps."""
 
     tensors: int = field(init=False)
     """How many of the arguments are tensors."""

@@ -1,4 +1,4 @@
-"""An early gradient times what its backward brings: in place, on the device, at once where that is exactly 1."""
+"""Multiplies an early gradient by the upstream gradient: in place, on the device, a no-op where that is exactly 1."""
 
 from collections.abc import Iterator
 from typing import Any

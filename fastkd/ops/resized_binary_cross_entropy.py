@@ -1,4 +1,4 @@
-"""Binary cross-entropy at label resolution of logits at their own, one against the rest.
+"""Fused bilinear resize and binary cross-entropy, each class against the rest.
 
     z = bilinear(logits)[n, c, p];  softplus(x) = max(x, 0) + log(1 + exp(-|x|))
     loss[n, c, p] = pixel_weight[p] * pos_weight[c] * softplus(-z)   where target[n, c, p] is 1

@@ -1,4 +1,4 @@
-"""Cross-entropy at label resolution of logits at their own (docs/full-resolution.md).
+"""Fused bilinear resize and cross-entropy (docs/full-resolution.md).
 
     loss[p] = class_weight[y] * pixel_weight[p] * -log softmax(bilinear(logits)[p])[y]
 

@@ -1,4 +1,4 @@
-"""KD at label resolution of logits at their own (docs/full-resolution.md).
+"""Fused bilinear resize and KD (docs/full-resolution.md).
 
     loss[p] = pixel_weight[p] * tau^2 * KL(softmax(bilinear(T)[p] / tau) || softmax(bilinear(S)[p] / tau))
 

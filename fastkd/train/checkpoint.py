@@ -72,12 +72,12 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def exists(out: Path) -> bool:
-    """Whether there is something in a run's folder to go on from."""
+    """Whether a run's folder has a checkpoint to resume from."""
     return (out / LAST).exists() or (out / PREVIOUS).exists()
 
 
 def load_last(out: Path) -> tuple[dict[str, Any], bool]:
-    """What a run goes on from, and whether it is the last checkpoint.
+    """The state a run resumes from, and whether it is of the last checkpoint.
 
     Where that one is gone or damaged it is the one before, with a warning. FileNotFoundError, CheckpointError: neither is there.
     """
@@ -131,7 +131,7 @@ def _is_colour(value: Any) -> bool:
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of a network's state: tells whether a teacher is still the one a student began with."""
+    """SHA-256 of a network's state: identifies the teacher a student began with."""
     sha = hashlib.sha256()
     for name in sorted(state):
         sha.update(name.encode())

@@ -304,7 +304,7 @@ def write_yaml(config: Config, path: Path) -> None:
     write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
-# Values that change nothing in what a run computes; a teacher is known by its digest, not by its path.
+# Values that do not change what a run computes; a teacher is identified by its digest, not its path.
 COSMETIC = (
     *("out", "name", "teacher", "data.root", "data.workers"),
     *("train.log_every", "train.checkpoint_every", "train.panels"),
@@ -340,7 +340,7 @@ def parse(argv: list[str], *, prog: str = "fastkd train") -> tuple[Config, dict[
         description="Train a segmentation network, with or without a teacher.",
         exit_on_error=False,
     )
-    # Taken from the words before the parser sees them, since it comes first wherever it stands: later ones win.
+    # Taken from the words before parsing, since it comes first wherever it stands.
     parser.add_argument("--recipe", help=f"values to start from: {', '.join(recipe.names())}")
     parser.add_argument("--config", action="config", help="YAML file")
     parser.add_argument("--resume", action="store_true", help="go on from <out>/last.pt")
@@ -389,7 +389,7 @@ def _refuse_unfolding(path: Path, most: int = 100_000) -> None:
 
     def size(node: Any) -> int:
         if id(node) not in sizes:
-            sizes[id(node)] = most  # what an alias inside its own anchor sees
+            sizes[id(node)] = most  # the size of an alias inside its own anchor
             parts = itertools.chain.from_iterable(n if isinstance(n, tuple) else (n,) for n in node.value)
             sizes[id(node)] = 1 if isinstance(node, yaml.ScalarNode) else 1 + sum(map(size, parts))
         return sizes[id(node)]

@@ -29,7 +29,7 @@ class Line(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """name: for ids and the legend's place; markers: few points, each worth a dot."""
+    """name: for ids and the legend's place; markers: draw each point."""
 
     name: str
     ylabel: str

@@ -1,7 +1,7 @@
-"""`fastkd demo`: what distilling gives where labels are few, on generated street scenes.
+"""`fastkd demo`: the gain from distilling with few labels, on generated street scenes.
 
 A teacher trains on all labels. Students have the labels of an eighth of the scenes; the distilled ones see the others without.
-All values are in `demo.yaml`. It ends in a table and a page that say what came out, also where distilling gives nothing.
+All values are in `demo.yaml`. It ends in a table and a page with the result, also where distilling gains nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _config(role: dict[str, Any], values: dict[str, Any], **own: Any) -> Config:
 def demo(out: Path, settings: dict[str, Any] | None = None) -> Path:
     """Trains what is not finished yet and writes `<out>/report.html`; returns its path.
 
-    A run is skipped if it finished with the same configuration and the same teacher, and goes on if it was interrupted.
+    A run is skipped if it finished with the same configuration and the same teacher, and resumed if it was interrupted.
     """
     settings = settings or yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
     out = Path(out)

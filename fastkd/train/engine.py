@@ -394,7 +394,7 @@ class Run:
         self.log.picture(self.step, picture)
 
     def _save(self, name: str, *, watch: Stopwatch | None = None, seconds: float = 0.0) -> None:
-        """best.pt holds the network alone; last.pt (with `watch`) also what it takes to go on."""
+        """best.pt holds the network alone; last.pt (with `watch`) also what is needed to resume."""
         if not self.main:
             return
         state: dict[str, Any] = {

@@ -85,7 +85,7 @@ def _onnx(model: nn.Module, path: Path, size: tuple[int, int], notes: dict[str, 
     import numpy as np
     import onnx
     import onnxruntime
-    import onnxscript  # noqa: F401  torch.onnx needs it, and says so less clearly
+    import onnxscript  # noqa: F401  torch.onnx needs it; its own error is less clear
 
     if size[0] % SIDE or size[1] % SIDE:
         fit = tuple(max(SIDE, round(side / SIDE) * SIDE) for side in size)

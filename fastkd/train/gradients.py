@@ -56,7 +56,7 @@ def gradient_statistics(parts: Mapping[str, Tensor], student: Output, task: froz
     Returns:
         0-d tensors. "grad/<part>": norm of the part's gradient at what it reads of the student (logits, auxiliary logits,
         features). "grad_cosine": cosine at the logits between the summed gradients of task and distillation, the conflict that
-        RDD (arXiv 2407.03719) speaks of; absent unless both have a gradient there.
+        RDD (arXiv 2407.03719) describes; absent unless both have a gradient there.
     """
     leaves: list[Tensor] = []
     each_tensor(student, lambda x: leaves.append(x) or x)  # type: ignore[func-returns-value]

@@ -32,7 +32,7 @@ class StepSampler(Sampler):
 
     Sample k of a pass is item k mod n of the permutation of epoch k div n; a batch may span two epochs. The order depends on the
     seed alone, not on where the run starts or how many processes and parts share a batch. Images without labels have a pass
-    of their own; their indices go on where those of the labelled ones end.
+    of their own; their indices follow those of the labelled ones.
     """
 
     def __init__(

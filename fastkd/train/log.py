@@ -1,4 +1,4 @@
-"""What a run says about itself: log.jsonl, TensorBoard events, progress, timings, versions."""
+"""The log of a run: log.jsonl, TensorBoard events, progress, timings, versions."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Progress:
         self.spoke = self.begun - LINE_SECONDS
 
     def step(self, done: int, loss: float | None) -> None:
-        """After each step; `loss` where it is known."""
+        """After each step; `loss` if it was read."""
         self.bar.update()
         if loss is None or not self.show:
             return

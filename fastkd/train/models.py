@@ -223,7 +223,7 @@ def first_line(error: BaseException) -> str:
 
 
 def is_memory(error: BaseException) -> bool:
-    """Whether an error says that there is too little memory, which is a RuntimeError in torch."""
+    """Whether an error means too little memory, which is a RuntimeError in torch."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 

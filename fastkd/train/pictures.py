@@ -33,7 +33,7 @@ def sample(dataset: SegmentationSet, count: int) -> Samples:
 def predictions(
     networks: Mapping[str, SegmentationModel], samples: Samples, dataset: SegmentationSet, how: EvalConfig
 ) -> Image.Image:
-    """Rows of image, label and what each network sees, under its name, evaluated as `how` says; all are in eval mode."""
+    """Rows of image, label and each network's prediction, under its name, evaluated as `how` says; all are in eval mode."""
     palette = np.asarray(dataset.palette)
     rows = [
         [image, colourise(label, palette), *(_seen(network, image, palette, how) for network in networks.values())]

@@ -168,7 +168,7 @@ COST_CAPTION = (
 
 
 def _costs(groups: Sequence[Group]) -> Table:
-    """What the losses of each group's first run cost, where it says."""
+    """Cost of the losses in each group's first run, if it was measured."""
     rows, captions = [], [COST_CAPTION]
     for group in groups:
         losses = group.first.result.get("losses")

@@ -18,7 +18,7 @@ import yaml
 
 from fastkd.train.config import seeds_apart
 
-NO_CLEAR_CHANGE = 0.5  # points of mIoU: below this, a difference says nothing
+NO_CLEAR_CHANGE = 0.5  # points of mIoU: a smaller difference is noise
 TEACHER_COLOUR, PLAIN_COLOUR = "#2b3138", "#8b939d"
 COLOURS = ("#0b6bb3", "#d1580b", "#12876a", "#b14a8b", "#b98a00", "#4aa3d6", "#7a5cc0", "#8c5a3c")
 PLAIN = ("none", "plain", "")  # words for "no distillation"
@@ -37,7 +37,7 @@ class Run:
     last: dict[str, Any] = field(default_factory=dict)  # the last validation's values
     step: int | None = None
     config: str | None = None
-    settings: dict[str, Any] = field(default_factory=dict)  # what the text of `config` says
+    settings: dict[str, Any] = field(default_factory=dict)  # the parsed `config`
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -310,7 +310,7 @@ def _alone(group: Group) -> str:
 
 
 def _changes(base: Group, distilled: Sequence[Group], gap: float | None) -> list[str]:
-    """How the distilled groups differ from the plain student, sorted by what can be said."""
+    """How the distilled groups differ from the plain student, sorted by certainty."""
     words: dict[str, list[str]] = {"gained": [], "lost": [], "unclear": []}
     for group in distilled:
         shared, change, error = _difference(group, base)

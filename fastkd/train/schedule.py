@@ -13,7 +13,7 @@ from fastkd.train.config import OptimConfig
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, steps: int, *, done: int = 0) -> LambdaLR:
-    """The rates of a run of `steps`, of which `done` are done."""
+    """The learning rates of a run of `steps` from step `done` on."""
     for group in optimizer.param_groups:
         group["initial_lr"] = optim.lr
     return LambdaLR(optimizer, partial(_factor, optim, steps), last_epoch=done - 1)

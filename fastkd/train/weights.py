@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 # Names of a CIRKD checkpoint -> names of `SegmentationModel` around smp's DeepLabV3. The backbone has torchvision's names. Those
 # of the heads are public in awesome-semantic-segmentation-pytorch, whose layout CIRKD follows; a PSPNet or MobileNetV2 of
-# theirs has no counterpart in smp and is reported as not fitting.
+# theirs has no counterpart in smp and is an error.
 CIRKD = (
     (r"pretrained\.", "tapped.model.encoder."),
     (r"head\.aspp\.b0\.", "tapped.model.decoder.aspp.convs.0."),

@@ -152,7 +152,7 @@ EQUIVALENT = [
     ("cpu/tile.h", "<=", "<", "for (; l + 4 <= lanes; l += 4)", "the last four go the way of the rest"),
     ("cpu/tile.h", "*", "/", "row_ = bytes * (", "the address of a prefetch"),
     ("cpu/vec.h", "0", "1", "return bits != 0;", "always true: the careful way gives the same, but for roundings"),
-    ("cpu/vec.h", "64", "65", "operator delete(data_", "what delete is told of the alignment"),
+    ("cpu/vec.h", "64", "65", "operator delete(data_", "the alignment passed to delete"),
     ("cpu/vec.h", "-", "+", "set1(0.5f)) - 0x3f000000", "whose low 16 bits, all that is kept, are 0"),
     (
         "cuda/kd.h",

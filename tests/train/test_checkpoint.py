@@ -117,6 +117,7 @@ def test_a_disk_that_is_full(tmp_path):
     assert checkpoint.load(tmp_path / LAST)["step"] == 1
 
 
+@pytest.mark.promise("whole-checkpoints")
 def test_killed_at_any_moment(tmp_path):
     """A process that does nothing but save is killed again and again: what is left can be read, and never goes back."""
     chance, newest = random.Random(0), 0

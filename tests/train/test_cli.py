@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import fastkd
 from fastkd.cli import _device, main
@@ -20,10 +21,12 @@ def command(*words, **options):
 def test_info_says_which_backends_there_are(capsys):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
-    for word in ("fastkd", "Python", "torch", "reference  yes: plain PyTorch", "requested: auto", "cuda, then triton"):
+    words = ("fastkd", "Python", "torch", "packages: ", "CPU: ", "reference  yes: plain PyTorch", "requested: auto")
+    for word in (*words, "cuda, triton, reference"):
         assert word in out
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert lines["triton"].split()[1] in ("yes:", "no:")
+    assert ("GPU: none" in out) == (torch.cuda.device_count() == 0)
     assert lines["kd"].split()[1] == fastkd.backend_info()["operators"]["kd"]["cpu"]
 
 

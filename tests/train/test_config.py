@@ -105,6 +105,7 @@ def test_errors_name_the_option(words, says, capsys):
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.promise("no-code")
 def test_yaml_runs_no_code(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(f"out: !!python/object/apply:os.mkdir [{tmp_path / 'made'}]\n")

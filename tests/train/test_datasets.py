@@ -122,6 +122,7 @@ def test_voc_lists(tree):
         build("voc", inside)
 
 
+@pytest.mark.promise("data-roots")
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -310,6 +311,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.promise("data-roots")
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_file(damage, which, tree):

@@ -242,6 +242,7 @@ def test_a_factory_that_cannot_be_imported():
         build_model(ModelConfig(arch="no_such_nets:build"), 5)
 
 
+@pytest.mark.promise("no-code")
 def test_a_checkpoint_runs_no_factory_unless_allowed(factory, monkeypatch):
     with pytest.raises(ValueError, match="FASTKD_FACTORIES=my_nets:build"):
         build_model(factory("build"), 5, from_checkpoint=True)

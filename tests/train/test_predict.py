@@ -46,6 +46,7 @@ def test_overlays(network, tmp_path, capsys):
         assert np.array_equal(np.array(image), np.array(seen))
 
 
+@pytest.mark.promise("data-roots")
 def test_bad_images_are_named_and_the_rest_goes_on(network, tmp_path, capsys):
     sound = tmp_path / "z.png"
     Image.new("RGB", (40, 40)).save(sound)
@@ -62,6 +63,7 @@ def test_bad_images_are_named_and_the_rest_goes_on(network, tmp_path, capsys):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["z.png"]
 
 
+@pytest.mark.promise("data-roots")
 def test_an_image_that_needs_too_much_memory(network, tmp_path, monkeypatch, capsys):
     for name in ("a.png", "b.png"):
         Image.new("RGB", (40, 40)).save(tmp_path / name)

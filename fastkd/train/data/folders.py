@@ -1,4 +1,4 @@
-"""Images beside label maps, in the folders of any data set: `Layout` says how they lie, `LabelledImages` reads them.
+"""Images beside label maps, in the folders of any data set: `Layout` describes them, `LabelledImages` reads them.
 
 A class file has a class a line, in the order of their numbers: a name and, if wanted, its colour, with blanks or commas between.
 

@@ -60,12 +60,12 @@ def _visible(folder: Path, deep: bool, above: frozenset[Path]) -> Iterator[Path]
 
 
 def open_photo(path: Path) -> Image.Image:
-    """The picture in RGB, turned as its camera says. DataError: as `open_image`, or of a mode that is not turned into RGB."""
+    """The picture in RGB, in its EXIF orientation. DataError: as `open_image`, or of a mode that is not converted to RGB."""
     return open_mode(path, MODES, "convert it to 8-bit RGB").convert("RGB")
 
 
 def open_image(path: Path) -> Image.Image:
-    """The decoded picture, in the mode it is stored in, turned as its camera says.
+    """The decoded picture, in its stored mode and its EXIF orientation.
 
     `DataError`: no such file, not a PNG, JPEG, BMP or WebP, empty, truncated, or of more pixels than
     `PIL.Image.MAX_IMAGE_PIXELS` (89 million), which its header claims in a few bytes and which is refused before decoding.
@@ -106,8 +106,8 @@ def rgb(path: Path) -> tv_tensors.Image:
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """The picture turned as its camera says (EXIF orientation)."""
+    """The picture in its EXIF orientation."""
     try:
         return ImageOps.exif_transpose(picture) if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1 else picture
-    except Exception:  # damaged metadata fails in many ways, and says nothing about the pixels
+    except Exception:  # damaged metadata fails in many ways while the pixels are sound
         return picture

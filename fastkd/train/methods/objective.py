@@ -109,7 +109,7 @@ class Objective(nn.Module):
 
     @property
     def valid_means(self) -> frozenset[str]:
-        """Parts that are means over valid pixels, of which each share of a batch has another number."""
+        """Parts that are means over valid pixels, whose number differs between the shares of a batch."""
         task = {"task", "aux"} if self.rdd is None else set()
         return frozenset(task | {name for name, distil in self.distillers.items() if distil.over_valid})
 
