@@ -60,7 +60,7 @@ PLATFORM ?= auto
 wheel: .venv/.built
 	rm -rf $(DIST)/fastkd-* $(DIST)/unrepaired
 	$(BIN)/python -m build --sdist --no-isolation --outdir $(DIST)
-	FASTKD_BUILD=0 $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w $(DIST) $(DIST)/fastkd-*.tar.gz
+	FASTKD_BUILD=0 FASTKD_CUDA=0 $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w $(DIST) $(DIST)/fastkd-*.tar.gz
 	FASTKD_BUILD=1 $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w $(DIST)/unrepaired $(DIST)/fastkd-*.tar.gz
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
 	    --plat $(PLATFORM) -w $(DIST) $(DIST)/unrepaired/*.whl

@@ -16,9 +16,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The builder compiles each file once, with one set of flags on every architecture, so a file of its own names the
-# instruction set. setup.py has the same sets as flags.
-ISAS = {"baseline": None, "avx2": "avx2,fma,f16c", "avx512": "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"}
+# The builder compiles each file once, with one set of flags on every architecture, so the instruction set is named by a
+# pragma. GCC 12 does not define its macros (__AVX2__) then, so the width of a vector in bits takes their place. setup.py has
+# the same sets as flags.
+ISAS = {
+    "baseline": (0, None),
+    "avx2": (256, "avx2,fma,f16c"),
+    "avx512": (512, "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"),
+}
+WIDTHS = {"defined(__AVX512F__)": "FASTKD_VECTOR == 512", "defined(__AVX2__)": "FASTKD_VECTOR >= 256"}
+WIDTHS["defined(__F16C__)"] = WIDTHS["defined(__AVX2__)"]
 
 NAMESPACE = '''"""The names of what this build brings; the builder writes _ops.py."""
 
@@ -76,7 +83,12 @@ def python(package: Path, namespace: str) -> None:
 def cpp(project: Path) -> None:
     """What is included but not compiled gets a header's name: the builder compiles every other file it lists."""
     for path in (ROOT / "csrc").rglob("*.h"):
-        write(project / path.relative_to(ROOT), path.read_text())
+        text = path.read_text()
+        for macro, width in WIDTHS.items():
+            text = text.replace(macro, width)
+        if unknown := re.findall(r"__(?:AVX|F16C|FMA|SSE)\w*__", text):
+            sys.exit(f"{path.relative_to(ROOT)}: no width takes the place of {unknown[0]}")
+        write(project / path.relative_to(ROOT), text)
     for path in (ROOT / "csrc" / "cuda").glob("*.cu"):
         write(project / path.relative_to(ROOT), path.read_text())
     for path in (ROOT / "csrc" / "cpu").glob("*.cpp"):
@@ -84,8 +96,12 @@ def cpp(project: Path) -> None:
             write(project / path.relative_to(ROOT), path.read_text())
             continue
         write(project / "csrc" / "cpu" / f"{path.stem}.cpp.h", path.read_text())
-        for isa, target in ISAS.items():
-            lines = [f"#define FASTKD_ISA {isa}", f'#include "../csrc/cpu/{path.stem}.cpp.h"']
+        for isa, (width, target) in ISAS.items():
+            lines = [
+                f"#define FASTKD_ISA {isa}",
+                f"#define FASTKD_VECTOR {width}",
+                f'#include "../csrc/cpu/{path.stem}.cpp.h"',
+            ]
             if target:
                 lines = ["#if defined(__x86_64__)", f'#pragma GCC target("{target}")', *lines, "#endif"]
             write(project / f"cpu_{isa}" / path.name, "\n".join(lines) + "\n")

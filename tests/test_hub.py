@@ -72,7 +72,7 @@ for i, folder in enumerate(folders):
         (gradient,) = torch.autograd.grad(got.sum(), logits)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(gradient, slope)
-    print(module.backends.NAMESPACES[backend])
+    print(module.backends.NAMESPACES[backend], module.backend_info()["backends"][backend]["detail"], sep=": ")
 assert "fastkd" not in sys.modules
 """
 
@@ -91,7 +91,7 @@ def use(backend: str, *folders: Path, **env: str) -> list[str]:
         command, capture_output=True, text=True, env={**os.environ, **env}, cwd=folders[0], check=False
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    return done.stdout.splitlines()
 
 
 def build(project: Path, name: str, out: Path) -> Path:
@@ -146,7 +146,8 @@ def test_two_triton_builds_in_one_process(projects, tmp_path):
     pytest.importorskip("triton", reason="Triton has no wheel for this platform")
     names = ["_fastkd_triton_cuda_1a2b3c4", "_fastkd_triton_cuda_5d6e7f8"]
     folders = [build(projects / "fastkd-triton", name, tmp_path / name) for name in names]
-    assert use("triton", *folders, TRITON_INTERPRET="1") == names
+    used = use("triton", *folders, TRITON_INTERPRET="1")
+    assert [line.partition(": ")[0] for line in used] == names
 
 
 @pytest.mark.slow
@@ -184,4 +185,9 @@ def test_two_compiled_builds_in_one_process(projects, tmp_path):
         objects = list(pool.map(compile_kernel, sources))
         names = ["_fastkd_cpu_1a2b3c4", "_fastkd_cpu_5d6e7f8_dirty"]
         folders = list(pool.map(compile_build, names))
-    assert use("cpu", *folders) == names
+    here = torch.backends.cpu.get_cpu_capability()
+    isas = ["baseline", *(["avx2"] if "AVX" in here else []), *(["avx512"] if here == "AVX512" else [])]
+    assert use("cpu", *folders) == [f"{name}: C++, {isas[-1]}, {torch.get_num_threads()} threads" for name in names]
+    for isa in isas:
+        (used,) = use("cpu", folders[0], FASTKD_CPU_ISA=isa)
+        assert f" {isa}," in used

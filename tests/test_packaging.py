@@ -206,6 +206,13 @@ def test_a_linter_has_one_version(tool):
     assert len(pinned) == 1
 
 
+def test_workflows_call_targets_that_exist():
+    targets = set(re.findall(r"^([\w -]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = {target for line in targets for target in line.split()}
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        assert set(re.findall(r"\bmake ([a-z-]+) ", path.read_text())) <= targets, path.name
+
+
 def test_an_old_setuptools_says_what_to_install(tmp_path):
     stub = tmp_path / "setuptools"
     (stub / "command").mkdir(parents=True)
