@@ -104,6 +104,7 @@ PROMISES = {
         ),
         "wheel": "`make wheel`: a pure wheel and one tagged `py3-none-manylinux…`, with the files they should have (slow)",
         "sdist": "The source archive builds, and the wheel passes the core's tests with torch alone (slow)",
+        "hub": "Two builds for the Kernel Hub run in one process, each with operators of its own (compiled ones slow)",
         "light-import": "`import fastkd` imports neither the trainer nor Triton",
     },
     "Files from strangers": {

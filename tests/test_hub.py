@@ -142,6 +142,7 @@ def test_imports_torch_triton_and_itself_alone(projects, name):
                 assert top in ("torch", "triton") or top in sys.stdlib_module_names, (path, imported)
 
 
+@pytest.mark.promise("hub")
 def test_two_triton_builds_in_one_process(projects, tmp_path):
     pytest.importorskip("triton", reason="Triton has no wheel for this platform")
     names = ["_fastkd_triton_cuda_1a2b3c4", "_fastkd_triton_cuda_5d6e7f8"]
@@ -150,6 +151,7 @@ def test_two_triton_builds_in_one_process(projects, tmp_path):
     assert [line.partition(": ")[0] for line in used] == names
 
 
+@pytest.mark.promise("hub")
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="GCC or Clang")
 def test_two_compiled_builds_in_one_process(projects, tmp_path):
