@@ -265,6 +265,20 @@ def test_published_pages_are_those_of_the_rows():
         assert path.read_text() == text, f"{path.name} is not what the rows say; run python -m benchmarks.publish"
 
 
+def test_readmes_comparison_is_that_of_the_rows():
+    """The four numbers beside the code at its top."""
+    (row,) = [
+        row
+        for key, row in harness.rows(harness.read(publish.RESULTS / "cuda.csv")).items()
+        if row.ours["commit"] == "36b6442" and row.ours["op"] == "resized CE"
+    ]
+    said = (publish.ROOT / "README.md").read_text()
+    eager, ours = (row.value(rival, "median_ms") for rival in ("eager", "ours"))
+    memory, own = (row.value(rival, "peak_bytes") for rival in ("eager", "ours"))
+    assert f"# before: {eager:.1f} ms and {memory / 1e9:.1f} GB beyond" in said
+    assert f"# after: {ours:.1f} ms and {own / 1e6:.0f} MB (commit 36b6442" in said
+
+
 def test_readme_must_have_its_markers():
     assert (
         publish.between_markers("a\n<!-- cpu -->\nold\n<!-- end cpu -->\nb", "cpu", "new")

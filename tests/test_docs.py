@@ -120,6 +120,32 @@ def test_every_block_has_a_language_that_is_tested():
         assert not re.search(r"(?:\A|\n\n) {4}\S", outside), page
 
 
+def anchors(page: Path) -> set[str]:
+    heads = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+def test_links_lead_somewhere():
+    """`make docs` checks those between the pages of the site; README and CONTRIBUTING are not on it."""
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            file, _, anchor = link.partition("#")
+            if not link.startswith("http"):
+                target = page.parent / file if file else page
+                assert target.exists(), f"{page.name}: {link}"
+                assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+def test_every_page_is_in_the_navigation():
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    listed = re.findall(r": ([\w-]+\.md)$", nav, re.MULTILINE)
+    assert sorted(listed) == sorted(page.name for page in PAGES[1:])
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
 @pytest.mark.parametrize(("page", "language", "text"), blocks("text"))
 def test_formulas_are_text(page, language, text):
     """No command, code or configuration is hidden in a block that is not run."""
