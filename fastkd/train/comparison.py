@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import cast
 
 from fastkd.train import checkpoint
 from fastkd.train.config import Config
@@ -16,16 +16,6 @@ from fastkd.train.models import SegmentationModel
 from fastkd.train.pictures import MAPS, difficulty, predictions, sample
 from fastkd.train.report import write_report
 from fastkd.train.runs import grouped, load_runs
-
-
-class Shown(NamedTuple):
-    """A run in the pictures."""
-
-    name: str
-    path: Path
-    config: Config
-    state: dict[str, Any]
-    network: SegmentationModel
 
 
 def compare(
@@ -53,41 +43,38 @@ def compare(
     shown = _shown(runs)
     pictures = []
     if shown:
-        data, how = shown[0].config.data, shown[0].config.eval
+        data, how = shown[0][1].data, shown[0][1].eval
         options = data.options | data.val_options
-        scenes = cast(
-            SegmentationSet,
-            build_dataset(data.name, root=root or data.root, split="val", transform=eval_transform(), **options),
-        )
+        found = build_dataset(data.name, root=root or data.root, split="val", transform=eval_transform(), **options)
+        scenes = cast(SegmentationSet, found)
         samples = sample(scenes, count)
-        networks = {run.name: run.network for run in shown}
-        seen = predictions(networks, samples, scenes, how)
+        seen = predictions({name: network for name, _, network in shown}, samples, scenes, how)
         pictures.append(("predictions", "What the networks see in validation images.", seen))
-        teacher = next((run for run in shown if run.network.has_aux), None)
-        student = next((run for run in reversed(shown) if run.config.teacher), None)
-        if teacher and student:
-            maps = difficulty(teacher.network, student.network, samples, scenes, how, name=student.name)
-            pictures.append(("difficulty", MAPS.format(student.name), maps))
+        teachers = [network for _, _, network in shown if network.has_aux]
+        students = [(name, network) for name, config, network in shown if config.teacher]
+        if teachers and students:
+            name, student = students[-1]
+            maps = difficulty(teachers[0], student, samples, scenes, how, name=name)
+            pictures.append(("difficulty", MAPS.format(name), maps))
     for name, _, picture in pictures:
         write_whole(out / f"{name}.png", partial(picture.save, format="PNG"))
     return write_report(out, list(runs), title=title, notes=notes, panels=[picture[1:] for picture in pictures])
 
 
-def _shown(runs: Sequence[Path]) -> list[Shown]:
+def _shown(runs: Sequence[Path]) -> list[tuple[str, Config, SegmentationModel]]:
     """The first run of each group that has a checkpoint, under names that differ."""
-    found: list[Shown] = []
+    found: dict[str, tuple[str, Config, SegmentationModel]] = {}
+    classes: dict[str, Path] = {}
     for group in grouped(load_runs(runs)):
         path = group.first.path
         if not checkpoint.exists(path):
             continue
         state, _ = checkpoint.load_last(path)
-        if found and state["classes"] != found[0].state["classes"]:
-            raise ValueError(
-                f"{path} is on the classes {state['classes']}, {found[0].path} on {found[0].state['classes']}"
-            )
+        classes.setdefault(str(state["classes"]), path)
+        if len(classes) > 1:
+            raise ValueError("; ".join(f"{where} is on the classes {names}" for names, where in classes.items()))
         network, _ = checkpoint.load_network(path, state)
-        name = "plain student" if group.role == "plain" else group.name
-        taken = {run.name for run in found}
-        name = next(n for n in (name, group.name, str(path)) if n not in taken)
-        found.append(Shown(name, path, checkpoint.config_of(state, path), state, network))
-    return found
+        plain = ["plain student"] if group.role == "plain" else []
+        name = next(n for n in (*plain, group.name, str(path)) if n not in found)
+        found[name] = name, checkpoint.config_of(state, path), network
+    return list(found.values())

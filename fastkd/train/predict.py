@@ -19,7 +19,7 @@ from fastkd.train.data.images import SUFFIXES, DataError, open_photo
 from fastkd.train.data.images import image_files as images_of
 from fastkd.train.evaluation import predict_scores
 from fastkd.train.files import write_whole
-from fastkd.train.panels import overlay
+from fastkd.train.pictures import overlay
 
 
 def predict(

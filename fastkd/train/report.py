@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import base64
 import io
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -18,7 +18,7 @@ from PIL import Image
 from fastkd.train.curves import as_svg, charts, charts_of_terms, write_png
 from fastkd.train.files import write_text, write_whole
 from fastkd.train.log import duration
-from fastkd.train.runs import Group, Run, as_number, grouped, load_runs, verdict
+from fastkd.train.runs import Group, as_number, grouped, load_runs, verdict
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 MISSING = "\N{EN DASH}"  # a number that is not there
@@ -28,12 +28,12 @@ Panel = Any  # a Pillow picture, a path of one, or (caption, either)
 
 
 class Row(NamedTuple):
-    """group: whose colour stands before it. marks: index of a cell -> "best" or "teacher"."""
+    """group: whose colour stands before it. best: indices of the cells to mark."""
 
     cells: Sequence[str]
     group: Group | None = None
     tags: Sequence[str] = ()
-    marks: Any = None
+    best: Sequence[int] = ()
 
 
 class Table(NamedTuple):
@@ -72,64 +72,29 @@ def write_report(
     groups = grouped(load_runs(runs))
     lines, found = verdict(groups), charts(groups)
     write_whole(out / "curves.png", lambda beside: write_png(found, beside))
-    tables = [_runs(groups), _seeds(groups), _costs(groups), _classes(groups)]
+    tables = [table for table in (_runs(groups), _seeds(groups), _costs(groups), _classes(groups)) if table.rows]
     write_text(out / "table.md", _markdown(tables, groups, title, lines))
-    page = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     figures = [*found, *(charts_of_terms(groups[0]) if len(groups) == 1 else ())]
+    page = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     html = page.render(
-        title=title, notes=[p.strip() for p in re.split(r"\n\s*\n", notes or "") if p.strip()], verdict=lines,
-        tables=tables, groups=groups, figures=[Markup(as_svg(chart)) for chart in figures],
-        about_curves=_about_curves(groups), pictures=[_picture(panel) for panel in panels],
+        title=title, notes=(notes or "").split("\n\n"), verdict=lines, tables=tables, groups=groups,
+        figures=[Markup(as_svg(chart)) for chart in figures],
+        names=[chart.name for chart in figures], pictures=[_picture(panel) for panel in panels],
     )  # fmt: skip
     write_text(out / "report.html", html)
     return out / "report.html"
 
 
-def _text(form: str, factor: float = 1.0) -> Callable[[float | None], str]:
-    return lambda value: MISSING if value is None else form.format(factor * value)
+def _number(value: float | None, form: str = ".1f", factor: float = 1.0) -> str:
+    return MISSING if value is None else f"{factor * value:{form}}"
 
 
-_percent = _text("{:.1f}", 100)
-
-
-def _ratio(value: float) -> str:
-    return f"{value:.0f}×" if value >= 10 else f"{value:.1f}×"
-
-
-def _seconds(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
-def _scaled(value: float | None, units: tuple[tuple[float, str], ...], form: str) -> str:
+def _scaled(value: float | None, units: dict[str, float], form: str = ".3g") -> str:
     """A number in the first unit that it fills, or the last."""
     if value is None:
         return MISSING
-    size, unit = next((u for u in units if value >= u[0]), units[-1])
-    return f"{value / size:{form}} {unit}".strip()
-
-
-def _bytes(value: float | None) -> str:
-    return _scaled(value, ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")), ".3g")
-
-
-def _row(of: Group | Run) -> list[str]:
-    """The cells of `COLUMNS`, of a group's mean or of a run."""
-    group, first = (of, of.first) if isinstance(of, Group) else (Group(of.name, [of]), of)
-
-    def spread(key: str) -> str:
-        deviation = group.spread(key)
-        return _percent(group.mean(key)) + ("" if deviation is None else f" ± {_percent(deviation)}")
-
-    steps = first.number("steps")
-    count = _scaled(group.mean("params"), ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1, "")), ".2f")
-    stopped = MISSING if first.step is None else f"{first.step} (stopped)"
-    seconds = group.mean("seconds")
-    return [
-        group.name + (f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else ""), group.method, spread("miou"),
-        spread("pixel_accuracy"), _seconds(group.mean("seconds_per_step")), _percent(group.mean("loss_share")), count,
-        stopped if steps is None else f"{steps:.0f}", first.images or MISSING,
-        MISSING if seconds is None else duration(seconds),
-    ]  # fmt: skip
+    unit = next((unit for unit, size in units.items() if value >= size), list(units)[-1])
+    return f"{value / units[unit]:{form}} {unit}".strip()
 
 
 COLUMNS = ("run", "method", "mIoU %", "pixel acc. %", "s / step", "losses %", "parameters", "steps", "images", "time")
@@ -140,6 +105,23 @@ CAPTION = (
 )
 
 
+def _cells(group: Group) -> list[str]:
+    """The cells of `COLUMNS`."""
+    first, steps, seconds = group.first, group.first.number("steps"), group.mean("seconds")
+    scores = []
+    for key in ("miou", "pixel_accuracy"):
+        deviation = group.spread(key)
+        scores.append(_number(group.mean(key), factor=100))
+        scores[-1] += "" if deviation is None else f" ± {100 * deviation:.1f}"
+    return [
+        group.name + (f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else ""), group.method, *scores,
+        _number(group.mean("seconds_per_step"), ".3g"), _number(group.mean("loss_share"), factor=100),
+        _scaled(group.mean("params"), {"G": 1e9, "M": 1e6, "k": 1e3, "": 1}, ".2f"),
+        f"{first.step} (stopped)" if steps is None and first.step is not None else _number(steps, ".0f"),
+        first.counts("images") or MISSING, MISSING if seconds is None else duration(seconds),
+    ]  # fmt: skip
+
+
 def _runs(groups: Sequence[Group]) -> Table:
     rows = []
     for group in groups:
@@ -148,15 +130,14 @@ def _runs(groups: Sequence[Group]) -> Table:
             tags.append((f"{unfinished} of {len(group.runs)} " if len(group.runs) > 1 else "") + "unfinished")
         elif any("log.jsonl" in problem for run in group.runs for problem in run.problems):
             tags.append("log damaged")
-        rows.append(Row(_row(group), group, [tag for tag in tags if tag], {}))
+        rows.append(Row(_cells(group), group, [tag for tag in tags if tag]))
     return Table("Runs" if len(groups) > 1 else "Run", COLUMNS, rows, [CAPTION])
 
 
 def _seeds(groups: Sequence[Group]) -> Table:
     several = [(group, run) for group in groups if len(group.runs) > 1 for run in group.runs]
-    rows = [
-        Row([cells[0], str(run.seed), *cells[2:]], group, (), {}) for group, run in several for cells in [_row(run)]
-    ]
+    cells = [(group, run, _cells(Group(run.name, [run]))) for group, run in several]
+    rows = [Row([own[0], str(run.seed), *own[2:]], group) for group, run, own in cells]
     return Table("Each seed", ("run", "seed", *COLUMNS[2:]), rows, folded=True)
 
 
@@ -171,37 +152,40 @@ def _costs(groups: Sequence[Group]) -> Table:
     """Cost of the losses in each group's first run, if it was measured."""
     rows, captions = [], [COST_CAPTION]
     for group in groups:
-        losses = group.first.result.get("losses")
-        if not isinstance(losses, dict):
+        if not (losses := group.first.result.get("losses")):
             continue
         ours, eager = (side if isinstance(side := losses.get(name), dict) else {} for name in ("ours", "eager"))
         names, cells = losses.get("backends"), []
-        for key, text in (("seconds", _text("{:.3g}", 1000)), ("bytes", _bytes)):
+        star = "*" if eager.get("images") != ours.get("images") else ""
+        for key in ("seconds", "bytes"):
             left, right = as_number(ours.get(key)), as_number(eager.get(key))
-            star = "*" if right is not None and eager.get("images") != ours.get("images") else ""
-            cells += [text(left), text(right) + star, _ratio(right / left) if left and right else MISSING]
+            ratio = right / left if left and right else None
+            texts = [
+                _number(value, ".3g", 1000)
+                if key == "seconds"
+                else _scaled(value, {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10})
+                for value in (left, right)
+            ]
+            texts[1] += star if right is not None else ""
+            cells += [*texts, MISSING if ratio is None else f"{ratio:.{int(ratio < 10)}f}×"]
         kernels = ", ".join(map(str, names)) if isinstance(names, list) else MISSING
-        rows.append(Row([group.name, kernels, _percent(group.first.number("loss_share")), *cells], group, (), {}))
+        rows.append(Row([group.name, kernels, _number(group.first.number("loss_share"), factor=100), *cells], group))
         captions += [f"{group.name}: {losses['note']}."] if losses.get("note") else []
     return Table("What the losses cost", COST_COLUMNS, rows, captions)
 
 
 def _classes(groups: Sequence[Group]) -> Table:
     """IoU of each class, mean of a group's runs; the best students as they are printed are marked."""
-    having: list[tuple[Group, dict[str, float | None]]] = []
-    for group in groups:
-        tables = [t for run in group.runs if isinstance(t := run.result.get("class_iou"), dict) and t]
-        if tables:
-            columns = {n: [v for t in tables if (v := as_number(t.get(n))) is not None] for t in tables for n in t}
-            having.append((group, {str(n): sum(v) / len(v) if v else None for n, v in columns.items()}))
+    having = [(g, found) for g in groups if any(found := [run.result.get("class_iou", {}) for run in g.runs])]
     rows = []
-    for name in dict.fromkeys(name for _, table in having for name in table):
-        values = [_percent(table.get(name)) for _, table in having]
-        students = [v for (group, _), v in zip(having, values, strict=True) if group.role != "teacher" and v != MISSING]
-        best = max(students, key=float) if len(students) > 1 else "0.0"
-        kinds = ["teacher" if group.role == "teacher" else "best" if v == best != "0.0" else ""
-                 for (group, _), v in zip(having, values, strict=True)]  # fmt: skip
-        rows.append(Row([name, *values], None, (), dict(enumerate(["", *kinds]))))
+    for name in dict.fromkeys(name for _, found in having for table in found for name in table):
+        cells = [name]
+        for _, found in having:
+            values = [v for table in found if (v := as_number(table.get(name))) is not None]
+            cells.append(_number(fmean(values), factor=100) if values else MISSING)
+        students = [i for i, (g, _) in enumerate(having, 1) if g.role != "teacher" and cells[i] != MISSING]
+        top = max((float(cells[i]) for i in students), default=0.0)
+        rows.append(Row(cells, best=[i for i in students if float(cells[i]) == top > 0 and len(students) > 1]))
     marked = " The best of the students is marked." if len(having) > 1 else ""
     caption = f"Per cent.{marked} A dash: neither labelled nor predicted."
     return Table("IoU per class", ["class", *(group.name for group, _ in having)], rows, [caption], words=1)
@@ -213,42 +197,25 @@ def _markdown(tables: Sequence[Table], groups: Sequence[Group], title: str, line
 
     text = [f"# {title}", ""]
     for table in tables:
-        if table.rows:
-            rule = "|" + "---|" * table.words + "---:|" * (len(table.columns) - table.words)
-            text += [f"## {table.title}", "", row(table.columns), rule]
-            for cells, _, _, marks in table.rows:
-                text.append(row([f"**{c}**" if marks.get(i) == "best" else c for i, c in enumerate(cells)]))
-            text += ["", *table.captions, ""]
+        rule = "|" + "---|" * table.words + "---:|" * (len(table.columns) - table.words)
+        text += [f"## {table.title}", "", row(table.columns), rule]
+        text += [row([f"**{c}**" if i in best else c for i, c in enumerate(cells)]) for cells, _, _, best in table.rows]
+        text += ["", *table.captions, ""]
     text += [f"- {line}" for line in lines]
     text += [f"- {run.name}: {problem}." for group in groups for run in group.runs for problem in run.problems]
     return "\n".join(text) + "\n"
-
-
-def _about_curves(groups: Sequence[Group]) -> str:
-    runs = [run for group in groups for run in group.runs]
-    words = {
-        "The training loss sums the terms of a method: compare a run with itself, not with another method.": len(groups)
-        > 1,
-        "A band spans the seeds, its line is their mean.": len(runs) > len(groups),
-        "A dashed line is a run that did not finish.": not all(group.finished for group in groups),
-        "The cosine is that between the gradients of the task loss and of the distillation losses at the student's logits: "
-        "below 0 the two pull apart.": any(run.curves.get("train/grad_cosine") for run in runs),
-    }
-    return " ".join(sentence for sentence, true in words.items() if true)
 
 
 def _picture(panel: Panel) -> tuple[str, str]:
     """Caption and data URL, or a sentence on why there is none; PNG, or JPEG where that is large."""
     caption, picture = panel if isinstance(panel, (tuple, list)) else ("", panel)
     try:
-        if not isinstance(picture, Image.Image):
-            with Image.open(picture) as opened:
-                picture = opened.convert("RGB")
-        for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 90})):
-            buffer = io.BytesIO()
-            picture.convert("RGB").save(buffer, format=kind, **options)
-            if buffer.tell() < MOST_BYTES:
-                break
+        picture = (picture if isinstance(picture, Image.Image) else Image.open(picture)).convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
         return str(caption), f"picture left out: {error}"
+    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 90})):
+        buffer = io.BytesIO()
+        picture.save(buffer, format=kind, **options)
+        if buffer.tell() < MOST_BYTES:
+            break
     return str(caption), f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

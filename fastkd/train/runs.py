@@ -21,28 +21,30 @@ from fastkd.train.config import seeds_apart
 NO_CLEAR_CHANGE = 0.5  # points of mIoU: a smaller difference is noise
 TEACHER_COLOUR, PLAIN_COLOUR = "#2b3138", "#8b939d"
 COLOURS = ("#0b6bb3", "#d1580b", "#12876a", "#b14a8b", "#b98a00", "#4aa3d6", "#7a5cc0", "#8c5a3c")
-PLAIN = ("none", "plain", "")  # words for "no distillation"
+PLAIN = ("none", "plain")  # words for "no distillation"
+TEXTS, TABLES = (
+    ("name", "method", "model"),
+    ("class_iou", "images", "losses", "versions"),
+)  # in result.json; else numbers
 
 Points = list[tuple[float, float]]  # (step, value)
 
 
 @dataclass
 class Run:
-    """What could be read of one run directory; None or empty where it could not."""
+    """What could be read of one run directory; empty where it could not."""
 
     path: Path
     name: str
-    result: dict[str, Any] = field(default_factory=dict)
+    result: dict[str, Any] = field(default_factory=dict)  # values of the wrong kind are left out
     curves: dict[str, Points] = field(default_factory=dict)  # "train/loss", "val/miou", ...
-    last: dict[str, Any] = field(default_factory=dict)  # the last validation's values
-    step: int | None = None
-    config: str | None = None
+    config: str = ""
     settings: dict[str, Any] = field(default_factory=dict)  # the parsed `config`
     problems: list[str] = field(default_factory=list)
 
     @property
     def method(self) -> str:
-        return str(self.result.get("method", "")) or str(self.settings.get("method", "")) or "?"
+        return str(self.result.get("method") or self.settings.get("method") or "?")
 
     @property
     def finished(self) -> bool:
@@ -54,41 +56,30 @@ class Run:
         return next((int(seed) for seed in found if seed is not None), "unknown")
 
     @property
-    def images(self) -> str:
-        """Training images with a label and, where there are some, + without; "" if the run does not say."""
-        counts = self._images("images")
-        return " + ".join(f"{count:.0f}" for count in counts[: 2 if counts[1:] > [0] else 1])
+    def step(self) -> int | None:
+        """The last one in the log."""
+        return max((int(points[-1][0]) for points in self.curves.values()), default=None)
+
+    def counts(self, what: str) -> str:
+        """Training "images" or "crops" with a label and, where there are some, + without; "" if the run does not say."""
+        kinds = [self.result.get("images", {}).get(kind) for kind in ("labelled", "unlabelled")]
+        numbers = [as_number(kind.get(what)) for kind in kinds if isinstance(kind, dict)]
+        return " + ".join(f"{n:.0f}" for i, n in enumerate(numbers) if n is not None and (n or i == 0))
 
     @property
     def about(self) -> str:
-        """Seed, network, images, processes: what a reader asks of one run."""
-        words = [f"seed {self.seed}" if self.seed != "unknown" else "", str(self.result.get("model", ""))]
-        images, crops = self._images("images"), self._images("crops")
-        if crops[1:] > [0]:
-            words.append(
-                f"{images[0]:.0f} labelled + {images[1]:.0f} unlabelled images, {crops[0]:.0f} + {crops[1]:.0f} crops"
-            )
-        elif crops:
-            words.append(f"{images[0]:.0f} labelled images, {crops[0]:.0f} crops")
-        if (processes := as_number(self.result.get("processes"))) and processes > 1:
-            words.append(f"{processes:.0f} processes")
-        return " · ".join(word for word in words if word)
+        """Seed, network, images: what a reader asks of one run."""
+        images = f"{self.counts('images')} images, {self.counts('crops')} crops" if self.counts("images") else ""
+        return " · ".join(word for word in (f"seed {self.seed}", self.result.get("model"), images) if word)
 
     @property
     def versions(self) -> str:
-        found = self.result.get("versions")
-        return ", ".join(f"{k} {v}" for k, v in found.items()) if isinstance(found, dict) else ""
-
-    def _images(self, what: str) -> list[float]:
-        found = self.result.get("images")
-        kinds = [found.get(kind) for kind in ("labelled", "unlabelled")] if isinstance(found, dict) else []
-        numbers = [as_number(kind.get(what)) for kind in kinds if isinstance(kind, dict)]
-        return [number for number in numbers if number is not None]
+        return ", ".join(f"{k} {v}" for k, v in self.result.get("versions", {}).items())
 
     def number(self, key: str) -> float | None:
-        """A finite number of result.json; for scores, else that of the last validation in the log."""
-        value = as_number(self.result.get(key))
-        return as_number(self.last.get(key)) if value is None and key in ("miou", "pixel_accuracy") else value
+        """A number of result.json; for scores, else that of the last validation in the log."""
+        logged: Points = self.curves.get(f"val/{key}", [(0, math.nan)])
+        return as_number(self.result.get(key, logged[-1][1]))
 
 
 @dataclass
@@ -117,11 +108,8 @@ class Group:
         run = next((run for run in self.runs if "model" in run.result), None)
         if run is None:
             return "?"
-        chosen = run.settings.get("model")
-        options = chosen.get("options") if isinstance(chosen, dict) else None
-        data = run.settings.get("data")
-        labelled = data.get("labelled", 1.0) if isinstance(data, dict) else 1.0
-        return f"{run.result['model']} {options or ''} {labelled}"
+        model, data = (v if isinstance(v := run.settings.get(name), dict) else {} for name in ("model", "data"))
+        return f"{run.result['model']} {model.get('options') or ''} {data.get('labelled', 1.0)}"
 
     @property
     def finished(self) -> bool:
@@ -139,7 +127,7 @@ class Group:
 
     def scores(self) -> dict[Any, float]:
         """mIoU in per cent of the finished runs, by seed."""
-        return {run.seed: 100 * v for run in self.runs if (v := as_number(run.result.get("miou"))) is not None}
+        return {run.seed: 100 * run.result["miou"] for run in self.runs if "miou" in run.result}
 
     def curve(self, name: str) -> list[tuple[float, float, float, float]]:
         """(step, mean, lowest, highest) over the runs, at the steps that all of them have."""
@@ -162,14 +150,14 @@ def read_run(path: Path) -> Run:
     try:
         result = json.loads((path / "result.json").read_text(encoding="utf-8"))
         if isinstance(result, dict):
-            run.result = result
+            run.result = {key: value for key, value in result.items() if _fits(key, value)}
         else:
             run.problems.append("result.json does not hold an object")
     except FileNotFoundError:
         run.problems.append("no result.json: the run did not finish")
     except (OSError, ValueError) as error:
         run.problems.append(f"result.json cannot be read ({error})")
-    run.name = str(run.result.get("name") or run.name)
+    run.name = run.result.get("name") or run.name
     try:
         run.config = (path / "config.yaml").read_text(encoding="utf-8", errors="replace")
         settings = yaml.safe_load(run.config)
@@ -187,25 +175,28 @@ def read_run(path: Path) -> Run:
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
-            step, split = int(entry["step"]), entry.get("split")
+            step, split = int(entry.pop("step")), entry.pop("split", None)
         except (ValueError, KeyError, TypeError, OverflowError, AttributeError):
             damaged += bool(line.strip()) and number < len(lines)  # the last line may be cut short
             continue
-        run.step = step if run.step is None else max(run.step, step)
         for key, value in entry.items():
-            if key not in ("step", "split") and as_number(value) is not None:
+            if as_number(value) is not None:
                 run.curves.setdefault(f"{split}/{key}", []).append((step, float(value)))
-        if split == "val":
-            run.last = entry
     if damaged:
         run.problems.append(f"log.jsonl: {damaged} unreadable line{'s' if damaged > 1 else ''} left out")
     return run
 
 
+def _fits(key: str, value: Any) -> bool:
+    if key in TEXTS or key in TABLES:
+        return isinstance(value, str if key in TEXTS else dict)
+    return as_number(value) is not None
+
+
 def as_number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
+    """The value if it is a finite number."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if number else None
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
@@ -222,17 +213,14 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
             same.append(run)
     groups = [Group(_common_name(members), members) for members in found]
     students = {group.model for group in groups if group.method not in (*PLAIN, "?")}
-    number = 0
+    colours = iter(COLOURS * len(groups))
     for group in groups:
         if group.method not in (*PLAIN, "?"):
             group.role = "distilled"
         elif group.method != "?" and students and any(run.finished for run in group.runs):
             group.role = "plain" if group.model in students else "teacher"
-        if group.role in ("teacher", "plain"):
-            group.colour = TEACHER_COLOUR if group.role == "teacher" else PLAIN_COLOUR
-        else:
-            group.colour = COLOURS[number % len(COLOURS)]
-            number += 1
+        fixed = {"teacher": TEACHER_COLOUR, "plain": PLAIN_COLOUR}
+        group.colour = fixed[group.role] if group.role in fixed else next(colours)
     return groups
 
 
@@ -254,50 +242,38 @@ def verdict(groups: Sequence[Group]) -> list[str]:
     whole = [group for group in groups if group.scores()]
     if len(groups) == 1:
         return [_alone(groups[0])]
+    if not whole:
+        return ["No run finished: there is nothing to compare."]
     lines: list[str] = []
     plain = {group.model: group for group in reversed(whole) if group.role == "plain"}
     teachers = [group for group in whole if group.role == "teacher"]
     distilled = [group for group in whole if group.role == "distilled"]
     for model, base in plain.items():
-        gap = None
-        if len(teachers) == 1:
-            gap = _score(teachers[0]) - _score(base)
-            if gap > 0:
-                lines.append(
-                    f"The teacher ({teachers[0].name}) reaches {_said(teachers[0])} mIoU, the plain student ({base.name}) "
-                    f"{_said(base)}. The gap is {gap:.1f} points."
-                )
-            else:
-                lines.append(
-                    f"The teacher ({teachers[0].name}, {_said(teachers[0])} mIoU) is no better than the plain student "
-                    f"({base.name}, {_said(base)}), so these runs say little about distillation."
-                )
+        gap = _score(teachers[0]) - _score(base) if len(teachers) == 1 else 0.0
+        if gap:
+            lines.append(
+                f"The teacher ({teachers[0].name}) reaches {_said(teachers[0])} mIoU, the plain student ({base.name}) "
+                f"{_said(base)}."
+            )
+            poor = "The teacher is no better than the plain student, so these runs say little about distillation."
+            lines[-1] += f" The gap is {gap:.1f} points." if gap > 0 else f" {poor}"
         else:
             lines.append(f"The plain student ({base.name}) reaches {_said(base)} mIoU.")
         lines += _changes(base, [group for group in distilled if group.model == model], gap)
-    alone = [group.name for group in distilled if group.model not in plain]
-    if alone:
+    if alone := [group.name for group in distilled if group.model not in plain]:
         lines.append(f"No plain student of the same model was finished, so nothing can be said of {', '.join(alone)}.")
-    if not plain and not alone and whole:
+    elif not plain:
         best = max(whole, key=_score)
         lines.append(f"There is no distilled run to judge. The best run is {best.name} with {_said(best)} mIoU.")
-    broken = [run.name for group in groups for run in group.runs if as_number(run.result.get("miou")) is None]
-    if broken:
+    if broken := [run.name for group in groups for run in group.runs if "miou" not in run.result]:
         lines.append(f"Left out of this comparison, because unfinished or unreadable: {', '.join(broken)}.")
-    if not whole:
-        return [*lines, "No run finished: there is nothing to compare."]
-    several = [len(group.scores()) > 1 for group in [*plain.values(), *distilled]]
-    if plain and distilled and all(several):
+    if plain and distilled and all(len(group.scores()) > 1 for group in [*plain.values(), *distilled]):
         lines.append(
             "± is the standard deviation over seeds. A difference counts as clear if it is larger than "
             f"{NO_CLEAR_CHANGE} points and than twice its standard error over the seeds that both have."
         )
-    elif any(several):
-        lines.append("Not every method has several seeds: a difference of one can change with another.")
     else:
-        seeds = sorted({str(run.seed) for group in whole for run in group.runs})
-        one = f"Every run is one seed ({seeds[0]})" if len(seeds) == 1 else f"Seeds {', '.join(seeds)} appear"
-        lines.append(f"{one}: differences of this size can change with another seed.")
+        lines.append("Not every method has several seeds: a difference of this size can change with another seed.")
     return lines
 
 
@@ -306,12 +282,17 @@ def _alone(group: Group) -> str:
         at = f"; it stopped at step {group.first.step}" if group.first.step is not None else ""
         return f"{group.name} did not finish, or cannot be read{at}."
     seeds = f" over {len(group.runs)} seeds" if len(group.runs) > 1 else ""
-    return f"{group.name} reaches {_said(group)} mIoU{seeds} after {group.first.result.get('steps')} steps."
+    return f"{group.name} reaches {_said(group)} mIoU{seeds} after {group.first.number('steps'):.0f} steps."
 
 
-def _changes(base: Group, distilled: Sequence[Group], gap: float | None) -> list[str]:
+def _changes(base: Group, distilled: Sequence[Group], gap: float) -> list[str]:
     """How the distilled groups differ from the plain student, sorted by certainty."""
-    words: dict[str, list[str]] = {"gained": [], "lost": [], "unclear": []}
+    titles = {
+        "Gained over the plain student, in points of mIoU": lambda change, clear: clear and change > 0,
+        "Lost against it": lambda change, clear: clear and change < 0,
+        "No clear difference from it": lambda change, clear: not clear,
+    }
+    said: list[tuple[str, float, bool]] = []
     for group in distilled:
         shared, change, error = _difference(group, base)
         text = f"{group.name} ({change:+.1f}"
@@ -319,22 +300,20 @@ def _changes(base: Group, distilled: Sequence[Group], gap: float | None) -> list
             text += f" ± {error * math.sqrt(len(shared)):.1f} over {len(shared)} seeds"
         elif shared and len(group.scores()) + len(base.scores()) > 2:
             text += f" with seed {shared[0]}"
-        if gap is not None and gap > NO_CLEAR_CHANGE and change > NO_CLEAR_CHANGE:
+        if gap > NO_CLEAR_CHANGE and change > NO_CLEAR_CHANGE:
             text += f", {100 * change / gap:.0f} % of the gap"
+        ours, theirs = (
+            {"steps": g.first.result.get("steps"), "seed": ", ".join(map(str, g.scores()))} for g in (group, base)
+        )
         unlike = [
-            f"{key} {left} instead of {right}"
-            for key, of in (("steps", _steps), ("seed", _seeds))
-            if (left := of(group)) != (right := of(base)) and not (key == "seed" and shared)
+            f"{k} {v} instead of {theirs[k]}"
+            for k, v in ours.items()
+            if v != theirs[k] and not (k == "seed" and shared)
         ]
         text += ")" + (f" [not like for like: {', '.join(unlike)}]" if unlike else "")
-        clear = abs(change) >= NO_CLEAR_CHANGE and abs(change) > 2 * error
-        words["unclear" if not clear else "gained" if change > 0 else "lost"].append(text)
-    titles = {
-        "gained": "Gained over the plain student, in points of mIoU",
-        "lost": "Lost against it",
-        "unclear": "No clear difference from it",
-    }
-    return [f"{titles[word]}: {'; '.join(texts)}." for word, texts in words.items() if texts]
+        said.append((text, change, abs(change) >= NO_CLEAR_CHANGE and abs(change) > 2 * error))
+    lines = ((title, [text for text, change, clear in said if fits(change, clear)]) for title, fits in titles.items())
+    return [f"{title}: {'; '.join(texts)}." for title, texts in lines if texts]
 
 
 def _difference(group: Group, base: Group) -> tuple[list[Any], float, float]:
@@ -344,9 +323,7 @@ def _difference(group: Group, base: Group) -> tuple[list[Any], float, float]:
     """
     ours, theirs = group.scores(), base.scores()
     shared = [seed for seed in ours if seed in theirs]
-    if not shared:
-        return [], _score(group) - _score(base), 0.0
-    changes = [ours[seed] - theirs[seed] for seed in shared]
+    changes = [ours[seed] - theirs[seed] for seed in shared] or [_score(group) - _score(base)]
     error = statistics.stdev(changes) / math.sqrt(len(shared)) if len(shared) > 1 else 0.0
     return shared, statistics.fmean(changes), error
 
@@ -359,12 +336,3 @@ def _said(group: Group) -> str:
     values = list(group.scores().values())
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.1f}{spread} %"
-
-
-def _steps(group: Group) -> Any:
-    return group.first.result.get("steps")
-
-
-def _seeds(group: Group) -> Any:
-    seeds = [run.seed for run in group.runs]
-    return seeds[0] if len(seeds) == 1 else ", ".join(map(str, sorted(seeds, key=str)))

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
 
-from fastkd.train.panels import colourise, heatmap, overlay, panel  # noqa: E402
+from fastkd.train.pictures import colourise, heatmap, overlay, panel  # noqa: E402
 from fastkd.train.report import write_report  # noqa: E402
 from fastkd.train.runs import grouped, load_runs, read_run, verdict  # noqa: E402
 
@@ -171,7 +171,7 @@ def test_verdict_sorts_gains_losses_and_ties(runs):
     assert "Gained over the plain student, in points of mIoU: nfd (+5.0, 25 % of the gap)." in text
     assert "No clear difference from it: rdd (+0.2)." in text
     assert "Lost against it: cwd (-5.0)." in text
-    assert "one seed (0)" in text
+    assert "Not every method has several seeds" in text
 
 
 def test_verdict_without_a_plain_student(runs):
@@ -194,7 +194,6 @@ def test_verdict_names_unlike_runs(runs, tmp_path):
     longer = make_run(tmp_path, "kd", "kd", 0.56, steps=80, seed=3)
     text = judged([*runs, longer])
     assert "kd (+6.0, 30 % of the gap) [not like for like: steps 80 instead of 40, seed 3 instead of 0]" in text
-    assert "Seeds 0, 3 appear" in text
 
 
 @pytest.fixture
