@@ -149,13 +149,13 @@ def _data(words: list[str]) -> int:
     from fastkd.train.config import parse
 
     config, _ = parse([*rest, "--method", "none"], prog="fastkd data")
-    from fastkd.train.data import build_dataset, check, eval_transform
+    from fastkd.train.data import check, evaluation_set
     from fastkd.train.engine import build_datasets
 
     data = config.data
     training, validation = build_datasets(data)
     augment: Any = training.transform  # type: ignore[attr-defined]
-    plain: Any = build_dataset(data.name, root=data.root, split="train", transform=eval_transform(), **data.options)
+    plain = evaluation_set(data, split="train")
     print(f"{data.name}: {len(plain.classes)} classes, {len(plain)} training and {len(validation)} validation images")
     problems: list[str] = []
     if args.check:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 from fastkd.train import checkpoint
 from fastkd.train.config import Config
-from fastkd.train.data import build_dataset, eval_transform
-from fastkd.train.evaluation import SegmentationSet
+from fastkd.train.data import evaluation_set
 from fastkd.train.files import write_whole
 from fastkd.train.models import SegmentationModel
 from fastkd.train.pictures import MAPS, difficulty, predictions, sample
@@ -44,9 +42,7 @@ def compare(
     pictures = []
     if shown:
         data, how = shown[0][1].data, shown[0][1].eval
-        options = data.options | data.val_options
-        found = build_dataset(data.name, root=root or data.root, split="val", transform=eval_transform(), **options)
-        scenes = cast(SegmentationSet, found)
+        scenes = evaluation_set(data, root=root)
         samples = sample(scenes, count)
         seen = predictions({name: network for name, _, network in shown}, samples, scenes, how)
         pictures.append(("predictions", "What the networks see in validation images.", seen))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fastkd.train import checkpoint
 from fastkd.train.config import Config, to_dict
-from fastkd.train.data import build_dataset, eval_transform
+from fastkd.train.data import evaluation_set
 from fastkd.train.models import build_model
 
 
@@ -25,9 +24,7 @@ def convert(config: Config, *, overwrite: bool = False) -> Path:
     path = Path(config.out) / "best.pt"
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; discard it with --overwrite, or change --out")
-    data = config.data
-    options = data.options | data.val_options
-    dataset: Any = build_dataset(data.name, root=data.root, split="val", transform=eval_transform(), **options)
+    dataset = evaluation_set(config.data)
     network = build_model(config.model, len(dataset.classes))
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {

@@ -32,7 +32,7 @@ from fastkd.train import checkpoint
 from fastkd.train.config import (  # isort: skip
     Config, DataConfig, TrainConfig, check, differences, labelled_share, to_dict, unlabelled_size, write_yaml,
 )  # fmt: skip
-from fastkd.train.data import build_dataset, eval_transform, train_transform
+from fastkd.train.data import build_dataset, evaluation_set, train_transform
 from fastkd.train.data.check import Seen
 from fastkd.train.data.unlabelled import split
 from fastkd.train.evaluation import Scores, SegmentationSet, evaluate
@@ -504,7 +504,7 @@ def build_datasets(data: DataConfig) -> tuple[SegmentationSet, SegmentationSet]:
     )
     return (
         build(data.name, root=data.root, split="train", transform=crops, **data.options),
-        build(data.name, root=data.root, split="val", transform=eval_transform(), **(data.options | data.val_options)),
+        evaluation_set(data),
     )
 
 

@@ -69,7 +69,9 @@ class Run:
     @property
     def about(self) -> str:
         """Seed, network, images: what a reader asks of one run."""
-        images = f"{self.counts('images')} images, {self.counts('crops')} crops" if self.counts("images") else ""
+        kinds = zip(self.counts("images").split(" + "), ("labelled", "unlabelled"), strict=False)
+        images = " + ".join(f"{count} {kind}" for count, kind in kinds if count)
+        images = images and f"{images} images, {self.counts('crops')} crops"
         return " · ".join(word for word in (f"seed {self.seed}", self.result.get("model"), images) if word)
 
     @property
@@ -289,8 +291,8 @@ def _changes(base: Group, distilled: Sequence[Group], gap: float) -> list[str]:
     """How the distilled groups differ from the plain student, sorted by certainty."""
     titles = {
         "Gained over the plain student, in points of mIoU": lambda change, clear: clear and change > 0,
-        "Lost against it": lambda change, clear: clear and change < 0,
-        "No clear difference from it": lambda change, clear: not clear,
+        "Lost against the plain student": lambda change, clear: clear and change < 0,
+        "No clear difference from the plain student": lambda change, clear: not clear,
     }
     said: list[tuple[str, float, bool]] = []
     for group in distilled:

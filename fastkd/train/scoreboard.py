@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
 from fastkd.train import checkpoint
-from fastkd.train.config import Config, EvalConfig, seeds_apart, to_dict
-from fastkd.train.data import build_dataset, eval_transform
-from fastkd.train.evaluation import Scores, SegmentationSet, evaluate
+from fastkd.train.config import Config, EvalConfig, to_dict
+from fastkd.train.data import evaluation_set
+from fastkd.train.evaluation import Scores, evaluate
+from fastkd.train.runs import Run, grouped
+
+SCORES = ("miou", "pixel_accuracy")
 
 
 class Entry(NamedTuple):
@@ -25,19 +27,6 @@ class Entry(NamedTuple):
     step: int
     hours: float | None
     scores: Scores
-
-
-class Row(NamedTuple):
-    """Runs of one configuration and several seeds. The deviation is that of a sample (n − 1), None for one seed."""
-
-    name: str
-    seeds: int
-    steps: int
-    hours: float | None
-    miou: float
-    miou_deviation: float | None
-    pixel_accuracy: float
-    pixel_accuracy_deviation: float | None
 
 
 def score(
@@ -63,11 +52,7 @@ def score(
     """
     how.check()
     data = _config(paths[0]).data
-    options = data.options if split == "train" else data.options | data.val_options
-    dataset = cast(
-        SegmentationSet,
-        build_dataset(data.name, root=root or data.root, split=split, transform=eval_transform(), **options),
-    )
+    dataset = evaluation_set(data, split=split, root=root)
     entries = []
     for path in paths:
         network, state = checkpoint.load_network(_file(path))
@@ -103,53 +88,33 @@ def _hours(path: Path) -> float | None:
     return json.loads(result.read_text(encoding="utf-8"))["seconds"] / 3600 if result.is_file() else None
 
 
-def rows(entries: Sequence[Entry]) -> list[Row]:
-    """One row for all entries whose configurations differ in their seed alone, in the order of the first."""
-    groups: list[list[Entry]] = []
+def rows(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """One row for all entries whose configurations differ in their seed alone, in the order of the first.
+
+    Means over the seeds; deviations are those of a sample (n − 1), None for one seed; hours None where no run has ended.
+    """
+    runs = []
     for entry in entries:
-        same = (g for g in groups if _same(g[0], entry))
-        group = next(same, None)
-        if group is None:
-            groups.append([entry])
-        else:
-            group.append(entry)
-    return [_row(group) for group in groups]
+        found = {"miou": entry.scores.miou, "pixel_accuracy": entry.scores.pixel_accuracy, "steps": entry.step}
+        hours = {} if entry.hours is None else {"hours": entry.hours}
+        runs.append(Run(Path(entry.name), entry.name, found | hours, settings=to_dict(entry.config)))
+    return [
+        {"name": group.first.name, "seeds": len(group.runs), "steps": group.first.result["steps"], "hours": group.mean("hours")}
+        | {key: group.mean(key) for key in SCORES}
+        | {f"{key}_deviation": group.spread(key) for key in SCORES}
+        for group in grouped(runs)
+    ]  # fmt: skip
 
 
-def _same(a: Entry, b: Entry) -> bool:
-    return a.step == b.step and seeds_apart(to_dict(a.config), to_dict(b.config))
-
-
-def _row(group: list[Entry]) -> Row:
-    hours = [entry.hours for entry in group if entry.hours is not None]
-    miou, accuracy = ([getattr(entry.scores, name) for entry in group] for name in ("miou", "pixel_accuracy"))
-    return Row(
-        name=group[0].name,
-        seeds=len(group),
-        steps=group[0].step,
-        hours=statistics.mean(hours) if hours else None,
-        miou=statistics.mean(miou),
-        miou_deviation=statistics.stdev(miou) if len(group) > 1 else None,
-        pixel_accuracy=statistics.mean(accuracy),
-        pixel_accuracy_deviation=statistics.stdev(accuracy) if len(group) > 1 else None,
-    )
-
-
-def table(found: Sequence[Row]) -> str:
+def table(found: Sequence[dict[str, Any]]) -> str:
     """The rows in Markdown, in percent and hours."""
     lines = ["| run | seeds | steps | hours | mIoU % | pixel accuracy % |", "|---|---:|---:|---:|---:|---:|"]
     for row in found:
-        hours = "" if row.hours is None else f"{row.hours:.2f}"
-        miou, accuracy = (
-            _percent(row.miou, row.miou_deviation),
-            _percent(row.pixel_accuracy, row.pixel_accuracy_deviation),
-        )
-        lines.append(f"| {row.name} | {row.seeds} | {row.steps} | {hours} | {miou} | {accuracy} |")
+        hours = "" if row["hours"] is None else f"{row['hours']:.2f}"
+        spreads = ["" if (v := row[f"{key}_deviation"]) is None else f" ± {100 * v:.2f}" for key in SCORES]
+        scores = [f"{100 * row[key]:.2f}{spread}" for key, spread in zip(SCORES, spreads, strict=True)]
+        lines.append(f"| {row['name']} | {row['seeds']} | {row['steps']} | {hours} | {' | '.join(scores)} |")
     return "\n".join(lines)
-
-
-def _percent(mean: float, deviation: float | None) -> str:
-    return f"{100 * mean:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}")
 
 
 def class_table(entries: Sequence[Entry]) -> str:
@@ -171,4 +136,4 @@ def to_json(entries: Sequence[Entry], how: EvalConfig) -> dict[str, Any]:
         {"name": e.name, "seed": e.config.seed, "method": e.config.method, "step": e.step, "hours": e.hours, **e.scores._asdict()}
         for e in entries
     ]  # fmt: skip
-    return {"eval": to_dict(how), "networks": networks, "rows": [row._asdict() for row in rows(entries)]}
+    return {"eval": to_dict(how), "networks": networks, "rows": rows(entries)}

@@ -169,8 +169,8 @@ def test_verdict_sorts_gains_losses_and_ties(runs):
     text = judged(runs)
     assert "gap is 20.0 points" in text
     assert "Gained over the plain student, in points of mIoU: nfd (+5.0, 25 % of the gap)." in text
-    assert "No clear difference from it: rdd (+0.2)." in text
-    assert "Lost against it: cwd (-5.0)." in text
+    assert "No clear difference from the plain student: rdd (+0.2)." in text
+    assert "Lost against the plain student: cwd (-5.0)." in text
     assert "Not every method has several seeds" in text
 
 
@@ -228,7 +228,7 @@ def test_verdict_over_seeds(seeds):
     text = judged(seeds)
     assert "the plain student (plain) 50.3 ± 2.5 %" in text
     assert "Gained over the plain student, in points of mIoU: nfd (+2.1 ± 0.1 over 3 seeds, 11 % of the gap)." in text
-    assert "No clear difference from it: kd (+0.7 ± 2.5 over 3 seeds, 3 % of the gap)." in text
+    assert "No clear difference from the plain student: kd (+0.7 ± 2.5 over 3 seeds, 3 % of the gap)." in text
     assert "twice its standard error" in text
     one = judged([*seeds[:4], seeds[4]])
     assert "nfd-s0 (+2.0 with seed 0, 10 % of the gap)." in one

@@ -29,13 +29,13 @@ def test_seeds_are_averaged_by_hand():
         entry("kd-2 again", 0.6, seed=2, method="kd", teacher="t2.pt", optim=tiny.OptimConfig(lr=1.0)),
     ]
     plain, kd, other = scoreboard.rows(entries)
-    assert (plain.name, plain.seeds, plain.hours) == ("plain", 2, 2.0)
-    assert plain.miou == pytest.approx(0.55)
-    assert plain.miou_deviation == pytest.approx(0.05 * 2**0.5)
-    assert (kd.name, kd.seeds, kd.hours) == ("kd", 3, None)
-    assert kd.miou == pytest.approx(0.7)
-    assert kd.miou_deviation == pytest.approx(statistics.stdev([0.7, 0.8, 0.6])) == pytest.approx(0.1)
-    assert (other.seeds, other.miou_deviation) == (1, None)
+    assert (plain["name"], plain["seeds"], plain["hours"]) == ("plain", 2, 2.0)
+    assert plain["miou"] == pytest.approx(0.55)
+    assert plain["miou_deviation"] == pytest.approx(0.05 * 2**0.5)
+    assert (kd["name"], kd["seeds"], kd["hours"]) == ("kd", 3, None)
+    assert kd["miou"] == pytest.approx(0.7)
+    assert kd["miou_deviation"] == pytest.approx(statistics.stdev([0.7, 0.8, 0.6])) == pytest.approx(0.1)
+    assert (other["seeds"], other["miou_deviation"]) == (1, None)
     text = scoreboard.table([plain, kd, other])
     assert "| plain | 2 | 10 | 2.00 | 55.00 ± 7.07 | 65.00 ± 7.07 |" in text
     assert "| kd-2 again | 1 | 10 |  | 60.00 | 70.00 |" in text

@@ -22,7 +22,8 @@ from fastkd.train.data.street_scenes import StreetScenes
 from fastkd.train.data.transforms import eval_transform, train_transform
 
 __all__ = [
-    "DATASETS", "DataError", "LabelledImages", "Layout", "StreetScenes", "build_dataset", "eval_transform", "train_transform",
+    "DATASETS", "DataError", "LabelledImages", "Layout", "StreetScenes", "build_dataset", "eval_transform",
+    "evaluation_set", "train_transform",
 ]  # fmt: skip
 
 KINDS: dict[str, Callable[..., Any]] = {"street_scenes": StreetScenes, **LAYOUTS}
@@ -62,6 +63,12 @@ def build_dataset(
     if root is None:
         raise ValueError(f"data set {name!r} needs root, the folder its files are in: --data.root FOLDER")
     return LabelledImages(root, kind(split, **options), transform=transform)
+
+
+def evaluation_set(data: Any, *, split: str = "val", root: str | Path | None = None) -> Any:
+    """The whole images of a split, without augmentation; `data` as in `Config.data`, `root` in place of its folder."""
+    options = data.options if split == "train" else data.options | data.val_options
+    return build_dataset(data.name, root=root or data.root, split=split, transform=eval_transform(), **options)
 
 
 def _close(word: str, known: Any) -> str:
