@@ -49,7 +49,7 @@ BASIS = {
     "resized_kd": _PROTOTYPE,
     "difficulty_mask": _PROTOTYPE,
 }
-_FORCED = os.environ.get("FASTKD_BACKEND", "auto")  # once: asking the environment is what a small call would mostly do
+_FORCED = os.environ.get("FASTKD_BACKEND", "auto")  # read once: a small call would spend most of its time reading it
 _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 _LIBRARY = LIBRARIES["cpu"]
 _CUDA_LIBRARY = LIBRARIES["cuda"]
@@ -76,7 +76,7 @@ def _constant_when_traced(fn: Callable[..., _T]) -> Callable[..., _T]:
 
 
 class BackendError(RuntimeError):
-    """A backend was asked for by name and cannot run."""
+    """A forced backend cannot run."""
 
 
 def define(backend: str) -> torch.library.Library:

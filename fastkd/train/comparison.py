@@ -1,4 +1,4 @@
-"""A page that compares runs: their numbers and curves, and what their networks see in the same images."""
+"""A page that compares runs: numbers, curves, and predictions for the same images."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def train(
 
 
 class Step(NamedTuple):
-    """What a step leaves.
+    """The result of a step.
 
     Args:
         rate: its learning rate.
@@ -152,7 +152,7 @@ class Run:
         self.totals: dict[str, float] | None = None
         self.losses: Latest | None = None
         self.seen = Seen(self.classes, len(self.labelled))
-        self.shapes: Shapes | None = None  # of what the losses are given, from the first step on
+        self.shapes: Shapes | None = None  # of the losses' inputs, from the first step on
 
     def _teacher(self) -> tuple[SegmentationModel | None, str | None]:
         config = self.config
@@ -183,16 +183,16 @@ class Run:
             student.compile()
             if self.teacher is not None:
                 self.teacher.tapped.pin()
-                self.teach = torch.compile(self.teacher)  # the teacher itself stays as it is, for pictures of any size
+                self.teach = torch.compile(self.teacher)  # the teacher itself stays eager, for pictures of any size
         self.student = student
-        # What is called in a step: it shares the gradients among processes, or is the student itself where there is one.
+        # Called in a step: averages the gradients over processes, or is the student itself with one process.
         self.called, self.optimizer = self.accelerator.prepare(student, build_optimizer(self.config.optim, student))
-        # Drops Accelerate's autocast, which would cast the outputs to fp32: the losses take half precision as it is.
+        # Drops Accelerate's autocast, which would cast the outputs to fp32: the losses take half precision.
         self.accelerator.unwrap_model(self.called, keep_fp32_wrapper=False)
 
     @property
     def network(self) -> SegmentationModel:
-        """What is scored, and saved as the network: the student's, or its moving average."""
+        """The network that is scored and saved: the student's, or its moving average."""
         return self.student.model if self.average is None else self.average.network
 
     def run(self, *, resume: bool) -> dict[str, Any]:
@@ -201,7 +201,7 @@ class Run:
         if self.step == steps and (self.out / RESULT).exists():
             return json.loads((self.out / RESULT).read_text(encoding="utf-8"))
         self.schedule = build_schedule(self.optimizer.optimizer, config.optim, steps, done=self.step)
-        self.accelerator.wait_for_everyone()  # all have read what the first one writes from here on
+        self.accelerator.wait_for_everyone()  # from here on the first process writes what the others have read
         self.log = RunLog(self.out, enabled=self.main)
         progress = Progress(config.name or self.out.name, total=steps, done=self.step, show=self.show)
         watch = Stopwatch(self.device, self.totals)
@@ -219,7 +219,7 @@ class Run:
         return result
 
     def _steps(self, watch: Stopwatch, progress: Progress, started: float) -> Scores | None:
-        """The steps that are left, with what is due between them; the scores of the last one."""
+        """The remaining steps, with logging, validation and checkpoints; returns the last scores."""
         config, steps, scores = self.config, self.config.train.steps, None
         every = (config.train.log_every, config.eval.every, config.train.checkpoint_every)
         batches = self._batches()
@@ -233,7 +233,7 @@ class Run:
                 if (message := self.seen.missing(counts)) and self.main:
                     warnings.warn(message, stacklevel=2)
             values = self._values(done) if log or save else {}  # waits for the device
-            del done  # with what it keeps of the step
+            del done  # and the step's tensors with it
             progress.step(self.step, values.get("loss"))
             if log:
                 self.log.write(self.step, time.perf_counter() - started, "train", values | watch.means())
@@ -319,7 +319,7 @@ class Run:
     def _part(
         self, images: Tensor, labels: Tensor, share: Tensor | None, watch: Stopwatch
     ) -> tuple[tuple[Output, Output | None, Tensor], Terms]:
-        """Forward and backward of a part; its losses come back as they count in the step."""
+        """Forward and backward of a part; returns its losses, weighted by its share of the step."""
         network, size = self.teacher, images.shape[-2:]
         try:
             with self.accelerator.autocast():
@@ -344,7 +344,7 @@ class Run:
         return (leaves, teacher, labels), terms
 
     def _values(self, done: Step) -> dict[str, float]:
-        """The numbers of a step, of all processes, with one wait for the device. FloatingPointError names a loss."""
+        """The logged values of a step over all processes, with one wait for the device. FloatingPointError names a loss."""
         assert self.losses is not None
         found = dict(done.info)
         if done.given is not None:
@@ -378,7 +378,7 @@ class Run:
         return found
 
     def _draw(self) -> None:
-        """A panel of what the networks see, at no more than `PICTURES` of the run's evaluations."""
+        """A panel of validation images and predictions, at no more than `PICTURES` evaluations of a run."""
         config = self.config
         number, evaluations = -(-self.step // config.eval.every), -(-config.train.steps // config.eval.every)
         due = number % -(-evaluations // PICTURES) == 0 or self.step == config.train.steps
@@ -424,7 +424,7 @@ class Run:
         self.whole = self.whole or watch is not None
 
     def _restore(self) -> float:
-        """Goes back to the last checkpoint that can be read; returns the seconds the run had taken."""
+        """Loads the last readable checkpoint; returns the seconds the run had taken."""
         state, self.whole = checkpoint.load_last(self.out)
         if changed := differences(state["config"], to_dict(self.config)):
             raise checkpoint.CheckpointError(
@@ -514,7 +514,9 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 def _accelerator(options: TrainConfig) -> Accelerator:
     if not torch.distributed.is_initialized():
-        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run of this process had its own options
+        AcceleratorState._reset_state(
+            reset_partial_state=True
+        )  # an earlier run in this process may have had other options
     cpu = options.device == "cpu"
     if options.precision == "fp16" and (cpu or not torch.accelerator.is_available()):
         raise ValueError("train.precision fp16 needs a GPU; on a CPU take --train.precision bf16 or no")

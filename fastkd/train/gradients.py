@@ -1,4 +1,4 @@
-"""The backward pass in two parts, what the losses' gradients say about each other, and which loss was the first to fail.
+"""The backward pass in two parts, norms and cosines of the losses' gradients, and which loss failed first.
 
 The losses see leaves cut off from the network, so that their own forward and backward can be timed and their gradients be
 compared; what they leave there is then sent through the network. The result is that of one backward pass.
@@ -46,7 +46,7 @@ def send_back(pairs: list[tuple[Tensor, Tensor]]) -> None:
 
 
 def gradient_statistics(parts: Mapping[str, Tensor], student: Output, task: frozenset[str]) -> dict[str, Tensor]:
-    """How strongly each loss pulls at the student's outputs, and whether task and distillation pull the same way.
+    """Norms of the losses' gradients at the student's outputs, and the cosine of task and distillation.
 
     Args:
         parts: the weighted losses, with their graph down to the leaves of `student`.

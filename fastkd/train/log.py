@@ -78,7 +78,7 @@ class RunLog:
 
 
 class Progress:
-    """A bar where someone watches, and lines now and then where the output goes to a file; both with the time left."""
+    """A bar on a terminal, occasional lines in a file; both with the time left."""
 
     def __init__(self, name: str, *, total: int, done: int, show: bool):
         self.name, self.total, self.first, self.show = name, total, done, show

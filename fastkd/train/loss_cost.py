@@ -25,7 +25,7 @@ SECONDS = 5.0  # a call in plain PyTorch that would take longer is measured on o
 
 
 class Shapes(NamedTuple):
-    """Meta tensors: what the losses of a step were given."""
+    """Meta tensors of the losses' inputs in a step."""
 
     student: Output
     teacher: Output | None
@@ -69,7 +69,7 @@ def loss_cost(objective: Objective, shapes: Shapes, *, step: int, device: torch.
             one = _measure(objective, shapes, 1, step, device)
             small = one["seconds"] * images < SECONDS and one["bytes"] * images < free / 2
             found["eager"] = _measure(objective, shapes, images, step, device) if small else _scaled(one, images)
-    except Exception as error:  # a run that is done must not fail over its statistics
+    except Exception as error:  # statistics must not fail a finished run
         found["note"] = f"not measured: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     objective.zero_grad(set_to_none=True)
     return found
@@ -105,7 +105,7 @@ def _measure(objective: Objective, shapes: Shapes, images: int, step: int, devic
 
     call()
     gradients = sum(leaf.grad.nbytes for leaf in leaves if leaf.grad is not None)
-    for leaf in leaves:  # else the memory they give back would hide as much of the new one
+    for leaf in leaves:  # else freed memory would hide new allocations
         leaf.grad = None
     peak = _peak_memory(call, device) - gradients
     _synchronise(device)
@@ -134,7 +134,7 @@ def _peak_memory(call: Callable[[], None], device: torch.device) -> int:
     def kib(key: str) -> int:
         return int(status.read_text().partition(f"{key}:")[2].split()[0])
 
-    ctypes.CDLL(None).malloc_trim(0)  # memory that the process holds but does not use would hide as much of the new one
+    ctypes.CDLL(None).malloc_trim(0)  # held but unused memory would hide new allocations
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     resident = kib("VmRSS")
     call()

@@ -1,4 +1,4 @@
-"""One self-contained page about a set of runs: numbers, curves, pictures, configurations, and what they do and do not show.
+"""One self-contained page about a set of runs: numbers, curves, pictures, configurations, and the conclusions they allow.
 
 `report.html` needs nothing beside it (template: `report.html.j2`). Runs that differ in their seed alone are one row, mean ±
 standard deviation. A run that was cut short, or whose files are damaged, is shown as that.
@@ -21,8 +21,8 @@ from fastkd.train.log import duration
 from fastkd.train.runs import Group, as_number, grouped, load_runs, verdict
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-MISSING = "\N{EN DASH}"  # a number that is not there
-MOST_BYTES = 300_000  # of a picture in the page as PNG; above that it is a JPEG
+MISSING = "\N{EN DASH}"  # for a missing number
+MOST_BYTES = 300_000  # of a picture in the page as PNG; a larger one becomes a JPEG
 
 Panel = Any  # a Pillow picture, a path of one, or (caption, either)
 
@@ -207,7 +207,7 @@ def _markdown(tables: Sequence[Table], groups: Sequence[Group], title: str, line
 
 
 def _picture(panel: Panel) -> tuple[str, str]:
-    """Caption and data URL, or a sentence on why there is none; PNG, or JPEG where that is large."""
+    """Caption and data URL, or a sentence on why there is none; PNG, or JPEG if that is large."""
     caption, picture = panel if isinstance(panel, (tuple, list)) else ("", panel)
     try:
         picture = (picture if isinstance(picture, Image.Image) else Image.open(picture)).convert("RGB")

@@ -1,4 +1,4 @@
-"""Finished and unfinished runs as they are found on the disk, the seeds of one configuration together, and what they show.
+"""Finished and unfinished runs read from disk, grouped over the seeds of a configuration, and the conclusions they allow.
 
 A run that was cut short, or whose files are damaged, is shown as that; it never stops a report.
 """
@@ -32,7 +32,7 @@ Points = list[tuple[float, float]]  # (step, value)
 
 @dataclass
 class Run:
-    """What could be read of one run directory; empty where it could not."""
+    """The readable contents of a run directory; other fields are empty."""
 
     path: Path
     name: str
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def about(self) -> str:
-        """Seed, network, images: what a reader asks of one run."""
+        """Seed, network, images of one run."""
         kinds = zip(self.counts("images").split(" + "), ("labelled", "unlabelled"), strict=False)
         images = " + ".join(f"{count} {kind}" for count, kind in kinds if count)
         images = images and f"{images} images, {self.counts('crops')} crops"
@@ -144,7 +144,7 @@ def load_runs(paths: Sequence[Path | str]) -> list[Run]:
 
 
 def read_run(path: Path) -> Run:
-    """Whatever can be read of a run directory; what cannot is named in `problems`."""
+    """Reads a run directory; `problems` names what is missing or damaged."""
     run = Run(path, path.name or str(path))
     if not path.is_dir():
         run.problems.append(f"no such run directory: {path}")
@@ -240,7 +240,7 @@ def _common_name(runs: Sequence[Run]) -> str:
 
 
 def verdict(groups: Sequence[Group]) -> list[str]:
-    """Sentences that follow from the finished runs' mIoU, and no more than follows."""
+    """The conclusions that the finished runs' mIoU supports, as sentences."""
     whole = [group for group in groups if group.scores()]
     if len(groups) == 1:
         return [_alone(groups[0])]

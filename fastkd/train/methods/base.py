@@ -1,4 +1,4 @@
-"""What the methods share: what they are built for, where they look, and how they count."""
+"""Shared by the methods: the pair of networks, the compared features, and the normalisation."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from fastkd.train.models import Output
 
 @dataclass
 class KDConfig:
-    """Pixel-wise KD on the logits, over all pixels: the teacher has an opinion on unlabelled ones too.
+    """Pixel-wise KD on the logits, over all pixels, unlabelled ones included.
 
     Args:
         weight: of the term.

@@ -1,4 +1,4 @@
-"""What a run minimises: the task loss and any sum of methods.
+"""The objective of a run: the task loss and any sum of methods.
 
 Without RDD the task is cross-entropy at label resolution, plus `aux_weight` times the same on the student's auxiliary head.
 With RDD the task term is RDD's own (its auxiliary term included). The other terms stand beside it.
@@ -124,7 +124,7 @@ class Objective(nn.Module):
 def student_features(
     method: str, config: LossConfig, student: SegmentationModel, teacher: SegmentationModel | None
 ) -> dict[str, Feature]:
-    """What a `Student` must return for this method, by the names the method looks for."""
+    """The features a `Student` must return for this method, by name."""
     needed: dict[str, Feature] = {}
     for distiller in _distillers(method, config, student, teacher).values():
         needed |= distiller.features
