@@ -96,10 +96,6 @@ def union(*shapes: Shape) -> Shape:
     return lambda x, y: np.minimum.reduce([shape(x, y) for shape in shapes])
 
 
-def both(a: Shape, b: Shape) -> Shape:
-    return lambda x, y: np.maximum(a(x, y), b(x, y))
-
-
 @dataclass
 class Plane:
     """The pixels of an upright rectangle: a board that faces the camera, or a wall along the street.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastkd.train.data.street_canvas import (  # isort: skip
-    FLOAT, IGNORE, Plane, bar, both, box, clip01, cover, disc, noise, pulse, rgb, ring, taper, union,
+    FLOAT, Plane, bar, box, clip01, cover, disc, noise, pulse, rgb, ring, taper, union,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -58,34 +58,32 @@ def building(scene: Scene, rng: Random, side: int, lateral: float, z0: float, z1
     """A block from z0 to z1 whose front is `lateral` metres from the street's centre line: its gable and its street wall."""
     (x, slope), depth, phase = scene.place(z0, side * lateral), rng.uniform(9, 16), rng.randrange(512)
     colour, glass, sign, tiles = (pick(rng, c) for c in (FACADES, [GLASS, *PAINTS[6:8]], PAINTS, PAINTS[:3] + HAIR))
-    storey, bay = rng.uniform(2.8, 3.8), rng.uniform(1.8, 3.6)
-    left, right = rng.uniform(0.15, 0.3), rng.uniform(0.6, 0.9)
-    shop, blank, roof = rng.random() < 0.45, rng.random() < 0.15, rng.choice((0, 0.8, 2.2))
-    panes, lit_share = np.random.default_rng(rng.getrandbits(32)).random((16, 16), FLOAT), rng.uniform(0.1, 0.45)
+    storey, bay, left, right = (rng.uniform(*ends) for ends in ((2.8, 3.8), (1.8, 3.6), (0.15, 0.3), (0.6, 0.9)))
+    shop, roof, lit_share = rng.random() < 0.45, rng.choice((0, 0.8, 2.2)), rng.uniform(0.1, 0.45)
+    panes = np.random.default_rng(rng.getrandbits(32)).random((16, 16), FLOAT)
 
     def face(wall: Plane, along: np.ndarray, light: np.ndarray, ends: np.ndarray | float) -> None:
         y, dx, dy = wall.y, wall.dx, wall.dy
         grain, blotch = noise(1.0, y * 14 + phase, along * 14), noise(1.5, y * 5, along * 5 + phase)
-        # Dirt rises from the street and gathers under the eaves.
-        shade = (0.55 + 0.35 * grain + 0.5 * blotch) * (1 - 0.35 * np.exp(-y / 1.2)) * (1 - 0.3 * (y > height - 0.5))
+        shade = (0.55 + 0.35 * grain + 0.5 * blotch) * (1 - 0.35 * np.exp(-y / 1.2))  # dirt rises from the street
         u, v = along / bay, y / storey
-        walls = clip01((height - 0.3 - y) / dy) * (clip01((y - storey) / dy) if shop else 1)
-        pane = pulse(u, left, right, dx / bay) * pulse(v, 0.28, 0.83, dy / storey) * walls
-        luck = panes[np.floor(v).astype(np.int32) & 15, np.floor(u).astype(np.int32) & 15]
-        mirror = glass * (0.6 + 0.8 * luck) + scene.light.mirror * (0.25 * clip01(y / 20) * luck)
-        layers = [(pane, mirror)]
-        if blank:  # a bright board that is no traffic sign
-            layers = [(cover(y, 1.2, 3.4, dy) * cover(along, 2, 5.5, dx), sign * (0.6 + grain))]
+        pane = pulse(u, left, right, dx / bay) * pulse(v, 0.28, 0.83, dy / storey)
         if shop:
-            display = cover(y, 0.5, storey - 0.95, dy) * pulse(along / (bay * 2), 0.06, 0.94, dx / (bay * 2))
+            pane = pane * clip01((y - storey) / dy)
+        luck = panes[np.floor(v).astype(np.int32) & 15, np.floor(u).astype(np.int32) & 15]
+        layers = [(pane, glass * (0.6 + 0.8 * luck) + scene.light.mirror * (0.15 * luck))]
+        if shop:
             layers += [
                 (cover(y, storey - 0.8, storey - 0.15, dy), sign * (0.7 + grain)),
-                (display, glass * (0.5 + 2 * blotch)),
+                (
+                    cover(y, 0.5, storey - 0.95, dy) * pulse(u / 2, 0.06, 0.94, dx / (bay * 2)),
+                    glass * (0.5 + 2 * blotch),
+                ),
             ]
         tone = colour * shade
         for share, over in [*layers, (cover(y, height - roof, height, dy), tiles * (0.6 + 0.8 * grain))]:
             tone = tone + share * (over - tone)
-        tone = tone * light + (pane * (luck < lit_share) * scene.light.lamps * (not blank)) * WARM
+        tone = tone * light + (pane * (luck < lit_share) * scene.light.lamps) * WARM
         wall.paint(tone, clip01((height - y) / dy + 0.5) * clip01(y / dy + 0.5) * ends, BUILDING)
 
     if z0 > 0.7 and (board := scene.canvas.board(x + side * depth / 2, z0, depth / 2, height)):
@@ -120,12 +118,14 @@ def tree(scene: Scene, rng: Random, x: float, z: float) -> None:
         grain = min(36.0, 0.9 / board.dx)  # texels per metre: never finer than a pixel
         leaf = noise(0.6, board.y * grain + phase, board.x * grain)
         clump = noise(1.5, board.y * 22, board.x * 22 + phase)
-        out = np.sqrt((board.x / radius) ** 2 + up**2)
-        edge = np.maximum(out - 1 + (clump * 1.9 + leaf * 0.5 - 1.2) * 0.75, out - 1.1 - 0.18 * leaf) * radius
+        edge = (np.sqrt((board.x / radius) ** 2 + up**2) - 1.9 + clump * 1.4 + leaf * 0.4) * radius
         # Lit from the sun's side and from above, dark inside and below.
         glow = np.maximum(0.5 + 0.28 * sun_x * (board.x / radius) + 0.2 * up, 0.12)
-        shade = 1.8 * (0.2 + 1.3 * leaf) * glow * (0.35 + 1.3 * clump)
-        board.paint(colour * light * shade, clip01(0.5 - edge / board.dy), VEGETATION)
+        board.paint(
+            colour * light * (1.8 * (0.2 + 1.3 * leaf) * glow * (0.35 + 1.3 * clump)),
+            clip01(0.5 - edge / board.dy),
+            VEGETATION,
+        )
 
 
 def pole(scene: Scene, rng: Random, x: float, z: float, *, height: float, lamp: int = 0) -> None:
@@ -144,45 +144,30 @@ def traffic_light(scene: Scene, rng: Random, x: float, z: float) -> None:
     height, on = rng.uniform(2.6, 3.4), rng.randrange(3)
     pole(scene, rng, x, z, height=height)
     if board := scene.canvas.board(x, z, 0.3, height):
-        light = scene.light.at(scene, x, z)
-        board.fill(box(-0.19, 0.19, height - 1.0, height), BLACK * light * 1.3, TRAFFIC_LIGHT)
-        for i, bulb in enumerate(_colours("ff281e ffb428 3cff96")):
-            lamp = disc(0, height - 0.2 - 0.3 * i, max(0.125, 0.35 * board.dx))
-            board.fill(lamp, bulb * (1.6 if i == on else 0.1 * light))
+        board.fill(box(-0.19, 0.19, height - 1.0, height), BLACK * scene.light.at(scene, x, z) * 1.3, TRAFFIC_LIGHT)
+        lamp = disc(0, height - 0.2 - 0.3 * on, max(0.125, 0.35 * board.dx))
+        board.fill(lamp, _colours("ff281e ffb428 3cff96")[on] * 1.6)
 
 
 def sign(scene: Scene, rng: Random, x: float, z: float) -> None:
-    height, size, kind = rng.uniform(2.0, 2.9), rng.uniform(0.28, 0.42), rng.randrange(6)
+    height, size, kind = rng.uniform(2.0, 2.9), rng.uniform(0.28, 0.42), rng.randrange(4)
     pole(scene, rng, x, z, height=height)
     if board := scene.canvas.board(x, z, 0.6, height + 1.2):
-        cy, light = height + size * 0.6, scene.light.at(scene, x, z) * 1.1
-        red, blue, yellow, bare = _colours("be1c1e 1846a0 e8ba28 808284")
-        round_, square, small = disc(0, cy, size), box(-size, size, cy - size, cy + size), size * 0.66
-        wide = box(-small, small, cy - size * 0.2, cy + size * 0.2)
-        plate, colour, mark = (
-            (round_, red, disc(0, cy, size * 0.7)),  # prohibition
-            (taper(cy - size, cy + size, size * 1.15, 0), red, taper(cy - small, cy + size / 2, small, 0)),  # warning
-            (round_, blue, bar(0, cy - size / 2, 0, cy + size / 2, size * 0.12)),  # an order
-            (both(square, disc(0, cy, size * 1.12)), red, wide),  # stop
-            (square, rng.choice((blue, yellow)), taper(cy - small, cy + small, small, 0)),  # a crossing, a diversion
-            (round_, bare, wide),  # the back of a sign
+        cy, light = height + size * 0.6, scene.light.at(scene, x, z)
+        plate, colour = (
+            (disc(0, cy, size), "be1c1e"),  # prohibition
+            (taper(cy - size, cy + size, size * 1.15, 0), "be1c1e"),  # warning
+            (disc(0, cy, size), "1846a0"),  # an order
+            (box(-size, size, cy - size, cy + size), rng.choice(("1846a0", "e8ba28"))),  # a crossing, a diversion
         )[kind]
-        board.fill(plate, colour * light, TRAFFIC_SIGN)
-        board.fill(mark, (bare if kind == 5 else WHITE) * light)
-
-
-def clutter(scene: Scene, rng: Random, x: float, z: float) -> None:
-    """A bin, a box or a bollard: in no class, so ignored."""
-    half, height, tone = rng.uniform(0.12, 0.5), rng.uniform(0.6, 1.3), pick(rng, PAINTS)
-    if board := scene.canvas.board(x, z, half, height):
-        tone = tone * scene.light.at(scene, x, z) * (0.75 + 0.3 * board.x / half)
-        board.fill(box(-half, half, 0, height), tone, IGNORE)
+        board.fill(plate, _colours(colour)[0] * light, TRAFFIC_SIGN)
+        board.fill(disc(0, cy - size * 0.2 * (kind == 1), size * (0.65, 0.4, 0.3, 0.5)[kind]), WHITE * light)
 
 
 def vehicle(scene: Scene, rng: Random, lateral: float, z: float, *, kind: str, towards: bool, lit: bool) -> None:
     """A vehicle along the street, its near end at depth z, seen from behind or from in front (`towards`)."""
     length, width, height, belt, outline = BODIES[kind]
-    bus, half, brakes, (x, slope) = kind == "bus", width / 2, rng.random() < 0.4, scene.place(z, lateral)
+    bus, half, (x, slope) = kind == "bus", width / 2, scene.place(z, lateral)
     light, label, side = scene.light.at(scene, x, z), BUS if bus else CAR, (x > half) - (x < -half)
     body, tyre = pick(rng, LIVERIES if bus else PAINTS) * light, BLACK * light
     glass = GLASS * light + scene.light.mirror * 0.13
@@ -197,53 +182,40 @@ def vehicle(scene: Scene, rng: Random, lateral: float, z: float, *, kind: str, t
         under = clip01((top - wall.y) / wall.dy + 0.5) * clip01((wall.y - 0.22) / wall.dy + 0.5)
         wall.paint(flank + pane * (glass - flank), under, label)
         for centre in (0.17 * length, 0.82 * length):
-            d, pixel = np.sqrt((wall.x - centre) ** 2 + (wall.y - 0.34) ** 2), np.maximum(wall.dx, wall.dy)
-            wall.paint(tyre, clip01((0.34 - d) / pixel + 0.5), label)
-            wall.paint(METAL[1] * light, clip01((0.2 - d) / pixel + 0.5))
-    board = scene.canvas.board(x, z, half * 1.05, height)
-    if board is None:
-        return
-    # The near end stands as high as the outline starts; the rest of the cabin is set back, glass above the belt line.
-    setback, tail = float(share[int(np.argmax(tops > height * 0.9))]) * length, height
-    if setback > 0.15 and (cabin := scene.canvas.board(x + slope * setback, z + setback, half, height)):
-        cabin.fill(taper(belt - 0.2, height, half * 0.97, half * 0.68), body * 0.9, label)
-        cabin.fill(taper(belt - 0.2, height - 0.1, half * 0.9, half * 0.6), glass)
+            d = np.sqrt((wall.x - centre) ** 2 + (wall.y - 0.34) ** 2)
+            wall.paint(tyre, clip01((0.34 - d) / np.maximum(wall.dx, wall.dy) + 0.5), label)
+    if board := scene.canvas.board(x, z, half, height):
+        # The near end stands as high as the outline starts; the cabin above it is glass.
         tail = max(float(tops[0]), belt)
-    board.fill(union(*(box(s - 0.11, s + 0.11, 0, 0.4) for s in (0.16 - half, half - 0.16))), tyre, label)
-    board.fill(box(-half, half, 0.2, tail), body * (0.8 + 0.3 / tail * board.y), label)
-    if tail == height:
-        board.fill(box(-half * 0.86, half * 0.86, belt + 0.05, height - (0.5 if bus else 0.2)), glass)
-    glow = (scene.light.lamps > 0 or (brakes and not towards)) and lit
-    front, back = WHITE * light * 0.9 + 3 * WARM * glow, rgb(168, 18, 20) * light + rgb(255, 30, 24) * 1.3 * glow
-    lamps = union(*(box(s - 0.19, s + 0.19, 0.68, 0.88) for s in (0.24 - half, half - 0.24)))
-    board.fill(lamps, front if towards else back)
-    board.fill(box(-0.26, 0.26, 0.5, 0.61), WHITE * light * 0.8)
+        if tail < height * 0.9:
+            board.fill(taper(tail - 0.2, height, half * 0.97, half * 0.68), body * 0.9, label)
+            board.fill(taper(tail, height - 0.1, half * 0.9, half * 0.6), glass)
+        board.fill(union(*(box(s - 0.11, s + 0.11, 0, 0.4) for s in (0.16 - half, half - 0.16))), tyre, label)
+        board.fill(box(-half, half, 0.2, tail), body * (0.8 + 0.3 / tail * board.y), label)
+        if tail >= height * 0.9:
+            board.fill(box(-half * 0.86, half * 0.86, belt + 0.05, height - 0.3), glass)
+        glow = (scene.light.lamps > 0) and lit
+        front, back = WHITE * light * 0.9 + 3 * WARM * glow, rgb(168, 18, 20) * light + rgb(255, 30, 24) * 1.3 * glow
+        lamps = union(*(box(s - 0.19, s + 0.19, 0.68, 0.88) for s in (0.24 - half, half - 0.24)))
+        board.fill(lamps, front if towards else back)
 
 
 def person(scene: Scene, rng: Random, x: float, z: float, *, height: float) -> None:
     """Someone who stands or walks."""
-    h, stride, swing, bulk = height, rng.uniform(0.02, 0.16), rng.uniform(-0.1, 0.1), rng.uniform(0.085, 0.12)
-    hem = rng.choice((0.36, 0.5, 0.5))
+    h, stride, bulk, hem = height, rng.uniform(0.02, 0.16), rng.uniform(0.085, 0.12), rng.choice((0.36, 0.5, 0.5))
     coat, trousers, skin, hair = (pick(rng, c) for c in (CLOTHES, CLOTHES, SKIN, HAIR))
     if board := scene.canvas.board(x, z, 0.45 * h, 1.04 * h):
         light, leg = scene.light.at(scene, x, z), board.thin(0.048 * h)
         legs = (bar(s * 0.045 * h, h / 2, s * stride * h, 0.05 * h, leg) for s in (-1, 1))
-        board.fill(union(*legs), trousers * light, PERSON)
-        arms = (bar(s * bulk * h, 0.77 * h, (s * (bulk + 0.03) - swing) * h, 0.47 * h, 0.036 * h) for s in (-1, 1))
-        board.fill(union(*arms), coat * light * 0.75, PERSON)
-        board.fill(bar(0, hem * h, 0, 0.74 * h, bulk * h), coat * light, PERSON)
-        board.fill(disc(0, 0.925 * h, 0.068 * h, 0.08 * h), hair * light, PERSON)
-        board.fill(disc(0, 0.9 * h, 0.06 * h), skin * light, PERSON)
-
-
-# Tubes of a bicycle, (x0, y0, x1, y1).
-FRAME = (
-    (-0.52, 0.34, -0.2, 0.82),
-    (-0.2, 0.82, 0.0, 0.34),
-    (-0.17, 0.76, 0.38, 0.8),
-    (0, 0.34, 0.38, 0.8),
-    (0.52, 0.34, 0.36, 0.95),
-)
+        arms = (bar(s * bulk * h, 0.77 * h, s * (bulk + 0.03) * h, 0.47 * h, 0.036 * h) for s in (-1, 1))
+        for shape, tone in (
+            (union(*legs), trousers),
+            (union(*arms), coat * 0.75),
+            (bar(0, hem * h, 0, 0.74 * h, bulk * h), coat),
+            (disc(0, 0.925 * h, 0.068 * h, 0.08 * h), hair),
+            (disc(0, 0.9 * h, 0.06 * h), skin),
+        ):
+            board.fill(shape, tone * light, PERSON)
 
 
 def bicycle(scene: Scene, rng: Random, x: float, z: float, *, ridden: bool, across: bool) -> None:
@@ -254,15 +226,14 @@ def bicycle(scene: Scene, rng: Random, x: float, z: float, *, ridden: bool, acro
         return
     light, tube = scene.light.at(scene, x, z), board.thin(0.024)
     if across:
+        tubes = ((-0.52, 0.34, -0.2, 0.82), (-0.2, 0.8, 0, 0.34), (-0.17, 0.76, 0.38, 0.8), (0.52, 0.34, 0.36, 0.95))
         board.fill(union(*(ring(centre, 0.34, 0.32, tube) for centre in (-0.52, 0.52))), BLACK * light, BICYCLE)
-        board.fill(union(*(bar(way * a, b, way * c, d, tube) for a, b, c, d in FRAME)), frame * light, BICYCLE)
-        legs = [bar(way * -0.18, 0.95, way * 0.14, 0.62, 0.075), bar(way * 0.14, 0.62, 0, 0.28, 0.055)]
-        torso = [bar(way * -0.16, 1.0, way * 0.1, 1.42, 0.13), bar(way * 0.1, 1.4, way * 0.36, 1.02, 0.045)]
+        board.fill(union(*(bar(way * a, b, way * c, d, tube) for a, b, c, d in tubes)), frame * light, BICYCLE)
+        legs, torso = bar(way * -0.18, 0.95, way * 0.14, 0.5, 0.075), bar(way * -0.16, 1.0, way * 0.1, 1.42, 0.14)
     else:
         board.fill(union(box(-0.045, 0.045, 0, 0.68), bar(-0.28, 1.0, 0.28, 1.0, tube)), frame * light * 0.4, BICYCLE)
-        legs = [bar(-0.1, 0.95, -0.12, 0.3, 0.07), bar(0.1, 0.95, 0.12, 0.45, 0.07)]
-        torso = [*(bar(s * 0.17, 1.38, s * 0.27, 1.02, 0.05) for s in (-1, 1)), bar(0, 0.98, 0, 1.34, 0.17)]
+        legs, torso = taper(0.35, 0.95, 0.19, 0.14), bar(0, 0.98, 0, 1.34, 0.22)
     if ridden:
-        board.fill(union(*legs), trousers * light, RIDER)
-        board.fill(union(*torso), coat * light, RIDER)
+        board.fill(legs, trousers * light, RIDER)
+        board.fill(torso, coat * light, RIDER)
         board.fill(disc(way * 0.2 * across, 1.64, 0.1, 0.13), skin * light, RIDER)
