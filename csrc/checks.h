@@ -179,7 +179,7 @@ inline LabelPixels label_pixels(const Map& logits, int64_t height, int64_t width
                                 const std::optional<Tensor>& mask, int64_t ignore_index) {
     STD_TORCH_CHECK(height > 0 && width > 0 && logits.w < (int64_t{1} << 24) && width < (int64_t{1} << 24),
                     "a map must be 1 to 2^24 pixels wide, got ", logits.w, " and ", width);
-    LabelPixels pixels{nullptr, Label::none, ignore_index, nullptr, nullptr, height, width, nullptr};
+    LabelPixels pixels{nullptr, Label::none, ignore_index, nullptr, nullptr, height, width, nullptr, logits.c};
     if (target) {
         check_pixels(*target, logits.n, height, width, "target");
         pixels.label = label_of(*target);

@@ -104,22 +104,24 @@ struct PixelArgs {
     double scale;
 };
 
-Two kd(const Tensor& student, const Tensor& teacher, const PixelArgs& a, double temperature, void* gradient) {
+Two kd(const Tensor& student, const Tensor& teacher, const PixelArgs& a, double temperature, bool sigmoid, void* gradient) {
     const Pair in = pair_of(student, teacher);
     Out out(student, a.reduction, a.scale, {student.size(0), student.size(2), student.size(3)});
-    kernels().kd({in, pixels_of(in, a.target, a.weight, a.ignore_index), temperature, out.kernel, gradient});
+    kernels().kd({in, pixels_of(in, a.target, a.weight, a.ignore_index), temperature, out.kernel, gradient, sigmoid});
     return {out.loss, out.kept};
 }
 
+template <bool kSigmoid>
 Two kd_forward(const Tensor& student, const Tensor& teacher, std::optional<Tensor> target, std::optional<Tensor> weight,
                double temperature, int64_t ignore_index, std::string reduction, double scale) {
-    return kd(student, teacher, {target, {}, weight, {}, ignore_index, reduction, scale}, temperature, nullptr);
+    return kd(student, teacher, {target, {}, weight, {}, ignore_index, reduction, scale}, temperature, kSigmoid, nullptr);
 }
 
+template <bool kSigmoid>
 Three kd_gradient(const Tensor& student, const Tensor& teacher, std::optional<Tensor> target, std::optional<Tensor> weight,
                   double temperature, int64_t ignore_index, std::string reduction, double scale) {
     const PixelArgs args{target, {}, weight, {}, ignore_index, reduction, scale};
-    return with_gradient(student, [&](void* g) { return kd(student, teacher, args, temperature, g); });
+    return with_gradient(student, [&](void* g) { return kd(student, teacher, args, temperature, kSigmoid, g); });
 }
 
 Resized resized_of(const Map& map, const PixelArgs& a, const Sizes& size, bool align_corners, const Out& out, void* gradient) {
@@ -133,12 +135,19 @@ Resized resized_of(const Map& map, const PixelArgs& a, const Sizes& size, bool a
             parallel_for};
 }
 
-Two resized_cross_entropy(const Tensor& logits, const Tensor& target, const PixelArgs& a, bool align_corners, void* gradient) {
+struct Shape {
+    double label_smoothing, focal_gamma;
+};
+
+Two resized_cross_entropy(const Tensor& logits, const Tensor& target, const PixelArgs& a, bool align_corners, Shape shape,
+                          void* gradient) {
     const Map map = map_of(logits, "logits");
     STD_TORCH_CHECK(target.dim() == 3, "target must be (N, H, W), got ", target.dim(), " dimensions");
     const Sizes size{target.size(1), target.size(2)};
     Out out(logits, a.reduction, a.scale, {logits.size(0), size[0], size[1]});
-    kernels().resized_cross_entropy({map, resized_of(map, a, size, align_corners, out, gradient)});
+    Resized to = resized_of(map, a, size, align_corners, out, gradient);
+    to.pixels.keep_weight = shape.label_smoothing != 0;
+    kernels().resized_cross_entropy({map, to, shape.label_smoothing, shape.focal_gamma});
     return {out.loss, out.kept};
 }
 
@@ -147,7 +156,7 @@ Two resized_cross_entropy_forward(const Tensor& logits, const Tensor& target, st
                                   bool align_corners, std::string reduction, double scale) {
     const std::optional<Tensor> labels = target;
     const PixelArgs args{labels, class_weight, pixel_weight, selected, ignore_index, reduction, scale};
-    return resized_cross_entropy(logits, target, args, align_corners, nullptr);
+    return resized_cross_entropy(logits, target, args, align_corners, {0, 0}, nullptr);
 }
 
 Three resized_cross_entropy_gradient(const Tensor& logits, const Tensor& target, std::optional<Tensor> class_weight,
@@ -155,12 +164,125 @@ Three resized_cross_entropy_gradient(const Tensor& logits, const Tensor& target,
                                      int64_t ignore_index, bool align_corners, std::string reduction, double scale) {
     const std::optional<Tensor> labels = target;
     const PixelArgs args{labels, class_weight, pixel_weight, selected, ignore_index, reduction, scale};
-    return with_gradient(logits, [&](void* g) { return resized_cross_entropy(logits, target, args, align_corners, g); });
+    return with_gradient(logits,
+                         [&](void* g) { return resized_cross_entropy(logits, target, args, align_corners, {0, 0}, g); });
+}
+
+Two resized_shaped_cross_entropy_forward(const Tensor& logits, const Tensor& target, std::optional<Tensor> class_weight,
+                                         std::optional<Tensor> pixel_weight, int64_t ignore_index, bool align_corners,
+                                         double label_smoothing, double focal_gamma, std::string reduction, double scale) {
+    const std::optional<Tensor> labels = target;
+    const PixelArgs args{labels, class_weight, pixel_weight, {}, ignore_index, reduction, scale};
+    return resized_cross_entropy(logits, target, args, align_corners, {label_smoothing, focal_gamma}, nullptr);
+}
+
+Three resized_shaped_cross_entropy_gradient(const Tensor& logits, const Tensor& target, std::optional<Tensor> class_weight,
+                                            std::optional<Tensor> pixel_weight, int64_t ignore_index, bool align_corners,
+                                            double label_smoothing, double focal_gamma, std::string reduction, double scale) {
+    const std::optional<Tensor> labels = target;
+    const PixelArgs args{labels, class_weight, pixel_weight, {}, ignore_index, reduction, scale};
+    const Shape shape{label_smoothing, focal_gamma};
+    return with_gradient(logits,
+                         [&](void* g) { return resized_cross_entropy(logits, target, args, align_corners, shape, g); });
+}
+
+// ---- Dice and cross-entropy from sums ---------------------------------------------------------------------------------
+
+struct DiceArgs {
+    int64_t ignore_index;
+    bool align_corners, square;
+    int64_t columns;
+    const std::string& reduction;
+    double scale;
+};
+
+ResizedDice dice_of(const Tensor& logits, const Tensor& target, const DiceArgs& a) {
+    STD_TORCH_CHECK(a.columns >= 3 && a.columns <= 5, "columns must be 3 to 5, got ", a.columns);
+    STD_TORCH_CHECK(a.reduction == "none" && a.scale == 1, "reduction must be 'none' and scale 1");
+    STD_TORCH_CHECK(target.dim() == 3, "target must be (N, H, W), got ", target.dim(), " dimensions");
+    const Map map = map_of(logits, "logits");
+    const int64_t height = target.size(1), width = target.size(2);
+    const LabelPixels pixels = label_pixels(map, height, width, target, std::nullopt, std::nullopt, std::nullopt, a.ignore_index);
+    return {map, {pixels, height, width, a.align_corners, {}, nullptr, parallel_for}, a.square, a.columns, nullptr, nullptr};
+}
+
+Two resized_dice_forward(const Tensor& logits, const Tensor& target, int64_t ignore_index, bool align_corners, bool square,
+                         int64_t columns, std::string reduction, double scale) {
+    ResizedDice dice = dice_of(logits, target, {ignore_index, align_corners, square, columns, reduction, scale});
+    Tensor sums = new_empty(logits, Sizes{logits.size(0), logits.size(1), columns}, ScalarType::Double);
+    dice.sums = static_cast<double*>(sums.mutable_data_ptr());
+    kernels().resized_dice(dice);
+    return {sums, new_empty(logits, Sizes{0}, acc_type(dice.logits.type))};
+}
+
+Tensor resized_dice_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, int64_t ignore_index,
+                             bool align_corners, bool square, int64_t columns, std::string reduction, double scale,
+                             const Tensor&) {
+    ResizedDice dice = dice_of(logits, target, {ignore_index, align_corners, square, columns, reduction, scale});
+    STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Double && grad.is_contiguous() &&
+                        grad.numel() == logits.size(0) * logits.size(1) * columns,
+                    "grad must be contiguous, float64, (N, C, columns)");
+    Tensor out = gradient_like(logits);
+    dice.grad = static_cast<const double*>(grad.const_data_ptr());
+    dice.to.gradient = out.mutable_data_ptr();
+    kernels().resized_dice(dice);
+    return out;
+}
+
+// ---- binary cross-entropy -----------------------------------------------------------------------------------------------
+
+struct BinaryArgs {
+    const std::optional<Tensor>&pos_weight, &pixel_weight;
+    int64_t ignore_index;
+    bool align_corners;
+    const std::string& reduction;
+    double scale;
+};
+
+Two resized_binary_cross_entropy(const Tensor& logits, const Tensor& target, const BinaryArgs& a, void* gradient) {
+    const Map map = map_of(logits, "logits");
+    STD_TORCH_CHECK(target.dim() == 4 && target.size(0) == map.n && target.size(1) == map.c && target.numel() > 0,
+                    "target must be (N, C, H, W) with the N and C of the logits, and not empty");
+    const int64_t height = target.size(2), width = target.size(3);
+    LabelPixels pixels = label_pixels(map, height, width, std::nullopt, std::nullopt, std::nullopt, std::nullopt, a.ignore_index);
+    pixels.label = label_of(target);
+    pixels.target = target.const_data_ptr();
+    pixels.classes = 2;
+    if (a.pixel_weight) {
+        const Tensor& weight = *a.pixel_weight;
+        STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == map.n && (weight.size(1) == 1 || weight.size(1) == map.c) &&
+                            weight.is_contiguous() && weight.numel() > 0,
+                        "pixel_weight must be (N, 1, H, W) or (N, C, H, W), contiguous and not empty");
+        pixels.weight = acc_map(weight, map.type, "pixel_weight");
+        pixels.weight_h = weight.size(2);
+        pixels.weight_w = weight.size(3);
+        pixels.weight_planes = weight.size(1) == 1 ? map.c : 1;
+    }
+    const void* pos_weight = a.pos_weight ? acc_data(*a.pos_weight, map.type, map.c, "pos_weight") : nullptr;
+    Out out(logits, a.reduction, a.scale, {map.n, map.c, height, width});
+    kernels().resized_binary_cross_entropy(
+        {map, {pixels, height, width, a.align_corners, out.kernel, gradient, parallel_for}, pos_weight});
+    return {out.loss, out.kept};
+}
+
+Two resized_binary_cross_entropy_forward(const Tensor& logits, const Tensor& target, std::optional<Tensor> pos_weight,
+                                         std::optional<Tensor> pixel_weight, int64_t ignore_index, bool align_corners,
+                                         std::string reduction, double scale) {
+    const BinaryArgs args{pos_weight, pixel_weight, ignore_index, align_corners, reduction, scale};
+    return resized_binary_cross_entropy(logits, target, args, nullptr);
+}
+
+Three resized_binary_cross_entropy_gradient(const Tensor& logits, const Tensor& target, std::optional<Tensor> pos_weight,
+                                            std::optional<Tensor> pixel_weight, int64_t ignore_index, bool align_corners,
+                                            std::string reduction, double scale) {
+    const BinaryArgs args{pos_weight, pixel_weight, ignore_index, align_corners, reduction, scale};
+    return with_gradient(logits, [&](void* g) { return resized_binary_cross_entropy(logits, target, args, g); });
 }
 
 struct Teacher {
     const Tensor& logits;
     double temperature;
+    bool sigmoid;
 };
 
 Two resized_kd(const Tensor& student, const Teacher& teacher, const PixelArgs& a, const Sizes& size, bool align_corners,
@@ -170,23 +292,26 @@ Two resized_kd(const Tensor& student, const Teacher& teacher, const PixelArgs& a
     STD_TORCH_CHECK((s.type == DType::f64) == (t.type == DType::f64), "float64 goes with float64 only");
     STD_TORCH_CHECK(size.size() == 2, "size must be (height, width)");
     Out out(student, a.reduction, a.scale, {student.size(0), size[0], size[1]});
-    kernels().resized_kd({s, t, teacher.temperature, resized_of(s, a, size, align_corners, out, gradient)});
+    const Resized to = resized_of(s, a, size, align_corners, out, gradient);
+    kernels().resized_kd({s, t, teacher.temperature, to, teacher.sigmoid});
     return {out.loss, out.kept};
 }
 
+template <bool kSigmoid>
 Two resized_kd_forward(const Tensor& student, const Tensor& teacher, std::optional<Tensor> target,
                        std::optional<Tensor> pixel_weight, Sizes size, double temperature, int64_t ignore_index,
                        bool align_corners, std::string reduction, double scale) {
     const PixelArgs args{target, {}, pixel_weight, {}, ignore_index, reduction, scale};
-    return resized_kd(student, {teacher, temperature}, args, size, align_corners, nullptr);
+    return resized_kd(student, {teacher, temperature, kSigmoid}, args, size, align_corners, nullptr);
 }
 
+template <bool kSigmoid>
 Three resized_kd_gradient(const Tensor& student, const Tensor& teacher, std::optional<Tensor> target,
                           std::optional<Tensor> pixel_weight, Sizes size, double temperature, int64_t ignore_index,
                           bool align_corners, std::string reduction, double scale) {
     const PixelArgs args{target, {}, pixel_weight, {}, ignore_index, reduction, scale};
-    return with_gradient(student,
-                         [&](void* g) { return resized_kd(student, {teacher, temperature}, args, size, align_corners, g); });
+    const Teacher other{teacher, temperature, kSigmoid};
+    return with_gradient(student, [&](void* g) { return resized_kd(student, other, args, size, align_corners, g); });
 }
 
 bool aux_main(const std::string& direction) {
@@ -294,12 +419,22 @@ FASTKD_LIBRARY_IMPL(CPU, m) {
     m.impl("nfd_backward", TORCH_BOX(&nfd_backward));
     m.impl("cwd_forward", TORCH_BOX(&cwd_forward));
     m.impl("cwd_backward", TORCH_BOX(&cwd_backward));
-    m.impl("kd_forward", TORCH_BOX(&kd_forward));
-    m.impl("kd_gradient", TORCH_BOX(&kd_gradient));
+    m.impl("kd_forward", TORCH_BOX(&kd_forward<false>));
+    m.impl("kd_gradient", TORCH_BOX(&kd_gradient<false>));
+    m.impl("kd_sigmoid_forward", TORCH_BOX(&kd_forward<true>));
+    m.impl("kd_sigmoid_gradient", TORCH_BOX(&kd_gradient<true>));
     m.impl("resized_cross_entropy_forward", TORCH_BOX(&resized_cross_entropy_forward));
     m.impl("resized_cross_entropy_gradient", TORCH_BOX(&resized_cross_entropy_gradient));
-    m.impl("resized_kd_forward", TORCH_BOX(&resized_kd_forward));
-    m.impl("resized_kd_gradient", TORCH_BOX(&resized_kd_gradient));
+    m.impl("resized_shaped_cross_entropy_forward", TORCH_BOX(&resized_shaped_cross_entropy_forward));
+    m.impl("resized_shaped_cross_entropy_gradient", TORCH_BOX(&resized_shaped_cross_entropy_gradient));
+    m.impl("resized_kd_forward", TORCH_BOX(&resized_kd_forward<false>));
+    m.impl("resized_kd_gradient", TORCH_BOX(&resized_kd_gradient<false>));
+    m.impl("resized_kd_sigmoid_forward", TORCH_BOX(&resized_kd_forward<true>));
+    m.impl("resized_kd_sigmoid_gradient", TORCH_BOX(&resized_kd_gradient<true>));
+    m.impl("resized_dice_forward", TORCH_BOX(&resized_dice_forward));
+    m.impl("resized_dice_backward", TORCH_BOX(&resized_dice_backward));
+    m.impl("resized_binary_cross_entropy_forward", TORCH_BOX(&resized_binary_cross_entropy_forward));
+    m.impl("resized_binary_cross_entropy_gradient", TORCH_BOX(&resized_binary_cross_entropy_gradient));
     m.impl("teacher_confidence", TORCH_BOX(&teacher_confidence));
     m.impl("kd_confidence_forward", TORCH_BOX(&kd_confidence_forward));
     m.impl("kd_confidence_gradient", TORCH_BOX(&kd_confidence_gradient));

@@ -455,20 +455,24 @@ def _resized_cross_entropy_dice_loss(
         )
     sums = _dice_sums(logits, labels, options.square, 5 if label_smoothing else 4)
     dice = _dice(sums, logits.shape[1], labels.class_weight if dice_class_weight else None, options, "mean")
-    total = sums.sum(0)  # from here on the cross-entropy: (C, columns)
-    counts, terms = total[:, 2], total[:, 3]
-    if labels.class_weight is not None:
-        weight = labels.class_weight.double()
-        counts, terms = counts * weight, terms * weight
-    ce = terms.sum()
-    if label_smoothing:
-        each = total[:, 4] if labels.class_weight is None else total[:, 4] * weight
-        ce = (1 - label_smoothing) * ce + label_smoothing * each.mean()
-    count = counts.sum()
-    ce = ce / torch.where(count == 0, 1, count)
+    ce = _ce_of_sums(sums, labels.class_weight, label_smoothing, "mean")
     loss = loss_weight * (ce_weight * ce + dice_weight * dice)
     acc = accumulator(logits)
     return CEDiceOutput(loss.to(acc), (loss_weight * ce).to(acc), (loss_weight * dice).to(acc))
+
+
+def _ce_of_sums(sums: Tensor, class_weight: Tensor | None, label_smoothing: float, reduction: str) -> Tensor:
+    """The "mean" or "sum" of the cross-entropy, of the sums of :func:`_dice_sums`, in fp64."""
+    sums = sums.sum(0)
+    if class_weight is not None:
+        sums = sums * class_weight.double()[:, None]
+    ce = sums[:, 3].sum()
+    if label_smoothing:
+        ce = (1 - label_smoothing) * ce + label_smoothing * sums[:, 4].mean()
+    if reduction == "sum":
+        return ce
+    count = sums[:, 2].sum()
+    return ce / torch.where(count == 0, 1, count)
 
 
 def _check_dice(logits: Tensor, labels: Labels, options: DiceOptions) -> None:

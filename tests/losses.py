@@ -25,6 +25,12 @@ def nearest(labels: Tensor, like: Tensor) -> Tensor:
     return labels[:, rows][:, :, columns].contiguous()
 
 
+def against_the_rest(labels: Tensor, like: Tensor) -> Tensor:
+    """Each class against the rest: (N, C, H, W) of 0 and 1, 255 where ignored."""
+    one = torch.stack([labels == c for c in range(like.shape[1])], 1).to(torch.uint8)
+    return torch.where((labels == 255)[:, None], 255, one)
+
+
 def _rdd(stage: str, part: str, **fixed) -> Loss:
     def loss(s: Tensor, t: Tensor, y: Tensor, **options) -> Tensor:
         return getattr(fastkd.rdd_loss(s, t, y, stage=stage, teacher_aux=t.flip(1), **fixed, **options), part)
@@ -44,12 +50,37 @@ LOSSES: dict[str, Loss] = {
     "resized_ce": lambda s, t, y, **options: fastkd.resized_cross_entropy(s, y, **options),
     "resized_ce_corners": lambda s, t, y, **options: fastkd.resized_cross_entropy(s, y, align_corners=True, **options),
     "resized_kd": lambda s, t, y, **options: fastkd.resized_kd_loss(s, t, size=y.shape[1:], target=y, **options),
+    "resized_smooth_ce": lambda s, t, y, **options: fastkd.resized_cross_entropy(s, y, label_smoothing=0.1, **options),
+    "resized_focal_ce": lambda s, t, y, **options: fastkd.resized_cross_entropy(s, y, focal_gamma=2.0, **options),
+    "resized_dice": lambda s, t, y, **options: fastkd.resized_dice_loss(s, y, **options),
+    "resized_ce_dice": lambda s, t, y: fastkd.resized_cross_entropy_dice_loss(s, y, label_smoothing=0.1).loss,
+    "resized_bce": lambda s, t, y, **options: fastkd.resized_binary_cross_entropy(s, against_the_rest(y, s), **options),
+    "kd_sigmoid": lambda s, t, y, **options: fastkd.kd_loss(s, t, activation="sigmoid", **options),
+    "resized_kd_sigmoid": lambda s, t, y, **options: fastkd.resized_kd_loss(
+        s, t, size=y.shape[1:], target=y, activation="sigmoid", **options
+    ),
     "rdd_tfe": _rdd("tfe", "loss"),
     "rdd_tse": _rdd("tse", "loss", preset="official"),
     "rdd_tse_kd": _rdd("tse", "kd"),
 }
 # Those that take a reduction, and a temperature.
-REDUCED = tuple(name for name in LOSSES if not name.startswith("rdd"))
-HEATED = ("cwd", "kd", "kd_target", "resized_kd")
+REDUCED = tuple(name for name in LOSSES if not name.startswith("rdd") and name != "resized_ce_dice")
+HEATED = ("cwd", "kd", "kd_target", "resized_kd", "kd_sigmoid", "resized_kd_sigmoid")
 # One of each path through autograd and the operators, for what is slow to try.
-EACH = ("nfd", "cwd", "kd", "kd_target", "resized_ce", "resized_kd", "rdd_tfe", "rdd_tse")
+EACH = (
+    "nfd", "cwd", "kd", "kd_target", "kd_sigmoid", "resized_ce", "resized_focal_ce", "resized_kd", "resized_kd_sigmoid",
+    "resized_ce_dice", "resized_bce", "rdd_tfe", "rdd_tse",
+)  # fmt: skip
+# The operators of those that not every backend has.
+OPERATOR = {
+    "resized_smooth_ce": "resized_shaped_cross_entropy",
+    "resized_focal_ce": "resized_shaped_cross_entropy",
+    "resized_dice": "resized_dice",
+    "resized_ce_dice": "resized_dice",
+    "resized_bce": "resized_binary_cross_entropy",
+    "kd_sigmoid": "kd_sigmoid",
+    "resized_kd_sigmoid": "resized_kd_sigmoid",
+    "cwd": "cwd",
+    "rdd_tfe": "kd_confidence",
+    "rdd_tse": "difficulty_mask",
+}

@@ -10,8 +10,8 @@ import fastkd
 from fastkd import functional
 
 from . import budget
-from .losses import EACH, LOSSES
-from .support import DEVICE, each_kernel
+from .losses import EACH, LOSSES, OPERATOR
+from .support import DEVICE, each_kernel, needs
 from .test_kd import labels
 
 each_loss = pytest.mark.parametrize("name", EACH)
@@ -24,8 +24,8 @@ def problem(dtype=torch.float32, shape=(2, 5, 6, 7), size=(13, 20)):
 
 
 def takes(backend: str, name: str) -> None:
-    if backend == "cuda" and name not in ("nfd", "kd", "kd_target", "resized_ce", "resized_kd"):
-        pytest.skip("CUDA C++ has no kernel for it")
+    if name in OPERATOR:
+        needs(backend, OPERATOR[name])
 
 
 @pytest.mark.promise("backward-again")
@@ -136,6 +136,10 @@ MODULES = {
         lambda w: fastkd.ResizedCrossEntropyLoss(loss_weight=w),
         lambda s, t, y: fastkd.resized_cross_entropy(s, y),
     ),
+    "resized_ce_dice": (
+        lambda w: lambda s, y: fastkd.ResizedCrossEntropyDiceLoss(loss_weight=w)(s, y).loss,
+        lambda s, t, y: fastkd.resized_cross_entropy_dice_loss(s, y).loss,
+    ),
     "resized_kd": (
         lambda w: fastkd.ResizedKDLoss(loss_weight=w),
         lambda s, t, y: fastkd.resized_kd_loss(s, t, size=y.shape[1:], target=y),
@@ -153,7 +157,9 @@ def test_loss_weight_of_a_module(backend, name, weight):
     module, function = MODULES[name]
     module = module(weight)
     student, teacher, target = problem()
-    args = {"resized_ce": (target,), "resized_kd": (teacher, target)}.get(name, (teacher,))
+    args = {"resized_ce": (target,), "resized_ce_dice": (target,), "resized_kd": (teacher, target)}.get(
+        name, (teacher,)
+    )
     with fastkd.use_backend(backend):
         got, want = module(student, *args), function(student, teacher, target)
         assert torch.equal(got, want * weight)

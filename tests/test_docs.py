@@ -387,6 +387,7 @@ def test_python(page, language, text, tmp_path, monkeypatch):
 def test_the_page_of_drop_ins_has_a_block_for_each_project():
     headings = re.findall(r"^## (.*)", (ROOT / "docs/drop-in.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert {"A plain loop", "timm", "Lightning", "CIRKD's scripts", "mmrazor", "torchdistill"} <= set(headings)
+    assert {"segmentation-models-pytorch", "MONAI", "Ultralytics"} <= set(headings)
 
 
 # YAML

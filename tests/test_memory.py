@@ -66,7 +66,7 @@ def test_extra_memory_at_label_resolution():
         [
             (f"{name}, {shape[1]} classes", name, shape, (1024, 2048))
             for shape in ((1, 19, 128, 256), (1, 150, 64, 128))
-            for name in ("resized_ce", "resized_kd", "rdd_tfe", "rdd_tse")
+            for name in ("resized_ce", "resized_ce_dice", "resized_focal_ce", "resized_kd", "rdd_tfe", "rdd_tse")
         ]
     )
     assert all(size <= (16 if name.startswith("rdd_tse") else 8) for name, (_, size) in used.items()), used

@@ -11,6 +11,8 @@ void cwd_forward(const CwdForward&);
 void cwd_backward(const CwdBackward&);
 void resized_cross_entropy(const ResizedCrossEntropy&);
 void resized_kd(const ResizedKd&);
+void resized_dice(const ResizedDice&);
+void resized_binary_cross_entropy(const ResizedBinaryCrossEntropy&);
 void teacher_confidence(const TeacherConfidence&);
 void difficulty_mask(const DifficultyMask&);
 void kth_smallest(const void*, DType, int64_t, int64_t, void*, ParallelFor);
@@ -47,6 +49,8 @@ Kernels table() {
             cwd_backward,
             resized_cross_entropy,
             resized_kd,
+            resized_dice,
+            resized_binary_cross_entropy,
             teacher_confidence,
             difficulty_mask,
             kth_smallest,

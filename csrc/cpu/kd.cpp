@@ -1,8 +1,10 @@
-// KD: per pixel tau^2 KL(softmax(T/tau) || softmax(S/tau)) over the channels; gradient tau (p_s - p_t).
+// KD: per pixel tau^2 KL(softmax(T/tau) || softmax(S/tau)) over the channels; gradient tau (p_s - p_t). With a sigmoid of each
+// class instead, the KL of Bernoulli distributions, summed over the channels.
 //
 // The loss and its gradient come from one read of S and T. A tile of pixels is loaded into cache with one pixel per vector lane (channels_last: transposed on the way), so the softmax
 // needs no horizontal operation and each exponential is computed once per direction.
 #include "reduce.h"
+#include "sigmoid.h"
 #include "softmax.h"
 
 namespace fastkd::FASTKD_ISA {
@@ -74,7 +76,7 @@ double count_pixels(const Kd& a) {
 }
 
 // kGradient: exponentials stay in the tile and become tau (p_s - p_t) times the pixel's factor.
-template <class Acc, bool kGradient>
+template <class Acc, bool kGradient, bool kSigmoid>
 void run(const Kd& a) {
     constexpr int W = kLanes<Acc>;
     const Pair& in = a.in;
@@ -102,6 +104,32 @@ void run(const Kd& a) {
             Vec<Acc> sum{};
             for (int64_t l = 0; l < count; l += W) {
                 Acc *s = s_tile + l * in.c, *t = t_tile + l * in.c;
+                if constexpr (kSigmoid) {
+                    const Vec<Acc> weight = load(factor + l);  // tau times the pixel's
+                    const auto counts = load(valid + l) != 0;
+                    [[maybe_unused]] const Vec<Acc> f = slope * weight;
+                    Vec<Acc> kl{};
+                    for (int64_t first_row = 0; first_row < in.c; first_row += kRows) {
+                        Vec<Acc> part{};
+                        for (int64_t r = first_row; r < min(in.c, first_row + kRows); ++r) {
+                            next_s.fetch(r, l);
+                            next_t.fetch(r, l);
+                            const Bernoulli<Acc> b(load(s + r * W) * inv_tau, load(t + r * W) * inv_tau);
+                            part += b.kl;
+                            if constexpr (kGradient) {
+                                out.fetch(r, l);
+                                const Vec<Acc> g = f * b.difference;
+                                store(s + r * W, counts ? g : Vec<Acc>{});
+                            }
+                        }
+                        kl += part;
+                    }
+                    const Vec<Acc> weighted = kl * (set1(tau) * weight);
+                    const Vec<Acc> value = counts ? weighted : Vec<Acc>{};
+                    store(loss + l, value * scale);
+                    sum += value;
+                    continue;
+                }
                 Vec<Acc> max_s, max_t;
                 SoftmaxSums<Acc> sums;
                 maxima(s, t, in.c, max_s, max_t);
@@ -151,7 +179,10 @@ void run(const Kd& a) {
 void kd(const Kd& a) {
     with_acc(a.in, [&](auto t) {
         using Acc = typename decltype(t)::type;
-        a.gradient ? run<Acc, true>(a) : run<Acc, false>(a);
+        if (a.sigmoid)
+            a.gradient ? run<Acc, true, true>(a) : run<Acc, false, true>(a);
+        else
+            a.gradient ? run<Acc, true, false>(a) : run<Acc, false, false>(a);
     });
 }
 

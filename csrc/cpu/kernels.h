@@ -73,6 +73,7 @@ struct Kd {
     double temperature;
     Loss out;
     void* gradient;  // null, or dtype and layout of student
+    bool sigmoid;    // of each class, instead of a softmax over them
 };
 
 struct CwdForward {
@@ -108,6 +109,9 @@ struct LabelPixels {
     const void* weight;        // acc (n, weight_h, weight_w) or null
     int64_t weight_h, weight_w;
     const uint8_t* mask;  // (n, height, width) or null
+    int64_t classes;      // how many labels there are
+    int64_t weight_planes = 1;  // samples in a row that share a map of weights
+    bool keep_weight = false;   // whether the weight is wanted without the class weight as well
 };
 
 struct Resized {
@@ -122,12 +126,31 @@ struct Resized {
 struct ResizedCrossEntropy {
     Map logits;
     Resized to;
+    double label_smoothing, focal_gamma;  // at most one is not 0
+};
+
+// Sums over label pixels for Dice and cross-entropy, or, if to.gradient is not null, their gradient (fastkd/ops/resized_dice.py).
+struct ResizedDice {
+    Map logits;
+    Resized to;  // of to.out nothing is written
+    bool square;
+    int64_t columns;
+    double* sums;        // (n, c, columns), or null
+    const double* grad;  // (n, c, columns), or null
+};
+
+// Each class is a sample of one class: the target is (n * c, height, width) with labels 0 and 1.
+struct ResizedBinaryCrossEntropy {
+    Map logits;
+    Resized to;
+    const void* pos_weight;  // acc (c,) or null
 };
 
 struct ResizedKd {
     Map student, teacher;
     double temperature;
     Resized to;
+    bool sigmoid;  // of each class, instead of a softmax over them
 };
 
 struct TeacherConfidence {
@@ -181,6 +204,8 @@ struct Kernels {
     void (*cwd_backward)(const CwdBackward&);
     void (*resized_cross_entropy)(const ResizedCrossEntropy&);
     void (*resized_kd)(const ResizedKd&);
+    void (*resized_dice)(const ResizedDice&);
+    void (*resized_binary_cross_entropy)(const ResizedBinaryCrossEntropy&);
     void (*teacher_confidence)(const TeacherConfidence&);
     void (*difficulty_mask)(const DifficultyMask&);
     void (*kth_smallest)(const void* in, DType type, int64_t n, int64_t k, void* out, ParallelFor parallel_for);

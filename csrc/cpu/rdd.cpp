@@ -184,7 +184,7 @@ public:
           columns_(columns),
           rows_(logits.h, a.height, a.align_corners),
           logits_(logits, columns.padded),
-          pixels_(a.pixels, logits.c, rows_, columns, a.align_corners),
+          pixels_(a.pixels, rows_, columns, a.align_corners),
           laid_out_(columns.phases * columns.padded),
           by_label_(a.by_label) {}
 

@@ -122,6 +122,13 @@ public:
             }
     }
 
+    // Only plain() is wanted.
+    void load_plain(int64_t n, const Axis::Tap& tap, Acc scale) {
+        top_ = row(n, tap.left), bottom_ = row(n, tap.right), weight_ = tap.weight, scale_ = scale;
+        have_plain_ = false;
+        plain();
+    }
+
     const Acc* values() const { return values_; }  // (c, stride), the last logit repeated to the right
     // The same without a bound subtracted. Far below the bound the values have lost what its magnitude rounds away.
     const Acc* plain() {
@@ -218,6 +225,16 @@ inline Vec<Acc> labelled_value(const Side<Acc, false>& side, const Acc* labels, 
     return load(out);
 }
 
+// table[label] of each pixel, 0 where it has no label.
+template <class Acc>
+inline Vec<Acc> by_label(const Acc* table, Vec<Acc> label) {
+    constexpr int W = kLanes<Acc>;
+    Acc labels[W], out[W];
+    store(labels, label);
+    for (int i = 0; i < W; ++i) out[i] = labels[i] < 0 ? Acc(0) : table[static_cast<int64_t>(labels[i])];
+    return load(out);
+}
+
 // The softmaxes of G vectors of label pixels. `e` gets exp(value), classes `e_stride` apart, vectors W apart.
 // Where a sum is small or not a number, the pixel is far below its bound or has no number: it is done again, carefully,
 // from its plain values and about their maximum.
@@ -256,6 +273,15 @@ struct Softmax {
         const Vec<Acc> own = labelled_value(side, labels, right);
         if (!careful) return own;
         return again_[j] ? labelled_value(plain_, labels, right) - top_[j] : own;
+    }
+
+    // A weighted sum of the classes, in the frame that the exponentials had: `own` of values, `plain` of plain values.
+    template <bool kBlend, class PlainSum>
+    Vec<Acc> combined(const Acc* own, const PlainSum& plain, Vec<Acc> right, Acc weights, int64_t j) const {
+        const Vec<Acc> v = Side<Acc, false>{own, 0, 0}.template value<kBlend, true>(right, 0, 0);
+        if (!careful) return v;
+        const Vec<Acc> w = Side<Acc, false>{plain(), 0, 0}.template value<kBlend, true>(right, 0, 0);
+        return again_[j] ? w - top_[j] * weights : v;
     }
 
 private:
@@ -406,11 +432,11 @@ struct Bands {
 template <class Acc>
 class PixelRow {
 public:
-    PixelRow(const LabelPixels& pixels, int64_t classes, const Axis& rows, const Columns<Acc>& columns, bool align_corners)
+    PixelRow(const LabelPixels& pixels, const Axis& rows, const Columns<Acc>& columns, bool align_corners)
         : label(columns.phases * columns.padded),
           factor(columns.phases * columns.padded),
+          weight(pixels.keep_weight ? columns.phases * columns.padded : 0),
           pixels_(pixels),
-          classes_(classes),
           columns_(columns),
           height_(rows.out()),
           weight_rows_(pixels.weight_h, rows.out(), align_corners),
@@ -428,6 +454,7 @@ public:
         for (int64_t i = 0; i < columns.phases * columns.padded; ++i) {
             label[i] = -1;
             factor[i] = 0;
+            if (pixels.keep_weight) weight[i] = 0;
         }
     }
 
@@ -441,7 +468,8 @@ public:
         }
     }
 
-    const Scratch<Acc> label, factor;
+    const Scratch<Acc> label, factor;  // -1 and 0 where nothing counts
+    const Scratch<Acc> weight;         // the factor without the class weight, if it is kept
 
 private:
     template <class T>
@@ -449,7 +477,7 @@ private:
         const T* row = static_cast<const T*>(pixels_.target) + (n * height_ + y) * columns_.width;
         return read(n, y, [&](int64_t x) -> int64_t {
             const int64_t label = row[x];
-            return label == pixels_.ignore_index || label < 0 || label >= classes_ ? -1 : label;
+            return label == pixels_.ignore_index || label < 0 || label >= pixels_.classes ? -1 : label;
         });
     }
 
@@ -463,31 +491,34 @@ private:
             int64_t c = label_at(x);
             if (mask && !mask[x]) c = -1;
             const int32_t at = columns_.slot[x];
-            const Acc weight = c < 0 ? Acc(0) : class_weight ? class_weight[c] : Acc(1);
+            const Acc own = c < 0 ? Acc(0) : class_weight ? class_weight[c] : Acc(1);
             label[at] = static_cast<Acc>(c);
-            factor[at] = weight;
-            count += weight;
+            factor[at] = own;
+            count += own;
         }
+        for (int64_t x = 0; pixels_.keep_weight && x < width; ++x)
+            weight[columns_.slot[x]] = label[columns_.slot[x]] < 0 ? Acc(0) : Acc(1);
         if (pixels_.weight) apply_weight(n, y);
         return count;
     }
 
     void apply_weight(int64_t n, int64_t y) const {
         const Axis::Tap tap = weight_rows_.tap(y);
-        const Acc *map = static_cast<const Acc*>(pixels_.weight) + n * pixels_.weight_h * pixels_.weight_w,
+        const Acc *map = static_cast<const Acc*>(pixels_.weight) +
+                         n / pixels_.weight_planes * pixels_.weight_h * pixels_.weight_w,
                   *top = map + tap.left * pixels_.weight_w, *bottom = map + tap.right * pixels_.weight_w;
         const Acc down = static_cast<Acc>(tap.weight), up = static_cast<Acc>(1 - tap.weight);
         for (int64_t i = 0; i < pixels_.weight_w; ++i) weight_row_[i] = down == 0 ? top[i] : up * top[i] + down * bottom[i];
         for (int64_t x = 0; x < columns_.width; ++x) {
             const int32_t at = columns_.slot[x];
             const Acc right = weight_right_[x], own = weight_row_[weight_left_[x]];
-            const Acc weight = right == 0 ? own : (1 - right) * own + right * weight_row_[weight_next_[x]];
-            factor[at] = label[at] < 0 ? Acc(0) : factor[at] * weight;
+            const Acc mine = right == 0 ? own : (1 - right) * own + right * weight_row_[weight_next_[x]];
+            factor[at] = label[at] < 0 ? Acc(0) : factor[at] * mine;
+            if (pixels_.keep_weight) weight[at] = label[at] < 0 ? Acc(0) : mine;
         }
     }
 
     const LabelPixels pixels_;
-    const int64_t classes_;
     const Columns<Acc>& columns_;
     const int64_t height_;
     const Axis weight_rows_;
@@ -547,7 +578,7 @@ inline void each_label_row(const Map& map, const Resized& to, const Columns<Acc>
     const bool per_pixel = to.out.reduce == Reduce::none;
     parallel_items(to.parallel_for, items, int64_t{1} << 40, [&](const Items& mine) {
         auto term = make_term();
-        const PixelRow<Acc> pixels(to.pixels, map.c, rows, columns, to.align_corners);
+        const PixelRow<Acc> pixels(to.pixels, rows, columns, to.align_corners);
         const Scratch<Acc> losses(per_pixel ? columns.phases * columns.padded : 0);
         RowGradient<Acc> one(to.gradient ? map.c : 0, columns.padded), two(to.gradient ? map.c : 0, columns.padded);
         for (const int64_t item : mine) {

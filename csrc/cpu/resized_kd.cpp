@@ -1,11 +1,26 @@
 // KD at label resolution: tau^2 KL(softmax(bilinear(T) / tau) || softmax(bilinear(S) / tau)) per pixel; and its gradient.
 //
 // As in resized_cross_entropy.cpp, with two sides. The teacher's logits may be of another width; their cells are not the
-// student's then, and each label row of them is laid out by the student's phases first, in cache.
+// student's then, and each label row of them is laid out by the student's phases first, in cache. With a sigmoid of each class
+// there is no sum over the classes to wait for: the difference of the probabilities is kept instead of the exponentials.
 #include "resize.h"
+#include "sigmoid.h"
 
 namespace fastkd::FASTKD_ISA {
 namespace {
+
+// A row of the teacher's logits, (classes, stride), at each label pixel, by the student's phases and cells.
+template <class Acc>
+void lay_out(const Columns<Acc>& columns, const Axis& teacher, int64_t classes, const Acc* row, int64_t stride, Acc* out) {
+    for (int64_t x = 0; x < columns.width; ++x) {
+        const Axis::Tap tap = teacher.tap(x);
+        const Acc b = static_cast<Acc>(tap.weight), a = static_cast<Acc>(1 - tap.weight);
+        const Acc* from = row;
+        Acc* to = out + columns.slot[x];
+        for (int64_t c = 0; c < classes; ++c, from += stride, to += columns.phases * columns.padded)
+            *to = b == 0 ? from[tap.left] : a * from[tap.left] + b * from[tap.right];
+    }
+}
 
 template <class Acc, bool kBlend, bool kAhead>
 class Term {
@@ -53,16 +68,8 @@ public:
     }
 
 private:
-    // The teacher's row at each label pixel, by the student's phases and cells.
     void lay_out(const Acc* row, Acc* out) const {
-        for (int64_t x = 0; x < columns_.width; ++x) {
-            const Axis::Tap tap = teacher_columns_.tap(x);
-            const Acc b = static_cast<Acc>(tap.weight), a = static_cast<Acc>(1 - tap.weight);
-            const Acc* from = row;
-            Acc* to = out + columns_.slot[x];
-            for (int64_t c = 0; c < classes_; ++c, from += teacher_.stride, to += columns_.phases * columns_.padded)
-                *to = b == 0 ? from[tap.left] : a * from[tap.left] + b * from[tap.right];
-        }
+        FASTKD_ISA::lay_out(columns_, teacher_columns_, classes_, row, teacher_.stride, out);
     }
 
     template <int G>
@@ -149,9 +156,113 @@ private:
 };
 
 template <class Acc, bool kBlend, bool kAhead>
+class SigmoidTerm {
+    static constexpr int W = kLanes<Acc>;
+
+public:
+    SigmoidTerm(const ResizedKd& a, const Columns<Acc>& columns)
+        : classes_(a.student.c),
+          columns_(columns),
+          student_rows_(a.student.h, a.to.height, a.to.align_corners),
+          teacher_rows_(a.teacher.h, a.to.height, a.to.align_corners),
+          teacher_columns_(a.teacher.w, a.to.width, a.to.align_corners),
+          student_(a.student, columns.padded),
+          teacher_(a.teacher, ceil_div(a.teacher.w, W) * W),
+          laid_out_(kAhead ? classes_ * columns.phases * columns.padded : 0),
+          inv_tau_(static_cast<Acc>(1 / a.temperature)),
+          tau_(static_cast<Acc>(a.temperature)),
+          kept_(phases_kept<Acc>(columns.phases, classes_)),
+          difference_(a.to.gradient ? classes_ * kept_ * W : 0),
+          gradient_(a.to.gradient != nullptr) {
+        for (int64_t i = 0; kAhead && i < classes_ * columns.phases * columns.padded; ++i) laid_out_[i] = 0;
+    }
+
+    double row(int64_t n, int64_t label_y, const PixelRow<Acc>& pixels, const GradientShare<Acc>& share, Acc* losses) {
+        student_.load_plain(n, student_rows_.tap(label_y), inv_tau_);
+        teacher_.load_plain(n, teacher_rows_.tap(label_y), inv_tau_);
+        if constexpr (kAhead)
+            lay_out(columns_, teacher_columns_, classes_, teacher_.plain(), teacher_.stride, static_cast<Acc*>(laid_out_));
+        double total = 0;
+        for (int64_t cell = 0; cell < columns_.padded; cell += W)
+            for (int64_t k = 0; k < columns_.phases; k += kept_) {
+                const int64_t phases = min(kept_, columns_.phases - k);
+                Vec<Acc> sum{};  // of a few vectors: a longer fp32 sum of equal terms drifts
+                for (int64_t j = 0; j < phases; j += 2)
+                    sum += phases - j == 1 ? losses_of<1>(pixels, cell, k, j, losses) : losses_of<2>(pixels, cell, k, j, losses);
+                total += static_cast<double>(sum_lanes<Acc>(sum));
+                if (gradient_) add_gradient(cell, phases, share);
+            }
+        return total;
+    }
+
+private:
+    template <int G>
+    Vec<Acc> losses_of(const PixelRow<Acc>& pixels, int64_t cell, int64_t k, int64_t j, Acc* losses) {
+        const int64_t first = (k + j) * columns_.padded + cell;
+        const Side<Acc, false> student{student_.plain() + cell, student_.stride, 0};
+        const Side<Acc, kAhead> teacher =
+            kAhead ? Side<Acc, kAhead>{laid_out_ + first, columns_.phases * columns_.padded, columns_.padded}
+                   : Side<Acc, kAhead>{teacher_.plain() + cell, teacher_.stride, 0};
+        for (int i = 0; i < G; ++i) right_[j + i] = load(columns_.right + first + i * columns_.padded);
+        constexpr int64_t kRows = 64;  // classes summed on their own first: two levels keep fp32 sums short
+        Vec<Acc> kl[G] = {}, total{};
+        for (int64_t row = 0; row < classes_; row += kRows) {
+            Vec<Acc> part[G] = {};
+            for (int64_t c = row; c < min(classes_, row + kRows); ++c)
+                for (int i = 0; i < G; ++i) {
+                    const Bernoulli<Acc> b(student.template value<kBlend, true>(right_[j + i], c, i),
+                                           teacher.template value<kBlend, true>(right_[j + i], c, i));
+                    part[i] += b.kl;
+                    if (gradient_) store(difference_ + (c * kept_ + j + i) * W, b.difference);
+                }
+            for (int i = 0; i < G; ++i) kl[i] += part[i];
+        }
+        for (int i = 0; i < G; ++i) {
+            const int64_t at = first + i * columns_.padded;
+            const Vec<Acc> factor = load(pixels.factor + at);
+            const auto counted = load(pixels.label + at) >= 0;
+            const Vec<Acc> loss = kl[i] * (factor * tau_ * tau_);
+            const Vec<Acc> value = counted ? loss : Vec<Acc>{};
+            total += value;
+            if (losses) store(losses + at, value);
+            if (!gradient_) continue;
+            scale_[j + i] = counted ? factor * tau_ : Vec<Acc>{};
+            clear_uncounted<Acc>(counted, kl[i], difference_ + (j + i) * W, classes_, kept_ * W);
+        }
+        return total;
+    }
+
+    void add_gradient(int64_t cell, int64_t phases, const GradientShare<Acc>& share) {
+        for (int64_t c = 0; c < classes_; ++c) {
+            Vec<Acc> sum{}, to_right{};
+            for (int64_t j = 0; j < phases; ++j) {
+                const Vec<Acc> g = scale_[j] * load(difference_ + (c * kept_ + j) * W);
+                sum += g;
+                if constexpr (kBlend) to_right += right_[j] * g;
+            }
+            share.add(c, cell, sum - to_right, to_right);
+        }
+    }
+
+    const int64_t classes_;
+    const Columns<Acc>& columns_;
+    const Axis student_rows_, teacher_rows_, teacher_columns_;
+    Row<Acc> student_, teacher_;
+    const Scratch<Acc> laid_out_;  // (classes, phases, padded)
+    const Acc inv_tau_, tau_;
+    const int64_t kept_;
+    const Scratch<Acc> difference_;  // (classes, kept, W)
+    const bool gradient_;
+    Vec<Acc> right_[kMaxPhases], scale_[kMaxPhases];
+};
+
+template <class Acc, bool kBlend, bool kAhead>
 void run(const ResizedKd& a) {
     const Columns<Acc> columns(Axis(a.student.w, a.to.width, a.to.align_corners));
-    each_label_row<Acc>(a.student, a.to, columns, [&] { return Term<Acc, kBlend, kAhead>(a, columns); });
+    if (a.sigmoid)
+        each_label_row<Acc>(a.student, a.to, columns, [&] { return SigmoidTerm<Acc, kBlend, kAhead>(a, columns); });
+    else
+        each_label_row<Acc>(a.student, a.to, columns, [&] { return Term<Acc, kBlend, kAhead>(a, columns); });
 }
 
 }  // namespace

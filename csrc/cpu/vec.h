@@ -211,6 +211,33 @@ inline Float log(Float x) {
     return (e * set1(0x1.63p-1f) + small) + (x - x);
 }
 
+// 1 - e^-x for x >= 0, to a few ulp also near 0.
+inline Float one_minus_exp(Float x) {
+    Float p = set1(2.7557319e-6f);
+    p = p * x - set1(2.4801587e-5f);
+    p = p * x + set1(1.9841270e-4f);
+    p = p * x - set1(1.3888889e-3f);
+    p = p * x + set1(8.3333333e-3f);
+    p = p * x - set1(4.1666667e-2f);
+    p = p * x + set1(1.6666667e-1f);
+    p = p * x - set1(0.5f);
+    p = p * x + set1(1.0f);
+    return x < 0.5f ? x * p : set1(1.0f) - exp(-x);
+}
+// ln(1 + x) for 0 <= x <= 1, to a few ulp also near 0: 2 atanh(f), f = x / (2 + x), an odd series in f <= 1 / 3.
+inline Float log1p(Float x) {
+    const Float f = x / (x + set1(2.0f));
+    const Float z = f * f;
+    Float p = set1(1.0f / 15);
+    p = p * z + set1(1.0f / 13);
+    p = p * z + set1(1.0f / 11);
+    p = p * z + set1(1.0f / 9);
+    p = p * z + set1(1.0f / 7);
+    p = p * z + set1(1.0f / 5);
+    p = p * z + set1(1.0f / 3);
+    return (f + f) + (f + f) * (z * p);
+}
+
 // fp64 serves exactness, not speed: the C library, lane by lane.
 inline Double exp(Double x) {
     for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
@@ -219,6 +246,24 @@ inline Double exp(Double x) {
 inline Double log(Double x) {
     for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_log(x[i]);
     return x;
+}
+
+inline Double one_minus_exp(Double x) {
+    for (int i = 0; i < kLanes<double>; ++i) x[i] = -__builtin_expm1(-x[i]);
+    return x;
+}
+inline Double log1p(Double x) {
+    for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_log1p(x[i]);
+    return x;
+}
+
+// Lane sums in fp64: lane i has what lanes i and, of Float, i + kLanes<double> hold.
+inline Double widened(Double v) { return v; }
+inline Double widened(Float v) {
+    typedef float Part __attribute__((vector_size(kVecBytes / 2)));
+    Part parts[2];
+    __builtin_memcpy(parts, &v, sizeof v);
+    return __builtin_convertvector(parts[0], Double) + __builtin_convertvector(parts[1], Double);
 }
 
 // ---- scratch ------------------------------------------------------------------------------------------------------

@@ -116,6 +116,8 @@ class Loss:
     one_weight: Callable[..., tuple[int, ...]] | None = None
     """The shape in which that argument is one number for each sample; else one of a label pixel each."""
     reductions: tuple[str, ...] = ("sum", "mean", "none")
+    sample_scale: float = 0.7
+    """``scale`` in the sample inputs; 1 where the operator takes no other."""
     returns_kept: bool = False
     """Whether the caller also gets what the forward keeps."""
 
@@ -162,7 +164,7 @@ class Loss:
             for args in self.samples(draw):
                 for reduction in reductions:
                     if reduction in self.reductions:
-                        yield (*args, reduction, 0.7)
+                        yield (*args, reduction, self.sample_scale)
 
         return samples
 

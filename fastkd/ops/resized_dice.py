@@ -62,7 +62,8 @@ RESIZED_DICE = Loss(
     _fake,
     _samples,
     early=(),
-    late=(),
+    late=("cpu",),
     reductions=("none",),
+    sample_scale=1.0,
 )
 OPERATORS = RESIZED_DICE.operators()

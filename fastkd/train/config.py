@@ -222,6 +222,11 @@ def check(config: Config) -> None:
         raise ValueError(
             f"method {config.method!r} needs a teacher; give --teacher CHECKPOINT, or --method none to train without"
         )
+    if "rdd" in parse_method(config.method) and config.loss.task != "ce":
+        raise ValueError(
+            f"loss.task {config.loss.task!r}: the method rdd weights the cross-entropy of the labels itself; leave loss.task "
+            "out, or take a method without rdd"
+        )
     config.eval.check()
     low, high = config.data.scale
     if low > high:

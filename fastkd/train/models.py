@@ -136,14 +136,15 @@ class SegmentationModel(nn.Module):
         self.tapped = Tapped(network, paths)
         self.register_buffer("mean", torch.tensor(config.mean, dtype=torch.float32).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config.std, dtype=torch.float32).view(1, 3, 1, 1))
+        owners = {name: _token_owner(network, path) for name, path in paths.items()}
+        self.tokens = {name: owner for name, owner in owners.items() if owner is not None}
         taps = self._probe()
         for name, tap in taps.items():
             wanted = classes if name in ("model.logits", "model.aux_logits") else None
             if tap.dim() != 4 or tap.shape[1] != (wanted or tap.shape[1]):
-                raise ValueError(
-                    f"{name} {paths[name]!r} returns shape {tuple(tap.shape)}, expected (N, {wanted or 'C'}, h, w)"
-                    + (f"; name the layer that returns the raw logits of the {classes} classes" if wanted else "")
-                )
+                expected = f"(N, {wanted or 'C'}, h, w), or tokens of a timm vision transformer"
+                hint = f"; name the layer that returns the raw logits of the {classes} classes" if wanted else ""
+                raise ValueError(f"{name} {paths[name]!r} returns shape {tuple(tap.shape)}, expected {expected}{hint}")
         self.channels = {name: taps[f"model.features.{name}"].shape[1] for name in self.feature_names}
         self.has_aux = aux is not None or aux_logits is not None
         self.aux_head = FCNHead(taps["model.aux"].shape[1], classes) if aux is not None else None
@@ -157,7 +158,7 @@ class SegmentationModel(nn.Module):
         return (images - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Output:
-        taps = self.tapped(self.normalise(images)).taps
+        taps = self._taps(self.normalise(images))
         logits, aux = taps["model.logits"], None
         if self.has_aux:
             aux = taps["model.aux_logits"] if self.aux_head is None else self.aux_head(taps["model.aux"])
@@ -169,9 +170,49 @@ class SegmentationModel(nn.Module):
     def _probe(self) -> dict[str, Tensor]:
         training = self.training
         self.eval()
-        taps = self.tapped(torch.zeros(PROBE)).taps
+        taps = self._taps(torch.zeros(PROBE))
         self.train(training)
         return taps
+
+    def _taps(self, images: Tensor) -> dict[str, Tensor]:
+        """The tapped tensors; tokens (N, L, C) of a timm vision transformer as maps (N, C, h, w)."""
+        taps = self.tapped(images).taps
+        for name, path in self.tokens.items():
+            if taps[name].dim() == 3:
+                transformer = self.tapped.model.get_submodule(path)
+                taps[name] = token_map(taps[name], transformer, images.shape[-2:], name)
+        return taps
+
+
+def _token_owner(network: nn.Module, path: str) -> str | None:
+    """Where the timm vision transformer is that a tapped module belongs to: around it, or the only one of the network."""
+    path = path.partition("[")[0]
+    found = [
+        name for name, m in network.named_modules() if hasattr(m, "num_prefix_tokens") and hasattr(m, "patch_embed")
+    ]
+    around = [name for name in found if name in ("", path) or path.startswith(f"{name}.")]
+    return around[-1] if around else found[0] if len(found) == 1 else None
+
+
+def token_map(tokens: Tensor, transformer: Any, size: Sequence[int], name: str) -> Tensor:
+    """Tokens (N, L, C) of a timm vision transformer as a map (N, C, h, w): class and register tokens dropped, no copy.
+
+    Args:
+        transformer: what has `num_prefix_tokens` and `patch_embed`.
+        size: of the images, of which the patches are the grid.
+        name: of the tap, for the message.
+    """
+    prefix, patches = transformer.num_prefix_tokens, transformer.patch_embed
+    if hasattr(patches, "dynamic_feat_size"):
+        height, width = patches.dynamic_feat_size(tuple(size))
+    else:
+        height, width = (side // patch for side, patch in zip(size, patches.patch_size, strict=True))
+    if tokens.shape[1] != prefix + height * width:
+        raise ValueError(
+            f"{name} returns {tokens.shape[1]} tokens, expected {prefix} and a grid of {height} x {width} for images of "
+            f"{size[0]} x {size[1]}; tap a block that keeps all of them"
+        )
+    return tokens[:, prefix:].transpose(1, 2).unflatten(2, (height, width))
 
 
 class Student(nn.Module):

@@ -121,7 +121,7 @@ Outputs run(const Case& x, int with_threads) {
     const Map student{s.data(), x.s, x.channels_last, x.n, x.c, x.h, x.w},
         teacher{other.data(), x.t, false, x.n, x.c, x.teacher_h, x.teacher_w};
     for (bool corners : {false, true}) {
-        const LabelPixels p{large.data(), Label::u8, 255, class_weight.data(), weight.data(), x.h, x.w, mask.data()};
+        const LabelPixels p{large.data(), Label::u8, 255, class_weight.data(), weight.data(), x.h, x.w, mask.data(), x.c};
         each_reduction([&](Reduce reduce) {
             const auto resized = [&] {
                 return Resized{p, x.height, x.width, corners, loss(reduce, pixels, true), gradient(reduce), parallel_for};

@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fastkd
+
 pytest.importorskip("segmentation_models_pytorch")
 
 from fastkd.train.config import LossConfig, ModelConfig
 from fastkd.train.methods import Objective, student_features, teacher_forward
-from fastkd.train.models import Student, build_model
+from fastkd.train.models import SegmentationModel, Student, build_model
 from fastkd.train.weights import load_encoder_weights, load_network_weights, load_state_file
 from tests.train import tiny
 
@@ -526,3 +528,51 @@ def test_what_a_library_raises_names_the_value(changes, says):
     config = ModelConfig(**({"arch": "FPN", "encoder": "tu-mobilenetv3_small_050"} | changes))
     with pytest.raises(ValueError, match=says):
         build_model(config, 3)
+
+
+# ---- tokens of vision transformers ----------------------------------------------------------------------------------
+
+
+class TokenNetwork(torch.nn.Module):
+    """A timm vision transformer with a linear head on its patch tokens."""
+
+    def __init__(self, classes: int, registers: int = 0):
+        super().__init__()
+        timm = pytest.importorskip("timm")
+        options = {"img_size": 128, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
+        self.body = timm.models.vision_transformer.VisionTransformer(
+            **options, reg_tokens=registers, dynamic_img_size=True, dynamic_img_pad=True
+        )
+        self.head = torch.nn.Linear(24, classes)
+
+    def forward(self, images):
+        return self.head(self.body.forward_features(images))
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_tokens_are_maps_without_class_and_registers(registers):
+    taps = {"block": "body.blocks.0", "norm": "body.norm"}
+    network = TokenNetwork(3, registers)
+    model = SegmentationModel(network, 3, ModelConfig(logits="head", features=taps, aux="body.blocks.0")).eval()
+    assert model.channels == {"block": 24, "norm": 24}
+    images = torch.rand(2, 3, 96, 150)  # the width is padded to 10 patches
+    out = model(images)
+    assert out.logits.shape == out.aux.shape == (2, 3, 6, 10)
+    tokens = network.body.forward_features(model.normalise(images))[:, 1 + registers :]
+    assert out.features["norm"].shape == (2, 24, 6, 10)
+    torch.testing.assert_close(out.features["norm"], tokens.transpose(1, 2).reshape(2, 24, 6, 10))
+    fastkd.NFDLoss()(out.features["block"], out.features["norm"].detach()).backward()
+    assert network.body.blocks[0].mlp.fc1.weight.grad is not None
+
+
+def test_tokens_that_are_no_grid():
+    network = TokenNetwork(3)
+    network.body.blocks[1].register_forward_hook(lambda module, args, out: out[:, :-1])
+    with pytest.raises(ValueError, match=r"model.features.x returns 64 tokens, expected 1 and a grid of 8 x 8"):
+        SegmentationModel(network, 3, ModelConfig(logits="head", features={"x": "body.blocks.1"}))
+
+
+def test_tokens_of_anything_else_are_named():
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 16, stride=16), torch.nn.Flatten(2))
+    with pytest.raises(ValueError, match=r"or tokens of a timm vision transformer"):
+        SegmentationModel(network, 3, ModelConfig(logits="0", features={"x": "1"}))

@@ -1,6 +1,6 @@
 """The objective of a run: the task loss and any sum of methods.
 
-Without RDD the task is cross-entropy at label resolution, plus `aux_weight` times the same on the student's auxiliary head.
+Without RDD the task is a loss at label resolution (task.py), plus `aux_weight` times the same on the student's auxiliary head.
 With RDD the task term is RDD's own (its auxiliary term included). The other terms stand beside it.
 
 Labels may be fewer than the images: the last images of a batch then have none. The task terms see the images that have labels
@@ -10,6 +10,8 @@ The terms that compare with the teacher see all images.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
@@ -19,7 +21,10 @@ from torch import Tensor, nn
 import fastkd
 from fastkd.train.methods.base import Distiller, Pair, first, resize
 from fastkd.train.methods.registry import LossConfig, parse_method
+from fastkd.train.methods.task import TaskLoss
 from fastkd.train.models import Feature, Output, SegmentationModel
+
+_AUX = {"task": "aux", "dice": "aux_dice"}  # parts of the task, by their names on an auxiliary head
 
 
 class Terms(NamedTuple):
@@ -46,7 +51,8 @@ class Objective(nn.Module):
             head where RDD needs one, no feature tapped under the same name in both.
     """
 
-    task = frozenset({"task", "aux", "rdd_task"})  # parts that compare with labels; the others compare with the teacher
+    # Parts that compare with labels; the others compare with the teacher.
+    task = frozenset({"task", "dice", "aux", "aux_dice", "rdd_task"})
 
     def __init__(
         self,
@@ -61,10 +67,10 @@ class Objective(nn.Module):
         super().__init__()
         words = parse_method(method)
         self.aux_weight = config.aux_weight if student.has_aux else 0.0
-        self.ce: fastkd.ResizedCrossEntropyLoss | None = None
+        self.labels: TaskLoss | None = None
         self.rdd: fastkd.RDDLoss | None = None
         if "rdd" not in words:
-            self.ce = fastkd.ResizedCrossEntropyLoss(ignore_index=ignore_index, align_corners=config.align_corners)
+            self.labels = config.build_task(ignore_index)
         if teacher is None:
             if words:
                 raise ValueError(f"method {method!r} needs a teacher, got none")
@@ -82,12 +88,12 @@ class Objective(nn.Module):
             teacher = Output(resize(teacher.logits, student.logits), teacher.features, aux)
         count = labels.shape[0]
         s = first(student, count)
-        if self.ce is not None:
-            total = self.ce(s.logits, labels)
-            terms = {"task": total}
+        if self.labels is not None:
+            terms = self.labels(s.logits, labels)
             if self.aux_weight > 0:
-                terms["aux"] = self.aux_weight * self.ce(s.aux, labels)
-                total = total + terms["aux"]
+                aux = self.labels(s.aux, labels)
+                terms |= {_AUX[name]: self.aux_weight * part for name, part in aux.items()}
+            total = functools.reduce(operator.add, terms.values())
         elif self.rdd is not None and teacher is not None:
             t = first(teacher, count)
             aux = s.aux if self.aux_weight > 0 else None
@@ -110,13 +116,17 @@ class Objective(nn.Module):
     @property
     def valid_means(self) -> frozenset[str]:
         """Parts that are means over valid pixels, whose number differs between the shares of a batch."""
-        task = {"task", "aux"} if self.rdd is None else set()
+        task = set() if self.labels is None else {*self.labels.over_valid, *(_AUX[n] for n in self.labels.over_valid)}
         return frozenset(task | {name for name, distil in self.distillers.items() if distil.over_valid})
 
     @property
     def weights(self) -> dict[str, float]:
         """The weight of each part."""
-        task = {"task": 1.0, "aux": self.aux_weight} if self.rdd is None else {"rdd_task": self.rdd.loss_weight}
+        if self.labels is not None:
+            own = self.labels.weights
+            task = own | {_AUX[name]: self.aux_weight * weight for name, weight in own.items()}
+        elif self.rdd is not None:
+            task = {"rdd_task": self.rdd.loss_weight}
         kd = {} if self.rdd is None else {"rdd_kd": self.rdd.loss_weight * self.rdd.kd_weight}
         return task | kd | {name: cast(float, distil.weight) for name, distil in self.distillers.items()}
 

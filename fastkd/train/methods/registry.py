@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field, fields
 
-from fastkd.ranges import NonNegative
+from fastkd.ranges import NonNegative, ShareBelowOne
 from fastkd.train.methods.at import ATConfig
 from fastkd.train.methods.cirkd import CIRKDConfig
 from fastkd.train.methods.cwd import CWDConfig
@@ -16,6 +16,7 @@ from fastkd.train.methods.kd import KDConfig
 from fastkd.train.methods.nfd import NFDConfig
 from fastkd.train.methods.rdd import RDDConfig
 from fastkd.train.methods.skd import SKDConfig
+from fastkd.train.methods.task import DiceConfig, OHEMConfig, Task, TaskLoss
 
 
 @dataclass
@@ -23,10 +24,21 @@ class LossConfig:
     """Weights and options of the losses; `method` says which of them are summed.
 
     Args:
-        aux_weight: of the cross-entropy of the student's auxiliary head, where it has one.
+        task: loss of the labels: "ce" (cross-entropy), "ce+dice", "ohem", "focal" or "bce" (each class against the rest). The
+            method rdd has its own.
+        label_smoothing: of the cross-entropy of "ce" and "ce+dice".
+        focal_gamma: of "focal".
+        dice: options of "ce+dice".
+        ohem: options of "ohem".
+        aux_weight: of the task loss of the student's auxiliary head, where it has one.
         align_corners: convention of the bilinear resize of logits to labels (True in the released code of CIRKD and RDD).
     """
 
+    task: Task = "ce"
+    label_smoothing: ShareBelowOne = 0.0
+    focal_gamma: NonNegative = 2.0
+    dice: DiceConfig = field(default_factory=DiceConfig)
+    ohem: OHEMConfig = field(default_factory=OHEMConfig)
     aux_weight: NonNegative = 0.4
     align_corners: bool = False
     kd: KDConfig = field(default_factory=KDConfig)
@@ -40,8 +52,19 @@ class LossConfig:
     dsd: DSDConfig = field(default_factory=DSDConfig)
     cirkd: CIRKDConfig = field(default_factory=CIRKDConfig)
 
+    def build_task(self, ignore_index: int) -> TaskLoss:
+        return TaskLoss(
+            self.task,
+            label_smoothing=self.label_smoothing,
+            focal_gamma=self.focal_gamma,
+            dice=self.dice,
+            ohem=self.ohem,
+            ignore_index=ignore_index,
+            align_corners=self.align_corners,
+        )
 
-METHODS = tuple(f.name for f in fields(LossConfig) if f.name not in ("aux_weight", "align_corners"))
+
+METHODS = tuple(f.name for f in fields(LossConfig) if hasattr(f.default_factory, "build"))
 
 
 def parse_method(method: str) -> tuple[str, ...]:
