@@ -188,6 +188,14 @@ BY_HAND = (
         "the losses at label resolution were changed.",
     ),
     Run(
+        "The manylinux wheel of `make wheel`, built with torch 2.14.1",
+        "python -m pytest $(python -m tests.suites core)",
+        "2026-11-26",
+        "c66dcc0",
+        "Python 3.10 with torch 2.10.0: all core tests passed but 6, `torch.compile` in fp16, mended in 71b9d5f. Python "
+        "3.13 with torch 2.15.0: `test_functional` and `test_losses` passed.",
+    ),
+    Run(
         "Package",
         "python -m pytest -m slow tests/test_packaging.py",
         "2026-11-25",
