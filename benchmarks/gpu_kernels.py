@@ -30,7 +30,7 @@ BACKENDS = ("triton", "cuda", "eager")
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-def keys() -> list[tuple[str, str, str]]:
+def measured() -> list[tuple[str, str, str]]:
     """(recipe, loss, layout), the most telling first."""
     losses = ("resized_ce", "resized_kd", "rdd_tse", "rdd_tfe", "nfd", "kd", "cwd")
     found = [(recipe, loss, layout) for recipe in ("ADE20K", "Cityscapes") for loss in losses for layout in LAYOUTS]
@@ -42,7 +42,10 @@ def calls(recipe: str, loss: str, layout: str) -> Iterator[tuple[str, object]]:
     sizes = RECIPES[recipe]
     shape = sizes.features if loss in FEATURE_LOSSES else sizes.logits
     case = LOSSES[loss](shape, sizes.crop, BF16)
-    student, teacher = (x.to(memory_format=LAYOUTS[layout]) for x in harness.inputs(case, harness.DEVICE, shape[0]))
+    student, teacher = (
+        x.detach().to(memory_format=LAYOUTS[layout]).requires_grad_(x.requires_grad)  # a leaf in either layout
+        for x in harness.inputs(case, harness.DEVICE, shape[0])
+    )
     rivals = case.rivals(harness.DEVICE, shape)
 
     for backend in BACKENDS:
@@ -85,7 +88,7 @@ def main() -> int:
     parser.add_argument("--only", type=int, help="with --compile: one case, in this process")
     args = parser.parse_args()
     if args.compile and args.only is None:
-        count, cores = len(keys()), min(os.cpu_count() or 1, 14)
+        count, cores = len(measured()), min(os.cpu_count() or 1, 14)
         running: list[subprocess.Popen] = []
         for index in range(count):
             if len(running) == cores:
@@ -93,7 +96,7 @@ def main() -> int:
             command = [sys.executable, "-m", "benchmarks.gpu_kernels", "--compile", "--only", str(index)]
             running.append(subprocess.Popen(command))
         return max((process.wait() for process in running), default=0)
-    chosen = keys() if args.only is None else keys()[args.only : args.only + 1]
+    chosen = measured() if args.only is None else measured()[args.only : args.only + 1]
     path = args.out / "kernels.txt"
     known = path.read_text() if args.resume and path.exists() else ""
     print(known, end="")

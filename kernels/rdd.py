@@ -9,6 +9,7 @@ the first kernels have counted; then the rounds read nothing. The host never wai
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -233,8 +234,25 @@ def _select(
     tl.store(part + tl.num_programs(0) + program, tl.sum(valid.to(tl.int32)).to(ACC))
 
 
-def _difficulty(args: tuple[Any, ...], keep_lse: bool) -> tuple[Tensor, Tensor]:
-    student, teacher, target, threshold, min_kept, confidence, select, ignore_index, align_corners = args
+def _difficulty(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    threshold: float,
+    min_kept: int,
+    confidence: str,
+    select: str,
+    ignore_index: int,
+    align_corners: bool,
+    keep_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """What is selected, and the share of valid pixels that it is, 0-d; see ``fastkd.ops.rdd``.
+
+    Args:
+        student, teacher: (N, C, h, w), (N, C, h', w'), each NCHW-contiguous or channels_last.
+        target: (N, H, W) contiguous.
+        keep_lse: the first result is not the mask but the student's log-sum-exp, NaN where the mask is False.
+    """
     acc, _ = accumulator(student, teacher)
     pixels, size = target.numel(), target.shape[1:]
     maps = student.new_empty((2, pixels), dtype=acc)
@@ -262,41 +280,8 @@ def _difficulty(args: tuple[Any, ...], keep_lse: bool) -> tuple[Tensor, Tensor]:
     return selected, share
 
 
-def difficulty_mask(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    threshold: float,
-    min_kept: int,
-    confidence: str,
-    select: str,
-    ignore_index: int,
-    align_corners: bool,
-) -> tuple[Tensor, Tensor]:
-    """The mask, bool (N, H, W), and the share of valid pixels that it selects, 0-d; see ``fastkd.ops.rdd``.
-
-    Args:
-        student, teacher: (N, C, h, w), (N, C, h', w'), each NCHW-contiguous or channels_last.
-        target: (N, H, W) contiguous.
-    """
-    args = (student, teacher, target, threshold, min_kept, confidence, select, ignore_index, align_corners)
-    return _difficulty(args, False)
-
-
-def difficulty_lse(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    threshold: float,
-    min_kept: int,
-    confidence: str,
-    select: str,
-    ignore_index: int,
-    align_corners: bool,
-) -> tuple[Tensor, Tensor]:
-    """The mask as a map of the student's log-sum-exp, NaN where it is False; otherwise :func:`difficulty_mask`."""
-    args = (student, teacher, target, threshold, min_kept, confidence, select, ignore_index, align_corners)
-    return _difficulty(args, True)
+difficulty_mask = partial(_difficulty, keep_lse=False)
+difficulty_lse = partial(_difficulty, keep_lse=True)
 
 
 # ---- k-th smallest --------------------------------------------------------------------------------------------------

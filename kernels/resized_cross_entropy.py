@@ -57,6 +57,8 @@ from .total import total
 # Label pixels a lane takes at a time, down and across. Beyond the tile a lane keeps a log-sum-exp and a label for each of
 # them, and its weight where there is one; more of them take longer to compile than they save.
 TILE = (2, 9)
+# Of a thread, for 16 label pixels without weights; see kernels.launch. The assembler for sm_100 takes 128 and spills two.
+REGISTERS = 168
 
 
 class Out(NamedTuple):
@@ -189,7 +191,8 @@ def _launch(args: tuple[Any, ...], gradient: bool, per_pixel: bool, scale: float
     out = Out(loss, logits.new_empty((2, cut.programs), dtype=acc), planes)
     pixel_weight = resize_weight(pixel_weight, target.shape[1:], align_corners)
     labels = Labels(target, class_weight, pixel_weight, selected, ignore_index)
-    registers = 168 if class_weight is None and pixel_weight is None else None
+    weighted = class_weight is not None or pixel_weight is not None
+    registers = None if weighted or cut.tile.ROWS.value * cut.tile.COLUMNS.value > 16 else REGISTERS
     launch(
         _cross_entropy, (cut.programs,), logits, prepared, labels, cut.grid, out, scale, cut.tile,
         num_warps=1, registers=registers,

@@ -43,7 +43,7 @@ def gather_parts(part: Tensor) -> Tensor:
     chunk = max(PARTS, triton.cdiv(parts, PARTS))
     programs = triton.cdiv(parts, chunk)
     out = part.new_empty((rows, programs))
-    launch(_gather, (programs, rows), part, part, out, parts, chunk, BLOCK=PARTS)
+    launch(_gather, (programs, rows), part, part, out, parts, chunk, BLOCK=PARTS, registers=64)
     return out
 
 

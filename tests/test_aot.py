@@ -8,8 +8,11 @@ with. A new kernel is one line in CASES, and its rows. Where a change of the tab
 
     python -m tests.test_aot [CASE ...] [TARGET ...]        # compiles these, or everything, and writes their rows
 
-Other versions of Triton compile every combination of optional arguments and label dtypes: FASTKD_TRITONS holds folders, each
-with a Triton (``pip install --target FOLDER --no-deps triton==VERSION``), separated like PATH.
+Every supported Triton compiles every combination of optional arguments and label dtypes, in `make test-all`: FASTKD_TRITONS
+holds folders, each with a Triton (``pip install --target FOLDER --no-deps triton==VERSION``), separated like PATH. CI does so
+with the Tritons of the oldest and the newest torch. For one Triton:
+
+    python -m tests.test_aot combinations [SHARE OF]
 """
 
 from __future__ import annotations
@@ -342,19 +345,26 @@ def stand_in(target: str) -> dict[str, Usage]:
             out[compiled.hash] = usage(f"{name}#{again + 1}" if again else name, compiled, seconds, pixels)
 
     replace_launch(compile_only)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fastkd.kernels."):
+            for kernel in vars(module).values():
+                if isinstance(kernel, triton.JITFunction):
+                    kernel.device_caches.clear()  # each case compiles what a first call does
     planning.lanes = lambda: TARGETS[target].warp_size
     # Not set_active: the driver before may be none at all, where there is no GPU.
     driver._active = Target(target)
     return out
 
 
-def compile_case(case: str, target: str, tile: int | None = None) -> list[Usage]:
+def compile_case(case: str, target: str, tile: int | None = None, pixels: tuple[int, int] | None = None) -> list[Usage]:
     """What the kernels take that a case launches. In a process of its own: it replaces ``launch`` and the driver.
 
-    ``tile``: instead of the launchers' own size of a tile of the losses at logit size.
+    ``tile``, ``pixels``: instead of the launchers' own size of a tile of the losses at logit size, and of the label pixels
+    that a lane takes at a time in cross-entropy.
     """
     out = stand_in(target)
     tiles.TILE = tile or tiles.TILE
+    resized_cross_entropy.TILE = pixels or resized_cross_entropy.TILE
     CASES[case]()
     return list(out.values())
 
@@ -538,6 +548,14 @@ def test_gate_fails_on_a_spill(monkeypatch):
     assert spills[0] in complaints(*job, kernels)
 
 
+@pytest.mark.parametrize(("pixels", "what"), [((1, 4), "loads for an exponential"), ((4, 8), "spills")])
+def test_gate_fails_on_other_parts_of_a_cell(pixels, what):
+    """Few label pixels a lane load too much for each exponential, many do not fit its registers."""
+    job = ("resized-ce-150-forward", "sm_90")
+    (kernels,) = compile_all([(*job, None, pixels)])
+    assert any(what in text for kernel in kernels for text in faults(kernel, job[0]))
+
+
 def test_gate_names_the_number_that_moved(monkeypatch):
     version, table = read_table()
     monkeypatch.setattr(triton, "__version__", version)
@@ -559,12 +577,16 @@ def test_gate_names_the_number_that_moved(monkeypatch):
     assert len(faults(cells, "resized-kd-150")) == 2
 
 
-@pytest.mark.parametrize("folder", filter(None, os.environ.get("FASTKD_TRITONS", "").split(os.pathsep)))
-def test_other_tritons_compile_every_combination(folder):
+TRITONS = ["", *filter(None, os.environ.get("FASTKD_TRITONS", "").split(os.pathsep))]  # "" is the one that is installed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", TRITONS)
+def test_every_combination_compiles(folder):
     """A torch brings a Triton of its own: each compiles every kernel, whatever arguments are given."""
     command = [sys.executable, "-m", "tests.test_aot", "combinations"]
     root = Path(__file__).parents[1]
-    paths = os.pathsep.join((folder, str(root)))
+    paths = os.pathsep.join(filter(None, (folder, str(root))))
     run = subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": paths}, text=True, capture_output=True)
     print(run.stdout)
     assert run.returncode == 0, run.stdout + run.stderr

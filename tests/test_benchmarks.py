@@ -221,6 +221,19 @@ def test_cases_of_the_recipes():
     assert all(case.targets for case in cases.cpu_cases() if case.dtype == torch.float32)
 
 
+def test_every_loss_of_the_kernel_times_runs(monkeypatch):
+    """In both layouts, on small maps: a GPU's minutes are too few for what fails before a kernel runs."""
+    for name in ("ADE20K", "Cityscapes", "Cityscapes, full"):
+        monkeypatch.setitem(cases.RECIPES, name, cases.Recipe(1, 3, (32, 64)))
+    monkeypatch.setattr(gpu_kernels, "BACKENDS", ("auto", "eager"))
+    ran = 0
+    for key in gpu_kernels.measured():
+        for backend, call in gpu_kernels.calls(*key):
+            call()
+            ran += backend != "eager"
+    assert ran == len(gpu_kernels.measured())
+
+
 def test_the_choice_on_a_gpu_follows_the_committed_rows():
     """Where a loss was measured, the backend that a call gets is the faster one by kernel time, in every row of that commit."""
     records = harness.read(harness.RESULTS / "cuda_kernels.csv")
