@@ -129,7 +129,10 @@ def _launch(args: tuple[Any, ...], reduction: str, scale: float, with_gradient: 
             scale /= n * h * w
         else:
             counts = student.new_empty((1, triton.cdiv(target.numel(), COUNT_BLOCK)), dtype=acc)
-            launch(_count, (counts.shape[1],), student, labels, counts, target.numel(), c, BLOCK=COUNT_BLOCK)
+            launch(
+                _count, (counts.shape[1],), student, labels, counts, target.numel(), c,
+                BLOCK=COUNT_BLOCK, registers=128,
+            )  # fmt: skip
             counts = gather_parts(counts)
             parts = counts.shape[1]
     loss = student.new_empty((n, h, w), dtype=acc) if reduction == "none" else None
