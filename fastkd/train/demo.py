@@ -1,6 +1,6 @@
 """`fastkd demo`: the gain from distilling with few labels, on generated street scenes.
 
-A teacher trains on all labels. Students have the labels of an eighth of the scenes; the distilled ones see the others without.
+A teacher trains on all labels. Students have the labels of a sixteenth of the scenes; the distilled ones see the others without.
 All values are in `demo.yaml`. It ends in a table and a page with the result, also where distilling gains nothing.
 """
 
