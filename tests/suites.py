@@ -22,7 +22,8 @@ SUITES = {
     "interpreted": ("triton", "operators", "resized_kernels", "rdd_kernels"),
     # FASTKD_CUDA_EMULATION=library: CUDA C++ on the emulated GPU (tests/emulation.py).
     "emulated": (
-        "cuda_plan", "operators", "autograd", "nfd", "kd", "resized", "resized_kernels", "rdd_kernels", "ranks",
+        "cuda_plan", "operators", "autograd", "nfd", "kd", "kd_sigmoid", "resized", "resized_kernels",
+        "resized_shaped_cross_entropy", "resized_dice", "resized_binary_cross_entropy", "rdd_kernels", "ranks",
     ),
     # What needs nothing but torch and the library: neither the trainer, nor a compiler, nor Triton.
     "core": (

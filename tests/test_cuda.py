@@ -27,8 +27,12 @@ ROOT = Path(__file__).parents[1]
 SUITE = (
     "test_nfd",
     "test_kd",
+    "test_kd_sigmoid",
     "test_resized",
     "test_resized_kernels",
+    "test_resized_shaped_cross_entropy",
+    "test_resized_dice",
+    "test_resized_binary_cross_entropy",
     "test_rdd",
 )  # the operators that have a CUDA kernel
 SHAPE = (3, 32, 48, 64)  # a plane of it fits one block; the batch of a channel fits a cluster

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -392,40 +394,77 @@ def resized_inputs(c: int, size: tuple[int, int], label_size: tuple[int, int], d
     return student, teacher, target
 
 
-def resized_calls(student, teacher, target, class_weight, pixel_weight, selected, align_corners) -> dict:
-    """Arguments of the operators, and the same by the reference."""
-    options = {"align_corners": align_corners}
+class Call(NamedTuple):
+    """An operator, its arguments, and the loss of fp64 logits by the reference."""
 
-    def cross_entropy(x):
+    op: str
+    args: tuple
+    formula: Callable[[Tensor], Tensor]
+
+    def gradient(self) -> tuple[Tensor, Tensor, Tensor]:
+        return getattr(torch.ops.fastkd_cuda, f"{self.op}_gradient")(*self.args)
+
+    def loss(self) -> Tensor:
+        return getattr(torch.ops.fastkd_cuda, f"{self.op}_forward")(*self.args)[0]
+
+
+def resized_calls(student, teacher, target, class_weight, pixel_weight, selected, align_corners) -> dict[str, Call]:
+    options = {"align_corners": align_corners}
+    size = target.shape[-2:]
+    elements = torch.stack([torch.where(target == 255, 255, target == c) for c in range(student.shape[1])], 1)
+
+    def cross_entropy(x, selected=None, **shape):
         weight = pixel_weight
         if selected is not None:
-            weight = reference.resize(weight.double(), target.shape[-2:], align_corners) * selected
+            weight = reference.resize(weight.double(), size, align_corners) * selected
         terms, _, counted = reference.cross_entropy(
-            reference.resize(x, target.shape[-2:], align_corners), target, class_weight, 255
+            reference.resize(x, size, align_corners), target, class_weight, 255, **shape
         )
         if weight is not None:
-            terms = terms * reference.resize(weight.to(x.dtype), target.shape[-2:], align_corners)
+            terms = terms * reference.resize(weight.to(x.dtype), size, align_corners)
         return terms.sum() / (counted if selected is None else counted * selected).sum()
 
-    def kd(x):
+    def kd(x, activation="softmax"):
         return fastkd.resized_kd_loss(
             x,
             teacher.double(),
-            size=target.shape[-2:],
+            size=size,
             target=target,
             pixel_weight=pixel_weight,
             temperature=2.0,
+            activation=activation,
             **options,
         )
 
+    def binary(x):
+        weights = {"pos_weight": class_weight, "pixel_weight": pixel_weight}
+        return fastkd.resized_binary_cross_entropy(x, elements, **weights, **options)
+
+    labels = (student, target, class_weight, pixel_weight)
+    kd_args = (student, teacher, target, pixel_weight, size, 2.0, 255, align_corners, "mean", 1.7)
+    smoothing, focal = {"label_smoothing": 0.1}, {"focal_gamma": 1.5}
+    shaped = (*labels, 255, align_corners)
+    each_weight = None if pixel_weight is None else pixel_weight[:, None]
     return {
-        "resized_cross_entropy": (
-            (student, target, class_weight, pixel_weight, selected, 255, align_corners, "mean", 1.7), cross_entropy,
+        "cross-entropy": Call(
+            "resized_cross_entropy",
+            (*labels, selected, 255, align_corners, "mean", 1.7),
+            lambda x: cross_entropy(x, selected),
         ),
-        "resized_kd": (
-            (student, teacher, target, pixel_weight, target.shape[-2:], 2.0, 255, align_corners, "mean", 1.7), kd,
+        "smoothing": Call(
+            "resized_shaped_cross_entropy", (*shaped, 0.1, 0.0, "mean", 1.7), lambda x: cross_entropy(x, **smoothing)
         ),
-    }  # fmt: skip
+        "focal": Call(
+            "resized_shaped_cross_entropy", (*shaped, 0.0, 1.5, "mean", 1.7), lambda x: cross_entropy(x, **focal)
+        ),
+        "kd": Call("resized_kd", kd_args, kd),
+        "kd, sigmoid": Call("resized_kd_sigmoid", kd_args, lambda x: kd(x, "sigmoid")),
+        "binary": Call(
+            "resized_binary_cross_entropy",
+            (student, elements, class_weight, each_weight, 255, align_corners, "mean", 1.7),
+            binary,
+        ),
+    }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -435,23 +474,22 @@ def resized_calls(student, teacher, target, class_weight, pixel_weight, selected
 def test_losses_at_label_resolution_are_the_formula(gpu, align_corners, size, teacher_size, label_size, layout):
     """In fp32 against fp64, weighted and selected; the forward has the bits of loss and gradient in one."""
     configure(gpu)
-    ops = torch.ops.fastkd_cuda
     student, _, target = resized_inputs(4, size, label_size, torch.float32, layout)
     teacher = resized_inputs(4, teacher_size, label_size, torch.float32, layout)[1]
     g = torch.Generator().manual_seed(2)
     class_weight, pixel_weight = torch.rand(4, generator=g) + 0.5, torch.randn(2, 3, 4, generator=g)
     selected = torch.rand(target.shape, generator=g) < 0.8
     calls = resized_calls(student, teacher, target, class_weight, pixel_weight, selected, align_corners)
-    for name, (args, formula) in calls.items():
-        loss, _, gradient = getattr(ops, f"{name}_gradient")(*args)
-        assert torch.equal(getattr(ops, f"{name}_forward")(*args)[0], loss)
+    for name, call in calls.items():
+        loss, _, gradient = call.gradient()
+        assert torch.equal(call.loss(), loss), name
         assert gradient.stride() == student.stride()
         x = student.double().requires_grad_()
         with fastkd.use_backend("reference"):
-            true = 1.7 * formula(x)
+            true = 1.7 * call.formula(x)
         (want,) = torch.autograd.grad(true, x)
         torch.testing.assert_close(loss.double(), true.detach(), rtol=1e-5, atol=2e-6)
-        assert (gradient.double() - want).norm() <= 2e-6 * want.norm() + 1e-9
+        assert (gradient.double() - want).norm() <= 2e-6 * want.norm() + 1e-9, name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -465,39 +503,108 @@ def test_losses_at_label_resolution_are_the_formula(gpu, align_corners, size, te
     ],
 )
 def test_losses_at_label_resolution_in_any_order_of_threads(gpu, classes, size, label_size, dtype, layout):
-    ops = torch.ops.fastkd_cuda
     student, teacher, target = resized_inputs(classes, size, label_size, dtype, layout)
     weight = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(2))
-    for name, (args, _) in resized_calls(student, teacher, target, None, weight, None, False).items():
+    for name, call in resized_calls(student, teacher, target, None, weight, None, False).items():
         results = []
         for order in ORDERS:
             configure(gpu, order)
-            results.append(getattr(ops, f"{name}_gradient")(*args))
+            results.append(call.gradient())
         for other in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True)), name
 
 
 @pytest.mark.parametrize("gpu", [H100, CHUNKS], ids=["whole", "chunks"])
-def test_pixels_far_below_their_bound_are_exact(gpu):
-    """Between logits of other classes by 1000, where every exponential of a pixel vanishes; some classes are masked."""
+@pytest.mark.parametrize("masked", [False, True])
+def test_pixels_far_below_their_bound_are_exact(gpu, masked):
+    """Between logits of other classes by 1000, where every exponential of a pixel vanishes; or where a class is masked too."""
     configure(gpu)
-    ops = torch.ops.fastkd_cuda
     student, teacher, target = resized_inputs(5, (4, 5), (24, 30), torch.float32)
     student, teacher = 600 * student, 400 * teacher
-    student[:, 3] = teacher[:, 3] = -torch.inf
-    target[target == 3] = 2
-    for name, (args, formula) in resized_calls(student, teacher, target, None, None, None, False).items():
-        loss, _, gradient = getattr(ops, f"{name}_gradient")(*args)
+    if masked:
+        student[:, 3] = teacher[:, 3] = -torch.inf
+        target[target == 3] = 2
+    for name, call in resized_calls(student, teacher, target, None, None, None, False).items():
+        loss, _, gradient = call.gradient()
+        if masked and name == "smoothing":
+            assert loss == torch.inf
+            continue
         x = student.double()
-        x[:, 3] = -1e30  # plain PyTorch's interpolation makes NaN of -inf
-        teacher[:, 3] = -1e30
+        if masked:
+            x[:, 3] = -1e30  # plain PyTorch's interpolation makes NaN of -inf
+            teacher[:, 3] = -1e30
         x.requires_grad_()
         with fastkd.use_backend("reference"):
-            true = 1.7 * formula(x)
+            true = 1.7 * call.formula(x)
         (want,) = torch.autograd.grad(true, x)
         torch.testing.assert_close(loss.double(), true.detach(), rtol=1e-5, atol=1e-6)
         assert (gradient.double() - want).norm() <= 1e-4 * want.norm(), name
-        teacher[:, 3] = -torch.inf
+        if masked:
+            teacher[:, 3] = -torch.inf
+
+
+DICE_OPTIONS = [(square, columns) for square in (False, True) for columns in (3, 4, 5)]
+
+
+def run_dice(logits, target, align_corners, square, columns) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums, their upstream gradient and that of the logits."""
+    ops = torch.ops.fastkd_cuda
+    args = (logits, target, 255, align_corners, square, columns, "none", 1.0)
+    sums, kept = ops.resized_dice_forward(*args)
+    grad = torch.randn(sums.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return sums, grad, ops.resized_dice_backward(grad, *args, kept)
+
+
+def dice_is_the_formula(logits, target, align_corners, square, columns, tolerance=2e-6) -> None:
+    sums, grad, gradient = run_dice(logits, target, align_corners, square, columns)
+    x = logits.double().requires_grad_()
+    want = reference.dice_sums(reference.resize(x, target.shape[-2:], align_corners), target, 255, square, columns)
+    (slope,) = torch.autograd.grad(want, x, grad)
+    torch.testing.assert_close(sums, want.detach(), rtol=tolerance, atol=1e-5)
+    assert gradient.stride() == logits.stride()
+    assert (gradient.double() - slope).norm() <= tolerance * slope.norm() + 1e-9
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("gpu", [H100, CHUNKS], ids=["whole", "chunks"])
+@pytest.mark.parametrize(("size", "label_size"), [(size, labels) for size, other, labels in SIZES if size == other])
+def test_dice_is_the_formula(gpu, align_corners, size, label_size):
+    configure(gpu)
+    for turn, (square, columns) in enumerate(DICE_OPTIONS):
+        layout = list(LAYOUTS)[turn % 2]
+        logits, _, target = resized_inputs(4, size, label_size, torch.float32, layout)
+        dice_is_the_formula(logits, target, align_corners, square, columns)
+
+
+@pytest.mark.parametrize("gpu", [H100, CHUNKS], ids=["whole", "chunks"])
+def test_dice_of_many_samples_in_a_warp(gpu):
+    """A map of one pixel has four cells, so a warp has cells of up to nine samples."""
+    configure(gpu)
+    g = torch.Generator().manual_seed(0)
+    for size in ((1, 1), (2, 1), (1, 5)):
+        logits = torch.randn(23, 3, *size, generator=g)
+        target = torch.randint(0, 4, (23, 4, 7), generator=g)
+        dice_is_the_formula(logits, torch.where(target == 3, 255, target), False, True, 5)
+
+
+@pytest.mark.parametrize("gpu", [H100, CHUNKS], ids=["whole", "chunks"])
+@pytest.mark.parametrize(("classes", "dtype"), [(19, torch.float32), (150, torch.bfloat16)])
+def test_dice_in_any_order_of_threads(gpu, classes, dtype):
+    logits, _, target = resized_inputs(classes, (6, 20), (41, 160), dtype)
+    results = []
+    for order in ORDERS:
+        configure(gpu, order)
+        results.append(run_dice(logits, target, False, False, 5))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("gpu", [H100, CHUNKS], ids=["whole", "chunks"])
+@pytest.mark.parametrize("square", [False, True])
+def test_dice_of_pixels_far_below_their_bound(gpu, square):
+    configure(gpu)
+    logits, _, target = resized_inputs(5, (4, 5), (24, 30), torch.float32)
+    dice_is_the_formula(600 * logits, target, False, square, 5, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

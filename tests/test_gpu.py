@@ -37,6 +37,15 @@ LOSSES |= {
     name + IN_CUDA: LOSSES[name]
     for name in ("nfd", "kd", "resized ce", "resized ce, weighted", "resized kd", "tse", "tse official")
 }
+LOSSES |= {
+    "smoothing" + IN_CUDA: lambda s, t, a, y: fastkd.resized_cross_entropy(s, y, label_smoothing=0.1),
+    "focal" + IN_CUDA: lambda s, t, a, y: fastkd.resized_cross_entropy(s, y, focal_gamma=2.0),
+    "ce + dice" + IN_CUDA: lambda s, t, a, y: fastkd.resized_cross_entropy_dice_loss(s, y).loss,
+    "kd, sigmoid" + IN_CUDA: lambda s, t, a, y: fastkd.kd_loss(s, t, activation="sigmoid"),
+    "resized kd, sigmoid" + IN_CUDA: lambda s, t, a, y: fastkd.resized_kd_loss(
+        s, t, size=y.shape[1:], target=y, activation="sigmoid"
+    ),
+}
 each_loss = pytest.mark.parametrize("name", LOSSES)
 
 

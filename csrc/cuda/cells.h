@@ -17,12 +17,17 @@
 //   A                the accumulation type
 //   kSides, kGrids   maps it reads, and sizes they have: 2 where the teacher's size differs
 //   kOwn, kWeights   whether the labelled class matters, and whether a gradient keeps a weight of each label pixel
+//   kWide            whether a gradient needs as many registers without
 //   kGradient, kForward, kKnown, kWritesSums   which kernels exist, and whether log-sum-exps may be given or are written
 //   Sums, add        what it sums over the classes of a label pixel, from each class's values and their powers of 2
 //   near             whether the sums lost no terms; otherwise the label pixel is done again from its own maximum
 //   term, ignored    what it makes of the sums, and what a pixel that does not count gets
-//   gradient, ratio  factors of the gradient of a class, gradient() * weight / sum * (2^s - ratio * 2^t), less
-//                    gradient() * weight for the labelled class with kOwn
+//   gradient, ratio  numbers of a label pixel, from which, its weight and the sums its gradient is made
+//   share, own       the gradient of a class, and what it becomes for the labelled one with kOwn
+//   Class, of_class  what it knows of a class beside its logits
+//   kSpreads         whether each label pixel has a term and a gradient of all classes alike: even, whole, rest, Class::spread
+//   Linear, add_corners  what it sums over the classes of a cell's corners for them
+// SoftmaxLoss in losses.h is what most losses have of these.
 #pragma once
 
 #include "interpolation.h"
@@ -37,10 +42,12 @@ struct Cells {
     static constexpr int kThreadsOfBlock = 64;
     // 255, 168 or 128 registers: what a thread's pixels take, so that nothing is spilled.
     static constexpr int kBlocksPerCores =
-        PY * PX > 32 || sizeof(A) == 8 || (PY * PX > 16 && kGradient && Loss::kWeights) ? 4
-        : PY * PX > 16 || (PY * PX == 16 && kGradient && kGrids == 2)                   ? 6
-                                                                                        : 8;
+        PY * PX > 32 || sizeof(A) == 8 || (PY * PX > 16 && kGradient && (Loss::kWeights || Loss::kWide)) ? 4
+        : PY * PX > 16 || (PY * PX == 16 && kGradient && (kGrids == 2 || Loss::kWide))                   ? 6
+                                                                                                         : 8;
     static constexpr bool kMakesGradient = kGradient;
+    static constexpr bool kCentred = true;  // whether the logits are less the maximum of their classes
+    static constexpr bool kAddsClasses = false;
     static constexpr bool kWeighs = !kGradient || !Loss::kOwn || Loss::kWeights;  // whether there may be weights
     static constexpr bool kWeights = kGradient && Loss::kWeights;  // of pixels, in registers while the gradient is made
 
@@ -82,10 +89,11 @@ struct Cells {
 
         // Sums over the classes.
         typename Loss::Sums sums[PY][PX] = {};
+        typename Loss::Linear linear;
         if (Loss::kKnown && known)
             take_known(at, start[0], right[0], down[0], label, counts, sums);
         else if (rows != 0)
-            add_up(start, rows, right, down, label, sums);
+            add_up(at, start, rows, right, down, label, sums, linear);
         uint64_t far = 0;
         FASTKD_UNROLL
         for (int i = 0; i < PY * PX; ++i)
@@ -94,17 +102,23 @@ struct Cells {
         // The loss, and what the gradient of a pixel is made of.
         double sum = 0;
         A slope[PY][PX], ratio[PY][PX], weight[PY][PX];
+        Shares spread;
         FASTKD_UNROLL
         for (int j = 0; j < PX; ++j) {
             const Between across = kWeighs && pixels.weight ? weight_column(at, j) : Between{};
             FASTKD_UNROLL
             for (int i = 0; i < PY; ++i) {
                 const bool here = (counts & ~far) >> (i * PX + j) & 1;
-                A own = here ? A(1) : A(0), term = Loss::ignored();
+                A own = here ? A(1) : A(0), all = own, term = Loss::ignored();
                 if (here) {
                     if (kWeighs && Loss::kOwn) own = class_weight(label[i][j]);
-                    if (kWeighs && pixels.weight) own *= weight_at(at, weight_row(at, i), across);
+                    if (kWeighs && pixels.weight) {
+                        all = weight_at(at, weight_row(at, i), across);
+                        own *= all;
+                    }
                     term = own * loss.term(sums[i][j]);
+                    if constexpr (Loss::kSpreads)
+                        term += loss.rest(all * loss.even(), sums[i][j], linear, down[0][i], right[0][j]);
                     sum += static_cast<double>(term);
                     if (Loss::kWritesSums && !kGradient && sums_of)
                         sums_of[at.pixel(*this, i, j)] =
@@ -112,16 +126,21 @@ struct Cells {
                 }
                 if (!kGradient && terms && i < at.rows() && j < at.columns()) terms[at.pixel(*this, i, j)] = term * scale;
                 if constexpr (kGradient) {
-                    weight[i][j] = own * factor * loss.gradient();
-                    slope[i][j] = here ? weight[i][j] / sums[i][j].sum : A(0);
-                    ratio[i][j] = here ? Loss::ratio(sums[i][j]) : A(0);
+                    weight[i][j] = own * factor * loss.gradient(sums[i][j]);
+                    A whole = weight[i][j];
+                    if constexpr (Loss::kSpreads) {
+                        const A even = all * loss.even() * factor;
+                        whole += loss.whole(even, linear);
+                        spread.add(even, right[0][j], down[0][i]);
+                    }
+                    slope[i][j] = here ? whole / sums[i][j].sum : A(0);
+                    ratio[i][j] = here ? loss.ratio(sums[i][j], at.n, label[i][j]) : A(0);
                     if (Loss::kOwn && !here) label[i][j] = -1;
                 }
             }
         }
         if constexpr (kGradient)
-            gradient(block, at, start, rows, counts != 0, right, down, label, weight, slope, ratio,
-                     factor * loss.gradient());
+            gradient(block, at, start, rows, counts != 0, right, down, label, weight, slope, ratio, spread, factor);
         if (block.any(far != 0)) far_pixels(block, at, far, factor, sum);
         if (parts) {
             for (int bit = 1; bit < kWarp; bit *= 2) sum += block.shuffle_xor(sum, bit);
@@ -129,7 +148,7 @@ struct Cells {
         }
     }
 
-private:
+protected:
     struct Place {
         bool exists;
         int lane, part, set;
@@ -327,17 +346,19 @@ private:
         }
     }
 
-    FASTKD_DEVICE void add_up(const Walk<A> (&start)[kSides], unsigned rows, const A (&right)[kGrids][PX],
+    FASTKD_DEVICE void add_up(const Place& at, const Walk<A> (&start)[kSides], unsigned rows, const A (&right)[kGrids][PX],
                               const A (&down)[kGrids][PY], const int (&label)[PY][PX],
-                              typename Loss::Sums (&sums)[PY][PX]) const {
+                              typename Loss::Sums (&sums)[PY][PX], typename Loss::Linear& linear) const {
         each_class(start, [&](int c, const Corners<A>(&corners)[kSides]) {
+            const typename Loss::Class of = loss.of_class(pixels, at.n, c);
+            Loss::add_corners(linear, corners, of);
             each_pixel(
                 corners, rows, right, down,
                 [&](int i, int j, const A(&value)[kSides]) {
                     A power[kSides];
                     FASTKD_UNROLL
                     for (int side = 0; side < kSides; ++side) power[side] = exp2_of(value[side]);
-                    Loss::add(sums[i][j], value, power, Loss::kOwn && label[i][j] == c);
+                    Loss::add(sums[i][j], value, power, Loss::kOwn && label[i][j] == c, of);
                 },
                 [](int) {});
         });
@@ -369,6 +390,20 @@ private:
 
     struct Shares {
         A all = 0, right = 0, low = 0, low_right = 0;  // sums of the gradient by 1, right, down, right * down
+
+        FASTKD_DEVICE void add(A x, A by_right, A by_down) {
+            all += x;
+            right = multiply_add(by_right, x, right);
+            low = multiply_add(by_down, x, low);
+            low_right = multiply_add(by_right * by_down, x, low_right);
+        }
+        FASTKD_DEVICE void scale(A factor) { all *= factor, right *= factor, low *= factor, low_right *= factor; }
+        FASTKD_DEVICE void subtract(A factor, const Shares& other) {
+            all = multiply_add(-factor, other.all, all);
+            right = multiply_add(-factor, other.right, right);
+            low = multiply_add(-factor, other.low, low);
+            low_right = multiply_add(-factor, other.low_right, low_right);
+        }
     };
 
     // Where a lane's corners go, class by class.
@@ -436,7 +471,7 @@ private:
     FASTKD_DEVICE void gradient(Block& block, const Place& at, const Walk<A> (&start)[kSides], unsigned rows, bool counts,
                                 const A (&right)[kGrids][PX], const A (&down)[kGrids][PY], const int (&label)[PY][PX],
                                 const A (&weight)[PY][PX], const A (&slope)[PY][PX], const A (&ratio)[PY][PX],
-                                A whole) const {
+                                const Shares& spread, A factor) const {
         Planes planes = planes_of(at);
         uint64_t present = 0;  // a bit for the classes among the warp's labels, modulo 64
         if constexpr (Loss::kOwn) {
@@ -447,16 +482,18 @@ private:
         }
         each_class(start, [&](int c, const Corners<A>(&corners)[kSides]) {
             Shares mine;
+            const typename Loss::Class of = loss.of_class(pixels, at.n, c);
             const auto add = [&](auto own) {
                 A sum = 0, sum_right = 0;
                 each_pixel(
                     corners, rows, right, down,
                     [&](int i, int j, const A(&value)[kSides]) {
-                        A g = exp2_of(value[0]);
-                        if constexpr (kSides == 2) g = multiply_add(-exp2_of(value[kSides - 1]), ratio[i][j], g);
-                        g *= slope[i][j];
+                        A power[kSides];
+                        FASTKD_UNROLL
+                        for (int side = 0; side < kSides; ++side) power[side] = exp2_of(value[side]);
+                        A g = Loss::share(power, slope[i][j], ratio[i][j], of);
                         if constexpr (decltype(own)::value)
-                            if (label[i][j] == c) g -= kWeights ? weight[i][j] : whole;
+                            if (label[i][j] == c) g = Loss::own(g, power, slope[i][j], kWeights ? weight[i][j] : factor, of);
                         sum += g;
                         sum_right = multiply_add(right[0][j], g, sum_right);
                     },
@@ -472,6 +509,7 @@ private:
                 add(std::bool_constant<Loss::kOwn>{});
             else
                 add(std::false_type{});
+            if constexpr (Loss::kSpreads) mine.subtract(of.spread, spread);
             if (!counts) mine = {};
             put<false>(block, planes, mine);
         });
@@ -512,6 +550,7 @@ private:
                 }
             }
             typename Loss::Sums sums;
+            typename Loss::Linear linear;
             const auto powers = [&](int c, A(&value)[kSides], A(&power)[kSides]) {
                 FASTKD_UNROLL
                 for (int side = 0; side < kSides; ++side) {
@@ -522,30 +561,40 @@ private:
             FASTKD_ROLLED
             for (int c = 0; c < plan.classes; ++c) {
                 A value[kSides], power[kSides];
+                const typename Loss::Class of = loss.of_class(pixels, at.n, c);
                 powers(c, value, power);
-                Loss::add(sums, value, power, label == c);
+                Loss::add(sums, value, power, label == c, of);
+                if constexpr (Loss::kSpreads) Loss::add_corners(linear, {{value[0], value[0], value[0], value[0]}}, of);
             }
-            A weight = 0;
+            A weight = 0, even = 0, whole = 0;
             if (mine) {
-                weight = class_weight(label);
-                if (pixels.weight) weight *= weight_at(at, weight_row(at, i), weight_column(at, j));
-                const A term = weight * loss.term(sums);
+                const A all = pixels.weight ? weight_at(at, weight_row(at, i), weight_column(at, j)) : A(1);
+                weight = class_weight(label) * all;
+                A term = weight * loss.term(sums);
+                if constexpr (Loss::kSpreads) {
+                    even = all * loss.even();
+                    term += loss.rest(even, sums, linear, down[0], right[0]);
+                    even *= factor;
+                    whole = loss.whole(even, linear);
+                }
                 sum += static_cast<double>(term);
                 if (!kGradient && terms) terms[pixel] = term * scale;
                 if (Loss::kWritesSums && !kGradient && sums_of)
                     sums_of[pixel] = (top[0] + log2_of(sums.sum)) * static_cast<A>(kLn2);
-                weight *= factor * loss.gradient();
+                weight *= factor * loss.gradient(sums);
+                whole += weight;
             }
             if constexpr (kGradient) {
-                const A slope = weight / sums.sum, ratio = Loss::ratio(sums);
+                const A slope = whole / sums.sum, ratio = mine ? loss.ratio(sums, at.n, label) : A(0);
                 Planes planes = planes_of(at);
                 FASTKD_ROLLED
                 for (int c = 0; c < plan.classes; ++c) {
                     A value[kSides], power[kSides];
+                    const typename Loss::Class of = loss.of_class(pixels, at.n, c);
                     powers(c, value, power);
-                    A g = kSides == 2 ? multiply_add(-power[kSides - 1], ratio, power[0]) : power[0];
-                    g *= slope;
-                    if (Loss::kOwn && label == c) g -= weight;
+                    A g = Loss::share(power, slope, ratio, of);
+                    if (Loss::kOwn && label == c) g = Loss::own(g, power, slope, weight, of);
+                    if constexpr (Loss::kSpreads) g = multiply_add(-of.spread, even, g);
                     if (!mine) g = 0;
                     put<true>(block, planes, {g, right[0] * g, down[0] * g, right[0] * down[0] * g});
                 }

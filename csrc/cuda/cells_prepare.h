@@ -1,7 +1,7 @@
 // What runs before the loops over cells: the count that a mean divides by, and the copy of a map that the loops read.
 //
-// The copy is (row, class, column), in the accumulation type, less the maximum over the classes, times log2(e) / temperature,
-// borders repeated, whatever the map's dtype and layout.
+// The copy is (row, class, column), in the accumulation type, times log2(e) / temperature, borders repeated, whatever the map's
+// dtype and layout; for a softmax less the maximum over the classes.
 #pragma once
 
 #include "interpolation.h"
@@ -32,8 +32,9 @@ struct CellsCount {
     }
 };
 
-// Brings `rows` rows of a map, from `first` of all its padded ones on, into the form that the loops read.
-template <class T>
+// Brings `rows` rows of a map, from `first` of all its padded ones on, into the form that the loops read. kCentred: less the
+// maximum over the classes.
+template <class T, bool kCentred = true>
 struct CellsPrepare {
     using A = Accumulator<T>;
     static constexpr int kBlocksPerCores = 4;
@@ -45,7 +46,7 @@ struct CellsPrepare {
     int64_t c, h, w, first, rows;
     A scale;
     A* out;   // (rows, c, w + 2)
-    A* peak;  // (rows, w + 2): the maxima, scaled
+    A* peak;  // kCentred: (rows, w + 2): the maxima, scaled
 
     FASTKD_ANYWHERE int64_t blocks() const { return ceil_div(rows * (w + 2), kWarp); }
 
@@ -54,19 +55,29 @@ struct CellsPrepare {
         const int lane = block.thread() % kWarp, warp = block.thread() / kWarp;
         const int64_t at = block.index() * kWarp + lane;
         const bool exists = at < rows * (w + 2);
-        A* all = block.template shared<A>(kWarp * kStride * sizeof(A));
-        A top = static_cast<A>(-INFINITY);
-        each(block, [&](int64_t, A value) { top = higher(top, value); });
-        all[warp * kStride + lane] = top;
-        block.sync();
-        for (int i = 0; i < kWarps; ++i) top = higher(top, all[i * kStride + lane]);
-        if (top == static_cast<A>(-INFINITY)) top = 0;
-        A* to = out + at / (w + 2) * c * (w + 2) + at % (w + 2);
-        each(block, [&](int64_t k, A value) {
-            value = (value - top) * scale;
-            to[k * (w + 2)] = value < static_cast<A>(kLow) ? static_cast<A>(kLow) : value;
-        });
-        if (warp == 0 && exists) peak[at] = top * scale;
+        const auto place = [&] { return out + at / (w + 2) * c * (w + 2) + at % (w + 2); };
+        if constexpr (kCentred) {
+            A* all = block.template shared<A>(kWarp * kStride * sizeof(A));
+            A top = static_cast<A>(-INFINITY);
+            each(block, [&](int64_t, A value) { top = higher(top, value); });
+            all[warp * kStride + lane] = top;
+            block.sync();
+            for (int i = 0; i < kWarps; ++i) top = higher(top, all[i * kStride + lane]);
+            if (top == static_cast<A>(-INFINITY)) top = 0;
+            A* to = place();
+            each(block, [&](int64_t k, A value) {
+                value = (value - top) * scale;
+                to[k * (w + 2)] = value < static_cast<A>(kLow) ? static_cast<A>(kLow) : value;
+            });
+            if (warp == 0 && exists) peak[at] = top * scale;
+        } else {
+            A* to = place();
+            each(block, [&](int64_t k, A value) {
+                value *= scale;
+                value = value < static_cast<A>(kLow) ? static_cast<A>(kLow) : value;
+                to[k * (w + 2)] = value > static_cast<A>(-kLow) ? static_cast<A>(-kLow) : value;
+            });
+        }
     }
 
 private:

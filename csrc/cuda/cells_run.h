@@ -11,22 +11,22 @@
 
 namespace fastkd::gpu {
 
-template <class A, class Launch>
+template <class A, bool kCentred, class Launch>
 void prepare(const Map& map, double scale, int64_t first, int64_t rows, A* out, A* peak, const Launch& launch) {
     const auto run = [&](auto kind) {
         using T = typename decltype(kind)::type;
         if constexpr (std::is_same_v<Accumulator<T>, A>) {
-            const CellsPrepare<T> body{Source<T, 1>(map.data, map.type), map.channels_last, map.c, map.h, map.w, first, rows,
+            const CellsPrepare<T, kCentred> body{Source<T, 1>(map.data, map.type), map.channels_last, map.c, map.h, map.w, first, rows,
                                        static_cast<A>(scale), out, peak};
-            launch(body, body.blocks(), CellsPrepare<T>::kShared);
+            launch(body, body.blocks(), CellsPrepare<T, kCentred>::kShared);
         }
     };
     map.type == DType::f64 ? run(Kind<double, 1>{}) : run(Kind<Any, 1>{});
 }
 
-// What is the same for all chunks of a call; `body` is a loss's Cells.
-template <class Body, class Launch>
-void run_cells(const Resized& a, Body body, const Launch& launch) {
+// What is the same for all chunks of a call; `body` is a loss's Cells. after(body): what a chunk needs behind it.
+template <class Body, class Launch, class After>
+void run_cells(const Resized& a, Body body, const Launch& launch, const After& after) {
     using A = typename Body::A;
     constexpr bool gradient = Body::kMakesGradient;
     const CellsPlan& plan = a.choice.plan;
@@ -40,7 +40,7 @@ void run_cells(const Resized& a, Body body, const Launch& launch) {
             const bool other = side == 1 && Body::kGrids == 2;
             const int64_t from = other ? plan.sample(first) * (map.h + 2) : plan.padded_row(first);
             const int64_t rows = other ? plan.samples(first, lines) * (map.h + 2) : plan.padded_rows(first, lines);
-            prepare<A>(map, kLog2E / a.temperature, from, rows, at.map[side], at.peak[side], launch);
+            prepare<A, Body::kCentred>(map, kLog2E / a.temperature, from, rows, at.map[side], at.peak[side], launch);
             body.map[side] = at.map[side];
             body.peak[side] = at.peak[side];
             body.given[side] = {map.data, map.type, map.channels_last, map.c, map.h, map.w,
@@ -51,7 +51,9 @@ void run_cells(const Resized& a, Body body, const Launch& launch) {
         body.parts = parts;
         body.planes = at.planes;
         body.edges = at.edges;
+        if constexpr (Body::kAddsClasses) body.class_sums = at.sums;
         launch(body, body.blocks(), 0);
+        after(body, at);
         if (parts) parts += plan.warps(lines);
         if constexpr (gradient) {
             const auto join = [&](auto kind) {
@@ -81,9 +83,39 @@ void with_shape(int shape, const F& f) {
     }
 }
 
-// One loss: counts, runs the chunks, and adds up. `loss` is the struct of losses.h.
-template <class Loss, class Launch>
-void resized(const Resized& a, const Loss& loss, const Launch& launch) {
+// The chunks of a loss: make(shape, gradient) is the kernel, `counters` parts of a count divide its terms.
+template <class Loss, class Make, class Launch, class After>
+void run_loss(const Resized& a, int counters, double scale, const Make& make, const Launch& launch, const After& after) {
+    using A = typename Loss::A;
+    with_shape<shapes_of(sizeof(A) == 8, Loss::kGrids == 1, Loss::kFirstShapes)>(a.choice.shape, [&](auto shape) {
+        const auto run = [&](auto gradient) {
+            auto body = make(shape, gradient);
+            body.plan = a.choice.plan;
+            body.pixels = a.pixels;
+            body.known = static_cast<const A*>(a.known);
+            body.terms = static_cast<A*>(a.terms);
+            body.sums_of = static_cast<A*>(a.sums);
+            body.parts = a.parts;
+            body.counted = a.count_parts;
+            body.counters = counters;
+            body.scale = static_cast<A>(scale);
+            run_cells(a, body, launch, after);
+        };
+        if constexpr (Loss::kGradient) {
+            if (a.gradient) return run(std::true_type{});
+        }
+        if constexpr (Loss::kForward) run(std::false_type{});
+    });
+}
+
+struct NothingAfter {
+    template <class Body, class Buffers>
+    void operator()(const Body&, const Buffers&) const {}
+};
+
+// One loss of label pixels: counts, runs the chunks, and adds up.
+template <class Loss, class Make, class Launch>
+void resized_as(const Resized& a, const Make& make, const Launch& launch) {
     using A = typename Loss::A;
     const CellsPlan& plan = a.choice.plan;
     const int64_t all = static_cast<int64_t>(plan.n) * plan.rows.own.out * plan.columns.own.out;
@@ -93,31 +125,23 @@ void resized(const Resized& a, const Loss& loss, const Launch& launch) {
         launch(CellsCount<A>{a.pixels, static_cast<const A*>(a.known), plan.classes, all, a.count_parts, counters}, counters,
                kSumScratch);
     const bool divides = a.reduce == Reduce::mean;
-    const A scale = static_cast<A>(divides && !counts ? a.scale / static_cast<double>(all) : a.scale);
-    with_shape<shapes_of(sizeof(A) == 8, Loss::kGrids == 1)>(a.choice.shape, [&](auto shape) {
-        const auto run = [&](auto gradient) {
-            Cells<Loss, decltype(shape)::rows, decltype(shape)::columns, decltype(gradient)::value> body{};
-            body.plan = plan;
-            body.pixels = a.pixels;
-            body.loss = loss;
-            body.known = static_cast<const A*>(a.known);
-            body.terms = static_cast<A*>(a.terms);
-            body.sums_of = static_cast<A*>(a.sums);
-            body.parts = a.parts;
-            body.counted = a.count_parts;
-            body.counters = divides && counts ? counters : 0;
-            body.scale = scale;
-            run_cells(a, body, launch);
-        };
-        if constexpr (Loss::kGradient) {
-            if (a.gradient) return run(std::true_type{});
-        }
-        if constexpr (Loss::kForward) run(std::false_type{});
-    });
+    run_loss<Loss>(a, divides && counts ? counters : 0, divides && !counts ? a.scale / static_cast<double>(all) : a.scale, make,
+                   launch, NothingAfter{});
     if (a.count)
         launch_total(Total<A>{nullptr, total_warps(plan), counts ? a.count_parts : nullptr, counters, all, divides, a.scale,
                               static_cast<A*>(a.loss), static_cast<A*>(a.count)},
                      a.parts, launch);
+}
+
+// `loss` is a struct of losses.h.
+template <class Loss, class Launch>
+void resized(const Resized& a, const Loss& loss, const Launch& launch) {
+    const auto make = [&](auto shape, auto gradient) {
+        Cells<Loss, decltype(shape)::rows, decltype(shape)::columns, decltype(gradient)::value> body{};
+        body.loss = loss;
+        return body;
+    };
+    resized_as<Loss>(a, make, launch);
 }
 
 }  // namespace fastkd::gpu

@@ -5,12 +5,14 @@
 #include "emulation.h"
 
 #include "../checks.h"
+#include "cells_each.h"
 #include "kd.h"
 #include "kernels.h"
 #include "losses.h"
 #include "nfd.h"
 #include "rdd.h"
 #include "rescale.h"
+#include "resized_dice.h"
 
 namespace fastkd::gpu {
 namespace {
@@ -139,9 +141,19 @@ Tensor cells_plan(const Tensor& student, const Tensor& teacher, int64_t height, 
 Device device(int) { return emulated; }
 void nfd_forward(const NfdForward& a, Stream) { nfd_forward(a, Launcher{order}); }
 void nfd_backward(const NfdBackward& a, Stream) { nfd_backward(a, Launcher{order}); }
-void kd(const Kd& a, Stream) { kd(a, Launcher{order}); }
+void kd(const Kd& a, Stream) { kd<false>(a, Launcher{order}); }
+void kd_sigmoid(const Kd& a, Stream) { kd<true>(a, Launcher{order}); }
 void resized_cross_entropy(const Resized& a, Stream) { resized_cross_entropy(a, Launcher{order}); }
+void resized_shaped_cross_entropy(const Resized& a, double label_smoothing, double focal_gamma, Stream) {
+    resized_shaped_cross_entropy(a, label_smoothing, focal_gamma, Launcher{order});
+}
 void resized_kd(const Resized& a, Stream) { resized_kd(a, Launcher{order}); }
+void resized_kd_sigmoid(const Resized& a, Stream) { resized_kd_sigmoid(a, Launcher{order}); }
+void resized_dice_forward(const ResizedDice& a, Stream) { resized_dice_forward(a, Launcher{order}); }
+void resized_dice_backward(const ResizedDice& a, Stream) { resized_dice_backward(a, Launcher{order}); }
+void resized_binary_cross_entropy(const ResizedBinaryCrossEntropy& a, Stream) {
+    resized_binary_cross_entropy(a, Launcher{order});
+}
 void confidence(const Resized& a, bool by_label, Stream) { confidence(a, by_label, Launcher{order}); }
 void difficulty(const Difficulty& a, Stream) { difficulty(a, Launcher{order}); }
 void kth_smallest(const Kth& a, Stream) { kth_smallest(a, Launcher{order}); }

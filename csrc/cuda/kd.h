@@ -1,4 +1,5 @@
-// KD: per pixel tau^2 KL(softmax(T/tau) || softmax(S/tau)) over the classes; gradient tau (p_s - p_t) (docs/kd.md).
+// KD: per pixel tau^2 KL(softmax(T/tau) || softmax(S/tau)) over the classes; gradient tau (p_s - p_t) (docs/kd.md). With
+// kSigmoid the sum over the classes of the KL of each against the rest.
 //
 // A block keeps all classes of a tile of pixels of S and T in shared memory: loss, gradient or both come from one read. The
 // classes of a pixel are shared by 256 / pixels threads. Sums over tiles are taken by a second kernel in a fixed order; the
@@ -8,6 +9,7 @@
 #include "dispatch.h"
 #include "kernels.h"
 #include "pixels.h"
+#include "sigmoid.h"
 
 namespace fastkd::gpu {
 
@@ -39,7 +41,7 @@ struct HeldAs<Any> {
     using type = float;
 };
 
-template <class T, int V>
+template <class T, int V, bool kSigmoid>
 struct KdTiles {
     using A = Accumulator<T>;
     using Held = typename HeldAs<T>::type;
@@ -73,48 +75,62 @@ struct KdTiles {
 
         const bool exists = pixel < count;
         const auto value = [&](const Held* x, int64_t c) { return static_cast<A>(x[plan.at(c, pixel)]); };
-        A max_s = static_cast<A>(-INFINITY), max_t = max_s;
-        for (int64_t c = sub; exists && c < classes; c += subs) {
-            max_s = largest(max_s, value(s, c));
-            max_t = largest(max_t, value(t, c));
-        }
-        if (subs > 1) {  // the threads of a pixel tell each other
-            shares[block.thread()] = max_s;
-            shares[kThreads + block.thread()] = max_t;
-            block.sync();
-            for (int i = pixel; i < kThreads; i += plan.pixels) {
-                max_s = largest(max_s, shares[i]);
-                max_t = largest(max_t, shares[kThreads + i]);
-            }
-            block.sync();
-        }
         const A inv_tau = 1 / temperature;
-        A sum_s = 0, sum_t = 0, dot = 0;
-        for (int64_t c = sub; exists && c < classes; c += subs) {
-            const A ds = (value(s, c) - max_s) * inv_tau, dt = (value(t, c) - max_t) * inv_tau, et = exponential(dt);
-            sum_s += exponential(ds);
-            sum_t += et;
-            dot += et == 0 ? A(0) : et * (dt - ds);  // probability 0 adds 0, even at -inf
-        }
-        if (subs > 1) {
-            shares[block.thread()] = sum_s;
-            shares[kThreads + block.thread()] = sum_t;
-            shares[2 * kThreads + block.thread()] = dot;
-            block.sync();
-            sum_s = sum_t = dot = 0;
-            for (int i = pixel; i < kThreads; i += plan.pixels) {
-                sum_s += shares[i];
-                sum_t += shares[kThreads + i];
-                dot += shares[2 * kThreads + i];
+        const auto of_class = [&](int64_t c) {
+            const A unit = static_cast<A>(kLog2E) * inv_tau;
+            return Bernoulli<A>(value(s, c) * unit, value(t, c) * unit);
+        };
+        A max_s = static_cast<A>(-INFINITY), max_t = max_s, sum_s = 0, sum_t = 0, dot = 0;
+        if constexpr (kSigmoid) {
+            for (int64_t c = sub; exists && c < classes; c += subs) dot += of_class(c).kl;
+            if (subs > 1) {
+                shares[block.thread()] = dot;
+                block.sync();
+                dot = 0;
+                for (int i = pixel; i < kThreads; i += plan.pixels) dot += shares[i];
+                block.sync();
             }
-            block.sync();
+        } else {
+            for (int64_t c = sub; exists && c < classes; c += subs) {
+                max_s = largest(max_s, value(s, c));
+                max_t = largest(max_t, value(t, c));
+            }
+            if (subs > 1) {  // the threads of a pixel tell each other
+                shares[block.thread()] = max_s;
+                shares[kThreads + block.thread()] = max_t;
+                block.sync();
+                for (int i = pixel; i < kThreads; i += plan.pixels) {
+                    max_s = largest(max_s, shares[i]);
+                    max_t = largest(max_t, shares[kThreads + i]);
+                }
+                block.sync();
+            }
+            for (int64_t c = sub; exists && c < classes; c += subs) {
+                const A ds = (value(s, c) - max_s) * inv_tau, dt = (value(t, c) - max_t) * inv_tau, et = exponential(dt);
+                sum_s += exponential(ds);
+                sum_t += et;
+                dot += et == 0 ? A(0) : et * (dt - ds);  // probability 0 adds 0, even at -inf
+            }
+            if (subs > 1) {
+                shares[block.thread()] = sum_s;
+                shares[kThreads + block.thread()] = sum_t;
+                shares[2 * kThreads + block.thread()] = dot;
+                block.sync();
+                sum_s = sum_t = dot = 0;
+                for (int i = pixel; i < kThreads; i += plan.pixels) {
+                    sum_s += shares[i];
+                    sum_t += shares[kThreads + i];
+                    dot += shares[2 * kThreads + i];
+                }
+                block.sync();
+            }
         }
 
         const int64_t place = outer * plan.inner + first + pixel;
         const bool valid = exists && class_of(pixels, classes, place) >= 0;
         const A weight = valid && pixels.weight ? static_cast<const A*>(pixels.weight)[place] : A(1);
         if (losses || parts) {
-            const A kl = dot / sum_t + logarithm(sum_s / sum_t);
+            const A kl = kSigmoid ? dot : dot / sum_t + logarithm(sum_s / sum_t);
             const A loss = valid ? (kl < 0 ? A(0) : kl) * (temperature * temperature * weight) : A(0);
             if (losses && exists && sub == 0) losses[place] = loss * scale;
             if (parts) {
@@ -132,9 +148,13 @@ struct KdTiles {
             factor = scale / static_cast<A>(n == 0 ? 1 : n);
         }
         if (exists) {
-            factor = valid ? factor * weight * temperature / sum_s : A(0);
+            factor = !valid ? A(0) : kSigmoid ? factor * weight * temperature : factor * weight * temperature / sum_s;
             const A ratio = sum_s / sum_t;
             for (int64_t c = sub; c < classes; c += subs) {
+                if constexpr (kSigmoid) {
+                    s[plan.at(c, pixel)] = static_cast<Held>(valid ? factor * of_class(c).difference : A(0));
+                    continue;
+                }
                 const A es = exponential((value(s, c) - max_s) * inv_tau), et = exponential((value(t, c) - max_t) * inv_tau);
                 // p_s - p_t as (es - et * ratio) / sum_s: exactly 0 where student and teacher agree.
                 s[plan.at(c, pixel)] = static_cast<Held>(valid ? factor * multiply_add(-et, ratio, es) : A(0));
@@ -179,7 +199,7 @@ private:
     }
 };
 
-template <class Launch>
+template <bool kSigmoid, class Launch>
 void kd(const Kd& a, const Launch& launch) {
     const Pair& in = a.in;
     const bool labels = a.pixels.label != Label::none, mean = a.reduce == Reduce::mean;
@@ -192,7 +212,7 @@ void kd(const Kd& a, const Launch& launch) {
         constexpr int V = decltype(kind)::vector;
         const double scale = mean && !labels ? a.scale / static_cast<double>(all) : a.scale;
         A* terms = a.reduce == Reduce::none ? static_cast<A*>(a.loss) : nullptr;
-        launch(KdTiles<T, V>{Source<T, V>(in.student, in.student_type), Source<T, V>(in.teacher, in.teacher_type),
+        launch(KdTiles<T, V, kSigmoid>{Source<T, V>(in.student, in.student_type), Source<T, V>(in.teacher, in.teacher_type),
                              Sink<T, V>(a.gradient, in.student_type), a.plan, a.pixels, static_cast<A>(a.temperature),
                              static_cast<A>(scale), terms, a.parts, a.count_parts, mean && labels ? blocks : 0},
                a.plan.blocks(), a.plan.total);

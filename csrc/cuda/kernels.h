@@ -71,6 +71,29 @@ struct Resized {
     void* scratch;        // of scratch_bytes(...)
 };
 
+// Of the sums, `on` has only what is not the result.
+struct ResizedDice {
+    Resized on;
+    bool square;
+    int columns;
+    double* sums;        // (n, c, columns), or null
+    double* parts;       // sums: (dice_pieces(plan), n, c, columns)
+    const double* grad;  // (n, c, columns), or null
+    void* upstream;      // grad: acc (n, 4 c + 1)
+};
+
+// Each class against the rest: the target is (n, c, height, width), and so is on.terms.
+struct ResizedBinaryCrossEntropy {
+    Resized on;              // without pixels
+    const void* target;      // (n, c, height, width)
+    Label label;
+    int64_t ignore_index;
+    const void* pos_weight;  // null, or acc (c,)
+    const void* weight;      // null, or acc (n, weight_classes, weight_h, weight_w), of 1 or c classes
+    int64_t weight_classes, weight_h, weight_w;
+    uint64_t* codes;         // (n, c, height, code_words(width))
+};
+
 // Relatively difficult pixels.
 struct Difficulty {
     LabelPixels pixels;
@@ -108,8 +131,14 @@ Device device(int index);
 void nfd_forward(const NfdForward& a, Stream stream);
 void nfd_backward(const NfdBackward& a, Stream stream);
 void kd(const Kd& a, Stream stream);
+void kd_sigmoid(const Kd& a, Stream stream);
 void resized_cross_entropy(const Resized& a, Stream stream);
+void resized_shaped_cross_entropy(const Resized& a, double label_smoothing, double focal_gamma, Stream stream);
 void resized_kd(const Resized& a, Stream stream);
+void resized_kd_sigmoid(const Resized& a, Stream stream);
+void resized_dice_forward(const ResizedDice& a, Stream stream);
+void resized_dice_backward(const ResizedDice& a, Stream stream);
+void resized_binary_cross_entropy(const ResizedBinaryCrossEntropy& a, Stream stream);
 void confidence(const Resized& a, bool by_label, Stream stream);
 void difficulty(const Difficulty& a, Stream stream);
 void kth_smallest(const Kth& a, Stream stream);

@@ -10,6 +10,9 @@ FASTKD_DEVICE double exponential(double x) { return exp(x); }
 FASTKD_DEVICE float logarithm(float x) { return logf(x); }
 FASTKD_DEVICE double logarithm(double x) { return log(x); }
 
+FASTKD_DEVICE float expm1_of(float x) { return expm1f(x); }
+FASTKD_DEVICE double expm1_of(double x) { return expm1(x); }
+
 // One instruction on a GPU for fp32: results below 2^-126 are 0.
 FASTKD_DEVICE float exp2_of(float x) {
 #if defined(__CUDA_ARCH__)

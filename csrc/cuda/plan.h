@@ -348,6 +348,7 @@ struct CellsPlan {
     Pieces rows, columns;
     int team, sets;           // lanes that share a cell, and how many such teams a cell has
     int64_t chunk;            // rows of cells
+    int sums = 0;             // numbers of a class that a warp adds up for each sample
 
     FASTKD_ANYWHERE int64_t lines() const { return static_cast<int64_t>(n) * rows.own.cells(); }
     FASTKD_ANYWHERE int group() const { return kWarp / team; }  // cells of a warp
@@ -367,6 +368,11 @@ struct CellsPlan {
     FASTKD_ANYWHERE int64_t samples(int64_t first, int64_t lines) const {
         return sample(first + lines - 1) + 1 - sample(first);
     }
+    // Where a warp adds up: a row for each sample that it has cells of. A group and a sample have row group + sample - the
+    // first sample of the chunk, since one of the two is higher by at least 1 from row to row.
+    FASTKD_ANYWHERE int64_t sums_rows(int64_t lines) const {
+        return sums == 0 ? 0 : (groups(lines) + lines / rows.own.cells() + 2) * sets;
+    }
     FASTKD_ANYWHERE bool same_size() const {
         return rows.own.in == rows.other.in && columns.own.in == columns.other.in;
     }
@@ -376,11 +382,12 @@ struct CellsPlan {
 struct Shape {
     int rows, columns;
 };
-constexpr int kShapes = 4;
+constexpr int kShapes = 4, kFewShapes = 3;
 constexpr Shape kShape[kShapes] = {{2, 2}, {4, 4}, {4, 8}, {5, 9}};
 
-// The first shapes: the smallest for fp64, which is for checking; the small ones where the maps' sizes differ.
-constexpr int shapes_of(bool wide, bool same_size) { return wide ? 1 : same_size ? kShapes : 2; }
+// The first shapes: the smallest for fp64, which is for checking; the small ones where the maps' sizes differ; at most those
+// that a loss is compiled for.
+constexpr int shapes_of(bool wide, bool same_size, int first) { return wide ? 1 : !same_size && first > 2 ? 2 : first; }
 
 struct CellsChoice {
     CellsPlan plan;
@@ -408,7 +415,7 @@ inline Pieces pieces_of(const Axis& own, const Axis& other, int* largest) {
 // The smallest shape that holds a cell, or the largest part of one that two maps share; larger ones are split. A part has
 // fewer rows where there would be fewer warps than 16 a multiprocessor.
 inline CellsChoice plan_cells(const Map& own, const Map& other, int64_t height, int64_t width, bool align_corners,
-                              const Device& device) {
+                              const Device& device, int first_shapes = kShapes) {
     const auto axis = [&](int64_t in, int64_t out) {
         return Axis{static_cast<int>(in), static_cast<int>(out), align_corners};
     };
@@ -419,7 +426,7 @@ inline CellsChoice plan_cells(const Map& own, const Map& other, int64_t height, 
     int tall = 1, wide = 1;
     plan.rows = pieces_of(axis(own.h, height), axis(other.h, height), &tall);
     plan.columns = pieces_of(axis(own.w, width), axis(other.w, width), &wide);
-    const int shapes = shapes_of(own.type == DType::f64, plan.same_size());
+    const int shapes = shapes_of(own.type == DType::f64, plan.same_size(), first_shapes);
     while (out.shape < shapes - 1 && wide > kShape[out.shape].columns) ++out.shape;
     if (out.shape == kShapes - 1 && wide > kShape[out.shape].columns) --out.shape;  // split: 9 columns fit 9 alone
     plan.columns.splits = power_of_two((wide + kShape[out.shape].columns - 1) / kShape[out.shape].columns);
@@ -438,11 +445,17 @@ inline CellsChoice plan_cells(const Map& own, const Map& other, int64_t height, 
     return out;
 }
 
+// Parts in which the rows of sums of a sample are added up.
+FASTKD_ANYWHERE int dice_pieces(const CellsPlan& plan) {
+    return static_cast<int>(least(int64_t{kWarp}, ceil_div(plan.groups(plan.rows.own.cells()) * plan.sets, 64)));
+}
+
 // Bytes that a chunk of so many rows takes: maps as the kernels read them, and planes of the gradient.
 inline int64_t cells_bytes(const CellsPlan& plan, int sides, bool gradient, int64_t lines, int64_t acc) {
     const int64_t w = plan.columns.own.in, c = plan.classes;
     const int64_t map = (lines + 3) * (c + 1) * (w + 2) * acc * (plan.same_size() ? sides : 1);
-    return map + (gradient ? plan.sets * 2 * c * acc * (lines * w + plan.groups(lines)) : 0);
+    return map + (gradient ? plan.sets * 2 * c * acc * (lines * w + plan.groups(lines)) : 0) +
+           plan.sums_rows(lines) * c * plan.sums * acc;
 }
 
 // At most about a fortieth of what plain PyTorch takes, some 12 bytes a class and label pixel for each map, but as many rows
@@ -466,7 +479,7 @@ inline int64_t total_warps(const CellsPlan& plan) {
 
 template <class A>
 struct CellsBuffers {
-    A *map[2], *peak[2], *planes, *edges, *carry[2];
+    A *map[2], *peak[2], *planes, *edges, *carry[2], *sums;
     int64_t bytes;
 };
 
@@ -498,12 +511,16 @@ CellsBuffers<A> lay_out(const CellsPlan& plan, int sides, bool gradient, void* s
         out.edges = take(plan.sets * plan.groups(plan.chunk) * 2 * c);
         for (A*& carry : out.carry) carry = take(c * w);
     }
+    if (plan.sums > 0) out.sums = take(plan.sums_rows(plan.chunk) * c * plan.sums);
     return out;
 }
 
 inline int64_t scratch_bytes(const CellsPlan& plan, int sides, bool gradient, bool wide) {
     return wide ? lay_out<double>(plan, sides, gradient, nullptr).bytes : lay_out<float>(plan, sides, gradient, nullptr).bytes;
 }
+
+// Words of 32 elements, a bit for those that are 1 and one for those that count.
+FASTKD_ANYWHERE int64_t code_words(int64_t width) { return ceil_div(width, kWarp); }
 
 // ---- sums and selections ---------------------------------------------------------------------------------------------
 

@@ -152,6 +152,7 @@ void check_devices(const Tensor& student, std::initializer_list<const std::optio
         if (*other) check_device(student, **other, "target, its weights and what is selected");
 }
 
+template <bool kSigmoid>
 Two run_kd(const Tensor& student, const Tensor& teacher, double temperature, const PixelArgs& args, void* gradient) {
     const On on(student);
     gpu::Kd a{};
@@ -174,19 +175,21 @@ Two run_kd(const Tensor& student, const Tensor& teacher, double temperature, con
     a.parts = parts.data();
     a.count_parts = counted.data();
     a.gradient = gradient;
-    gpu::kd(a, on.stream);
+    kSigmoid ? gpu::kd_sigmoid(a, on.stream) : gpu::kd(a, on.stream);
     return {loss, count};
 }
 
+template <bool kSigmoid>
 Two kd_forward(const Tensor& student, const Tensor& teacher, std::optional<Tensor> target, std::optional<Tensor> weight,
                double temperature, int64_t ignore_index, std::string reduction, double scale) {
-    return run_kd(student, teacher, temperature, {target, weight, ignore_index, reduction, scale}, nullptr);
+    return run_kd<kSigmoid>(student, teacher, temperature, {target, weight, ignore_index, reduction, scale}, nullptr);
 }
 
+template <bool kSigmoid>
 Three kd_gradient(const Tensor& student, const Tensor& teacher, std::optional<Tensor> target, std::optional<Tensor> weight,
                   double temperature, int64_t ignore_index, std::string reduction, double scale) {
     const PixelArgs args{target, weight, ignore_index, reduction, scale};
-    return with_gradient(student, reduction, [&](void* g) { return run_kd(student, teacher, temperature, args, g); });
+    return with_gradient(student, reduction, [&](void* g) { return run_kd<kSigmoid>(student, teacher, temperature, args, g); });
 }
 
 // ---- losses at label resolution --------------------------------------------------------------------------------------
@@ -194,9 +197,15 @@ Three kd_gradient(const Tensor& student, const Tensor& teacher, std::optional<Te
 // Whether the kernels' 32-bit arithmetic of a resize holds.
 bool fits(int64_t in, int64_t out) { return in < (1 << 30) && out < (1 << 30) && in * (2 * out + 1) < INT32_MAX; }
 
+// Shapes that a loss is compiled for, and sums that it makes of a class and sample.
+struct Cut {
+    int shapes = gpu::kShapes, sums = 0;
+};
+
 // The maps, their labels and how their cells are shared out; memory for the kernels' scratch.
 struct AtLabels {
-    AtLabels(const On& on, std::initializer_list<const Tensor*> maps, const Sizes& size, bool align_corners, bool gradient)
+    AtLabels(const On& on, std::initializer_list<const Tensor*> maps, const Sizes& size, bool align_corners, bool gradient,
+             const Cut& cut = {})
         : on(on), first(**maps.begin()), height(size.at(0)), width(size.at(1)) {
         for (const Tensor* map : maps) {
             check_device(first, *map, "teacher");
@@ -210,7 +219,8 @@ struct AtLabels {
         acc = acc_type(a.maps[0].type);
         a.temperature = 1;
         a.scale = 1;
-        a.choice = gpu::plan_cells(a.maps[0], a.maps[a.sides - 1], height, width, align_corners, on.device);
+        a.choice = gpu::plan_cells(a.maps[0], a.maps[a.sides - 1], height, width, align_corners, on.device, cut.shapes);
+        a.choice.plan.sums = cut.sums;
         const bool wide = acc == ScalarType::Double;
         a.choice.plan.chunk = gpu::chunk_of(a.choice.plan, a.sides, gradient, wide ? 8 : 4, on.device);
         scratch = new_empty(first, Sizes{gpu::scratch_bytes(a.choice.plan, a.sides, gradient, wide)}, ScalarType::Byte);
@@ -272,6 +282,22 @@ Two run_cross_entropy(const Tensor& logits, const Selected& which, const PixelAr
     return at.run([](const auto& a, auto stream) { gpu::resized_cross_entropy(a, stream); }, gradient);
 }
 
+struct Shaped {
+    const std::optional<Tensor>& class_weight;
+    double label_smoothing, focal_gamma;
+};
+
+Two run_shaped_cross_entropy(const Tensor& logits, const Shaped& shaped, const PixelArgs& args, bool align_corners,
+                             void* gradient) {
+    const On on(logits);
+    AtLabels at(on, {&logits}, size_of(*args.target), align_corners, gradient, {gpu::kFewShapes});
+    at.set_weights(shaped.class_weight, args, std::nullopt);
+    const auto run = [&](const auto& a, auto stream) {
+        gpu::resized_shaped_cross_entropy(a, shaped.label_smoothing, shaped.focal_gamma, stream);
+    };
+    return at.run(run, gradient);
+}
+
 Two resized_cross_entropy_forward(const Tensor& logits, const Tensor& target, std::optional<Tensor> class_weight,
                                   std::optional<Tensor> pixel_weight, std::optional<Tensor> selected, int64_t ignore_index,
                                   bool align_corners, std::string reduction, double scale) {
@@ -290,34 +316,184 @@ Three resized_cross_entropy_gradient(const Tensor& logits, const Tensor& target,
     });
 }
 
+Two resized_shaped_cross_entropy_forward(const Tensor& logits, const Tensor& target, std::optional<Tensor> class_weight,
+                                         std::optional<Tensor> pixel_weight, int64_t ignore_index, bool align_corners,
+                                         double label_smoothing, double focal_gamma, std::string reduction, double scale) {
+    const std::optional<Tensor> labels = target;
+    return run_shaped_cross_entropy(logits, {class_weight, label_smoothing, focal_gamma},
+                                    {labels, pixel_weight, ignore_index, reduction, scale}, align_corners, nullptr);
+}
+
+Three resized_shaped_cross_entropy_gradient(const Tensor& logits, const Tensor& target, std::optional<Tensor> class_weight,
+                                            std::optional<Tensor> pixel_weight, int64_t ignore_index, bool align_corners,
+                                            double label_smoothing, double focal_gamma, std::string reduction, double scale) {
+    const std::optional<Tensor> labels = target;
+    const PixelArgs args{labels, pixel_weight, ignore_index, reduction, scale};
+    const Shaped shaped{class_weight, label_smoothing, focal_gamma};
+    return with_gradient(logits, reduction,
+                         [&](void* g) { return run_shaped_cross_entropy(logits, shaped, args, align_corners, g); });
+}
+
+// ---- Dice ------------------------------------------------------------------------------------------------------------
+
+struct DiceArgs {
+    int64_t ignore_index;
+    bool align_corners, square;
+    int64_t columns;
+    const std::string& reduction;
+    double scale;
+};
+
+// What sums and gradient share; `gradient`: of the sums, or null.
+gpu::ResizedDice dice_of(AtLabels& at, const Tensor& target, const DiceArgs& args, void* gradient) {
+    STD_TORCH_CHECK(args.reduction == "none" && args.scale == 1, "reduction must be 'none' and scale 1");
+    const std::optional<Tensor> labels = target;
+    at.set_weights(std::nullopt, {labels, std::nullopt, args.ignore_index, args.reduction, 1}, std::nullopt);
+    at.a.gradient = gradient;
+    gpu::ResizedDice out{};
+    out.on = at.a;
+    out.square = args.square;
+    out.columns = static_cast<int>(args.columns);
+    return out;
+}
+
+Two resized_dice_forward(const Tensor& logits, const Tensor& target, int64_t ignore_index, bool align_corners, bool square,
+                         int64_t columns, std::string reduction, double scale) {
+    const On on(logits);
+    STD_TORCH_CHECK(columns >= 3 && columns <= 5, "columns must be 3 to 5, got ", columns);
+    AtLabels at(on, {&logits}, size_of(target), align_corners, false, {gpu::kFewShapes, static_cast<int>(columns)});
+    gpu::ResizedDice a = dice_of(at, target, {ignore_index, align_corners, square, columns, reduction, scale}, nullptr);
+    Tensor sums = new_empty(logits, Sizes{logits.size(0), logits.size(1), columns}, ScalarType::Double);
+    const Doubles parts(logits, gpu::dice_pieces(a.on.choice.plan) * sums.numel());
+    a.sums = static_cast<double*>(sums.mutable_data_ptr());
+    a.parts = parts.data();
+    gpu::resized_dice_forward(a, on.stream);
+    return {sums, new_empty(logits, Sizes{0}, at.acc)};
+}
+
+Tensor resized_dice_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, int64_t ignore_index,
+                             bool align_corners, bool square, int64_t columns, std::string reduction, double scale,
+                             const Tensor&) {
+    const On on(logits);
+    check_device(logits, grad, "grad");
+    STD_TORCH_CHECK(columns >= 3 && columns <= 5 && grad.scalar_type() == ScalarType::Double && grad.is_contiguous() &&
+                        grad.numel() == logits.size(0) * logits.size(1) * columns,
+                    "grad must be contiguous, float64, (N, C, columns)");
+    AtLabels at(on, {&logits}, size_of(target), align_corners, true, {gpu::kFewShapes});
+    Tensor out = empty_like(logits);
+    gpu::ResizedDice a = dice_of(at, target, {ignore_index, align_corners, square, columns, reduction, scale},
+                                 out.mutable_data_ptr());
+    Tensor upstream = new_empty(logits, Sizes{logits.size(0) * (4 * logits.size(1) + 1)}, at.acc);
+    a.grad = static_cast<const double*>(grad.const_data_ptr());
+    a.upstream = upstream.mutable_data_ptr();
+    gpu::resized_dice_backward(a, on.stream);
+    return out;
+}
+
+// ---- binary cross-entropy ----------------------------------------------------------------------------------------------
+
+struct BinaryArgs {
+    const std::optional<Tensor>&pos_weight, &pixel_weight;
+    int64_t ignore_index;
+    bool align_corners;
+    const std::string& reduction;
+    double scale;
+};
+
+Two run_binary_cross_entropy(const Tensor& logits, const Tensor& target, const BinaryArgs& args, void* gradient) {
+    const On on(logits);
+    STD_TORCH_CHECK(target.dim() == 4 && target.size(0) == logits.size(0) && target.size(1) == logits.size(1),
+                    "target must be (N, C, H, W) with the N and C of the logits");
+    check_device(logits, target, "target");
+    check_devices(logits, {&args.pos_weight, &args.pixel_weight});
+    const int64_t n = logits.size(0), c = logits.size(1), height = target.size(2), width = target.size(3);
+    AtLabels at(on, {&logits}, {height, width}, args.align_corners, gradient, {gpu::kFewShapes});
+    at.set_weights(std::nullopt, {std::nullopt, std::nullopt, args.ignore_index, args.reduction, args.scale}, std::nullopt);
+    gpu::ResizedBinaryCrossEntropy a{};
+    a.target = target.const_data_ptr();
+    a.label = label_of(target);
+    a.ignore_index = args.ignore_index;
+    const DType type = at.a.maps[0].type;
+    a.pos_weight = args.pos_weight ? acc_data(*args.pos_weight, type, c, "pos_weight") : nullptr;
+    a.weight_classes = 1;
+    if (args.pixel_weight) {
+        const Tensor& weight = *args.pixel_weight;
+        STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == n && (weight.size(1) == 1 || weight.size(1) == c) &&
+                            weight.is_contiguous() && weight.numel() > 0,
+                        "pixel_weight must be (N, 1, H, W) or (N, C, H, W), contiguous and not empty");
+        STD_TORCH_CHECK(fits(weight.size(2), height) && fits(weight.size(3), width),
+                        "weights this large need another backend: fastkd.use_backend(\"triton\")");
+        a.weight = acc_map(weight, type, "pixel_weight");
+        a.weight_classes = weight.size(1);
+        a.weight_h = weight.size(2);
+        a.weight_w = weight.size(3);
+    }
+    const bool none = at.a.reduce == Reduce::none;
+    Tensor loss = new_empty(logits, none ? Sizes{n, c, height, width} : Sizes{}, at.acc), count = new_empty(logits, Sizes{}, at.acc);
+    Tensor codes = new_empty(logits, Sizes{n * c * height * gpu::code_words(width)}, ScalarType::Long);
+    const Doubles parts(logits, none ? 0 : gpu::part_space(gpu::total_warps(at.a.choice.plan)));
+    const Doubles counted(logits, gpu::count_blocks(target.numel()));
+    (none ? at.a.terms : at.a.loss) = loss.mutable_data_ptr();
+    at.a.count = count.mutable_data_ptr();
+    at.a.parts = parts.data();
+    at.a.count_parts = counted.data();
+    at.a.gradient = gradient;
+    a.on = at.a;
+    a.codes = static_cast<uint64_t*>(codes.mutable_data_ptr());
+    gpu::resized_binary_cross_entropy(a, on.stream);
+    return {loss, count};
+}
+
+Two resized_binary_cross_entropy_forward(const Tensor& logits, const Tensor& target, std::optional<Tensor> pos_weight,
+                                         std::optional<Tensor> pixel_weight, int64_t ignore_index, bool align_corners,
+                                         std::string reduction, double scale) {
+    return run_binary_cross_entropy(logits, target, {pos_weight, pixel_weight, ignore_index, align_corners, reduction, scale},
+                                    nullptr);
+}
+
+Three resized_binary_cross_entropy_gradient(const Tensor& logits, const Tensor& target, std::optional<Tensor> pos_weight,
+                                            std::optional<Tensor> pixel_weight, int64_t ignore_index, bool align_corners,
+                                            std::string reduction, double scale) {
+    const BinaryArgs args{pos_weight, pixel_weight, ignore_index, align_corners, reduction, scale};
+    return with_gradient(logits, reduction, [&](void* g) { return run_binary_cross_entropy(logits, target, args, g); });
+}
+
+// ---- KD at label resolution ------------------------------------------------------------------------------------------
+
 struct Teacher {
     const Tensor& map;
     double temperature;
 };
 
+template <bool kSigmoid>
 Two run_resized_kd(const Tensor& student, const Teacher& teacher, const Sizes& size, const PixelArgs& args,
                    bool align_corners, void* gradient) {
     const On on(student);
     STD_TORCH_CHECK(size.size() == 2, "size must be (height, width)");
-    AtLabels at(on, {&student, &teacher.map}, size, align_corners, gradient);
+    AtLabels at(on, {&student, &teacher.map}, size, align_corners, gradient, {kSigmoid ? gpu::kFewShapes : gpu::kShapes});
     at.set_weights(std::nullopt, args, std::nullopt);
     at.a.temperature = teacher.temperature;
-    return at.run([](const auto& a, auto stream) { gpu::resized_kd(a, stream); }, gradient);
+    const auto run = [](const auto& a, auto stream) {
+        kSigmoid ? gpu::resized_kd_sigmoid(a, stream) : gpu::resized_kd(a, stream);
+    };
+    return at.run(run, gradient);
 }
 
+template <bool kSigmoid>
 Two resized_kd_forward(const Tensor& student, const Tensor& teacher, std::optional<Tensor> target,
                        std::optional<Tensor> pixel_weight, Sizes size, double temperature, int64_t ignore_index,
                        bool align_corners, std::string reduction, double scale) {
-    return run_resized_kd(student, {teacher, temperature}, size, {target, pixel_weight, ignore_index, reduction, scale},
+    return run_resized_kd<kSigmoid>(student, {teacher, temperature}, size, {target, pixel_weight, ignore_index, reduction, scale},
                           align_corners, nullptr);
 }
 
+template <bool kSigmoid>
 Three resized_kd_gradient(const Tensor& student, const Tensor& teacher, std::optional<Tensor> target,
                           std::optional<Tensor> pixel_weight, Sizes size, double temperature, int64_t ignore_index,
                           bool align_corners, std::string reduction, double scale) {
     const PixelArgs args{target, pixel_weight, ignore_index, reduction, scale};
     return with_gradient(student, reduction, [&](void* g) {
-        return run_resized_kd(student, {teacher, temperature}, size, args, align_corners, g);
+        return run_resized_kd<kSigmoid>(student, {teacher, temperature}, size, args, align_corners, g);
     });
 }
 
@@ -430,12 +606,22 @@ FASTKD_LIBRARY_IMPL(FASTKD_KEY, m) {
     m.impl("nfd_forward", TORCH_BOX(&nfd_forward));
     m.impl("nfd_gradient", TORCH_BOX(&nfd_gradient));
     m.impl("nfd_backward", TORCH_BOX(&nfd_backward));
-    m.impl("kd_forward", TORCH_BOX(&kd_forward));
-    m.impl("kd_gradient", TORCH_BOX(&kd_gradient));
+    m.impl("kd_forward", TORCH_BOX(&kd_forward<false>));
+    m.impl("kd_gradient", TORCH_BOX(&kd_gradient<false>));
+    m.impl("kd_sigmoid_forward", TORCH_BOX(&kd_forward<true>));
+    m.impl("kd_sigmoid_gradient", TORCH_BOX(&kd_gradient<true>));
     m.impl("resized_cross_entropy_forward", TORCH_BOX(&resized_cross_entropy_forward));
     m.impl("resized_cross_entropy_gradient", TORCH_BOX(&resized_cross_entropy_gradient));
-    m.impl("resized_kd_forward", TORCH_BOX(&resized_kd_forward));
-    m.impl("resized_kd_gradient", TORCH_BOX(&resized_kd_gradient));
+    m.impl("resized_shaped_cross_entropy_forward", TORCH_BOX(&resized_shaped_cross_entropy_forward));
+    m.impl("resized_shaped_cross_entropy_gradient", TORCH_BOX(&resized_shaped_cross_entropy_gradient));
+    m.impl("resized_dice_forward", TORCH_BOX(&resized_dice_forward));
+    m.impl("resized_dice_backward", TORCH_BOX(&resized_dice_backward));
+    m.impl("resized_binary_cross_entropy_forward", TORCH_BOX(&resized_binary_cross_entropy_forward));
+    m.impl("resized_binary_cross_entropy_gradient", TORCH_BOX(&resized_binary_cross_entropy_gradient));
+    m.impl("resized_kd_forward", TORCH_BOX(&resized_kd_forward<false>));
+    m.impl("resized_kd_gradient", TORCH_BOX(&resized_kd_gradient<false>));
+    m.impl("resized_kd_sigmoid_forward", TORCH_BOX(&resized_kd_forward<true>));
+    m.impl("resized_kd_sigmoid_gradient", TORCH_BOX(&resized_kd_gradient<true>));
     m.impl("difficulty_mask", TORCH_BOX(&difficulty_mask));
     m.impl("difficulty_lse", TORCH_BOX(&difficulty_lse));
     m.impl("kth_smallest", TORCH_BOX(&kth_smallest));

@@ -62,7 +62,7 @@ RESIZED_DICE = Loss(
     _fake,
     _samples,
     early=(),
-    late=("cpu",),
+    late=("cpu", "cuda"),
     reductions=("none",),
     sample_scale=1.0,
 )

@@ -1,0 +1,298 @@
+// Losses at label resolution of each class against the rest: KD with sigmoids, and binary cross-entropy.
+//
+// As in cells.h a thread owns a cell or a part of one. No number of a label pixel is shared by its classes, so one loop over
+// them makes loss and gradient, and logits are read as they are.
+#pragma once
+
+#include "cells_run.h"
+#include "sigmoid.h"
+
+namespace fastkd::gpu {
+
+// What cells.h needs to know of such a loss.
+template <class T, int sides, int grids>
+struct EachLoss {
+    using A = T;
+    static constexpr int kSides = sides, kGrids = grids;
+    static constexpr int kFirstShapes = kFewShapes;
+    static constexpr bool kGradient = true, kForward = true, kOwn = false, kWeights = false, kKnown = false;
+    static constexpr bool kWide = false;
+
+    struct Sums {};
+    struct Linear {};
+};
+
+template <class T, int sides, int grids, int PY, int PX, bool kGradient>
+struct CellsEach : Cells<EachLoss<T, sides, grids>, PY, PX, kGradient> {
+    using Base = Cells<EachLoss<T, sides, grids>, PY, PX, kGradient>;
+    using A = T;
+    using typename Base::Place;
+    using typename Base::Planes;
+    using typename Base::Shares;
+    static constexpr bool kCentred = false;
+
+protected:
+    // The weights of a thread's label pixels, of map `n`: 0 where none counts.
+    FASTKD_DEVICE void weigh(const Place& at, int64_t n, uint64_t counts, A (&weight)[PY][PX]) const {
+        Place from = at;
+        from.n = n;
+        FASTKD_UNROLL
+        for (int j = 0; j < PX; ++j) {
+            const typename Base::Between across = this->pixels.weight ? this->weight_column(at, j) : typename Base::Between{};
+            FASTKD_UNROLL
+            for (int i = 0; i < PY; ++i) {
+                weight[i][j] = counts >> (i * PX + j) & 1 ? A(1) : A(0);
+                if (this->pixels.weight && weight[i][j] != 0)
+                    weight[i][j] = this->weight_at(from, this->weight_row(at, i), across);
+            }
+        }
+    }
+
+    // Fills the planes from f(class, corners), the shares of a class.
+    template <class Block, class F>
+    FASTKD_DEVICE void each_gradient(Block& block, const Place& at, const Walk<A> (&start)[sides], uint64_t counts, A factor,
+                                     const F& f) const {
+        Planes planes{};
+        if constexpr (kGradient) planes = this->planes_of(at);
+        this->each_class(start, [&](int c, const Corners<A>(&corners)[sides]) {
+            Shares mine = f(c, corners);
+            if constexpr (kGradient) {
+                mine.scale(factor);
+                if (counts == 0) mine = {};  // the logits may be NaN
+                this->template put<false>(block, planes, mine);
+            }
+        });
+    }
+
+    // The shares of the gradients that of(row, column, logits) gives.
+    template <class F>
+    FASTKD_DEVICE static Shares shares_of(const Corners<A> (&corners)[sides], unsigned rows, const A (&right)[grids][PX],
+                                          const A (&down)[grids][PY], const F& of) {
+        Shares mine;
+        A sum = 0, sum_right = 0;
+        Base::each_pixel(
+            corners, rows, right, down,
+            [&](int i, int j, const A(&value)[sides]) {
+                const A g = of(i, j, value);
+                if constexpr (kGradient) {
+                    sum += g;
+                    sum_right = multiply_add(right[0][j], g, sum_right);
+                }
+            },
+            [&](int i) {
+                if constexpr (kGradient) {
+                    mine.all += sum;
+                    mine.right += sum_right;
+                    mine.low = multiply_add(down[0][i], sum, mine.low);
+                    mine.low_right = multiply_add(down[0][i], sum_right, mine.low_right);
+                    sum = sum_right = 0;
+                }
+            });
+        return mine;
+    }
+
+    template <class Block>
+    FASTKD_DEVICE void finish(Block& block, int lane, int64_t warp, double sum) const {
+        if (!this->parts) return;
+        for (int bit = 1; bit < kWarp; bit *= 2) sum += block.shuffle_xor(sum, bit);
+        if (lane == 0) this->parts[warp] = sum;
+    }
+};
+
+// kSame: the teacher's map has the student's size.
+template <class T, bool kSame, int PY, int PX, bool kGradient>
+struct CellsKdSigmoid : CellsEach<T, 2, kSame ? 1 : 2, PY, PX, kGradient> {
+    using Base = CellsEach<T, 2, kSame ? 1 : 2, PY, PX, kGradient>;
+    using A = T;
+    static constexpr int kGrids = kSame ? 1 : 2;
+
+    A temperature;
+
+    template <class Block>
+    FASTKD_DEVICE void operator()(Block& block) const {
+        const int lane = block.thread() % kWarp;
+        const int64_t warp = block.index() * (Base::kThreadsOfBlock / kWarp) + block.thread() / kWarp;
+        if (warp >= this->plan.warps(this->lines)) return;
+        const A factor = this->factor_of(block, lane) * temperature;
+        const typename Base::Place at = this->place_of(warp, lane);
+        A right[kGrids][PX], down[kGrids][PY], weight[PY][PX], kl[PY][PX] = {};
+        int label[PY][PX];
+        uint64_t counts = 0;
+        const unsigned rows = this->setup(block, at, right, down, label, counts);
+        Walk<A> start[2] = {this->walk(at, 0), this->walk(at, 1)};
+        this->weigh(at, at.n, counts, weight);
+        this->each_gradient(block, at, start, counts, factor, [&](int, const Corners<A>(&corners)[2]) {
+            return Base::shares_of(corners, rows, right, down, [&](int i, int j, const A(&value)[2]) {
+                const Bernoulli<A> of(value[0], value[1]);
+                kl[i][j] += of.kl;
+                return of.difference * weight[i][j];
+            });
+        });
+        double sum = 0;
+        FASTKD_UNROLL
+        for (int i = 0; i < PY; ++i) {
+            FASTKD_UNROLL
+            for (int j = 0; j < PX; ++j) {
+                const A loss = kl[i][j] < 0 ? A(0) : kl[i][j];
+                const A term = counts >> (i * PX + j) & 1 ? weight[i][j] * (loss * (temperature * temperature)) : A(0);
+                sum += static_cast<double>(term);
+                if (!kGradient && this->terms && i < at.rows() && j < at.columns())
+                    this->terms[at.pixel(*this, i, j)] = term * this->scale;
+            }
+        }
+        this->finish(block, lane, warp, sum);
+    }
+};
+
+template <class T, int PY, int PX, bool kGradient>
+struct CellsBinary : CellsEach<T, 1, 1, PY, PX, kGradient> {
+    using Base = CellsEach<T, 1, 1, PY, PX, kGradient>;
+    using A = T;
+
+    const uint64_t* codes;  // (n, classes, height, code_words(width))
+    const A* pos_weight;    // null, or (classes,)
+    int weight_classes;     // of pixels.weight: 1, or all
+
+    template <class Block>
+    FASTKD_DEVICE void operator()(Block& block) const {
+        const int lane = block.thread() % kWarp;
+        const int64_t warp = block.index() * (Base::kThreadsOfBlock / kWarp) + block.thread() / kWarp;
+        if (warp >= this->plan.warps(this->lines)) return;
+        const A factor = this->factor_of(block, lane);
+        const typename Base::Place at = this->place_of(warp, lane);
+        A right[1][PX], down[1][PY], weight[PY][PX];
+        int label[PY][PX];
+        uint64_t exists = 0;
+        const unsigned rows = this->setup(block, at, right, down, label, exists);
+        Walk<A> start[1] = {this->walk(at, 0)};
+        const int height = this->plan.rows.own.out, width = this->plan.columns.own.out, classes = this->plan.classes;
+        const int64_t words = code_words(width);
+        double sum = 0;
+        this->each_gradient(block, at, start, exists, factor, [&](int c, const Corners<A>(&corners)[1]) {
+            if (c == 0 || weight_classes > 1) this->weigh(at, at.n * weight_classes + (weight_classes > 1 ? c : 0), exists, weight);
+            const int64_t row = (at.n * classes + c) * height + at.down.begin;
+            unsigned ones[PY], valid[PY];
+            FASTKD_UNROLL
+            for (int i = 0; i < PY; ++i) {
+                ones[i] = valid[i] = 0;
+                if (i >= at.rows() || at.columns() <= 0) continue;
+                const int bit = at.across.begin % kWarp;
+                const uint64_t* from = codes + (row + i) * words + at.across.begin / kWarp;
+                const uint64_t code = from[0], next = bit + at.columns() > kWarp ? from[1] : 0;
+                ones[i] = bits_of(code, next, 0, bit);
+                valid[i] = bits_of(code, next, kWarp, bit);
+            }
+            const A positive = pos_weight ? pos_weight[c] : A(1);
+            A loss = 0;
+            const auto mine = Base::shares_of(corners, rows, right, down, [&](int i, int j, const A(&value)[1]) {
+                const bool one = ones[i] >> j & 1, valid_one = valid[i] >> j & 1;
+                const Softplus<A> of(one ? -value[0] : value[0]);
+                const A by = weight[i][j] * (one ? positive : A(1));
+                const A term = valid_one ? by * of.value : A(0);
+                loss += term;
+                if (!kGradient && this->terms && i < at.rows() && j < at.columns())
+                    this->terms[(row + i) * width + at.across.begin + j] = term * this->scale;
+                return valid_one ? (one ? -of.slope : of.slope) * by : A(0);
+            });
+            sum += static_cast<double>(loss);
+            return mine;
+        });
+        this->finish(block, lane, warp, sum);
+    }
+
+private:
+    // From a bit of one half of a word on, and of the next word.
+    FASTKD_DEVICE static unsigned bits_of(uint64_t code, uint64_t next, int half, int bit) {
+        const uint64_t both = (code >> half & 0xffffffffu) | next >> half << kWarp;
+        return static_cast<unsigned>(both >> bit);
+    }
+};
+
+// Reads the targets once: counts them, and packs 32 into a word. A warp has 32 neighbours of a row at a time.
+struct BinaryCodes {
+    static constexpr int kBlocksPerCores = 4;
+    static constexpr int kAtOnce = 4;  // words whose targets are on their way together
+
+    LabelPixels pixels;
+    int64_t rows, width;
+    uint64_t* codes;
+    double* parts;  // (blocks,): how many count
+    int blocks;
+
+    template <class Block>
+    FASTKD_DEVICE void operator()(Block& block) const {
+        const int lane = block.thread() % kWarp;
+        const int64_t words = code_words(width), total = rows * words, step = static_cast<int64_t>(blocks) * kWarps;
+        double n = 0;
+        for (int64_t first = block.index() * kWarps + block.thread() / kWarp; first < total; first += kAtOnce * step) {
+            uint64_t code[kAtOnce];
+            FASTKD_UNROLL
+            for (int k = 0; k < kAtOnce; ++k) {
+                const int64_t word = first + k * step, x = word % words * kWarp + lane;
+                const int label = word < total && x < width ? class_of(pixels, 2, word / words * width + x) : -1;
+                n += label >= 0;
+                code[k] = (label == 1 ? uint64_t{1} << lane : 0) | (label >= 0 ? uint64_t{1} << (kWarp + lane) : 0);
+            }
+            FASTKD_UNROLL
+            for (int k = 0; k < kAtOnce; ++k) {
+                for (int bit = 1; bit < kWarp; bit *= 2) code[k] |= block.shuffle_xor(code[k], bit);
+                if (lane == 0 && first + k * step < total) codes[first + k * step] = code[k];
+            }
+        }
+        n = sum_block(block, n, block.template shared<double>(0));
+        if (block.thread() == 0) parts[block.index()] = n;
+    }
+};
+
+template <class Launch>
+void resized_kd_sigmoid(const Resized& a, const Launch& launch) {
+    const auto run = [&](auto zero, auto same) {
+        using A = decltype(zero);
+        constexpr bool kSame = decltype(same)::value;
+        const auto make = [&](auto shape, auto gradient) {
+            CellsKdSigmoid<A, kSame, decltype(shape)::rows, decltype(shape)::columns, decltype(gradient)::value> body{};
+            body.temperature = static_cast<A>(a.temperature);
+            return body;
+        };
+        resized_as<EachLoss<A, 2, kSame ? 1 : 2>>(a, make, launch);
+    };
+    const auto run_as = [&](auto zero) {
+        a.choice.plan.same_size() ? run(zero, std::true_type{}) : run(zero, std::false_type{});
+    };
+    a.maps[0].type == DType::f64 ? run_as(double{}) : run_as(float{});
+}
+
+template <class Launch>
+void resized_binary_cross_entropy(const ResizedBinaryCrossEntropy& a, const Launch& launch) {
+    const auto run = [&](auto zero) {
+        using A = decltype(zero);
+        const CellsPlan& plan = a.on.choice.plan;
+        const int64_t height = plan.rows.own.out, width = plan.columns.own.out;
+        const int64_t rows = static_cast<int64_t>(plan.n) * plan.classes * height;
+        LabelPixels elements{};
+        elements.target = a.target;
+        elements.label = a.label;
+        elements.ignore_index = a.ignore_index;
+        const int counters = count_blocks(rows * width);
+        launch(BinaryCodes{elements, rows, width, a.codes, a.on.count_parts, counters}, counters, kSumScratch);
+        const auto make = [&](auto shape, auto gradient) {
+            CellsBinary<A, decltype(shape)::rows, decltype(shape)::columns, decltype(gradient)::value> body{};
+            body.codes = a.codes;
+            body.pos_weight = static_cast<const A*>(a.pos_weight);
+            body.weight_classes = static_cast<int>(a.weight_classes);
+            return body;
+        };
+        Resized on = a.on;
+        on.pixels.weight = a.weight;
+        on.pixels.weight_h = a.weight_h;
+        on.pixels.weight_w = a.weight_w;
+        const bool mean = on.reduce == Reduce::mean;
+        run_loss<EachLoss<A, 1, 1>>(on, mean ? counters : 0, on.scale, make, launch, NothingAfter{});
+        launch_total(Total<A>{nullptr, total_warps(plan), on.count_parts, counters, rows * width, mean, on.scale,
+                              static_cast<A*>(on.loss), static_cast<A*>(on.count)},
+                     on.parts, launch);
+    };
+    a.on.maps[0].type == DType::f64 ? run(double{}) : run(float{});
+}
+
+}  // namespace fastkd::gpu
