@@ -1,8 +1,10 @@
-"""Cross-entropy at label resolution, forward and backward.
+"""Cross-entropy at label resolution, forward and backward; with label smoothing, and as focal loss.
 
 The work: read the logits and 8 bytes a label, write the gradient at logit size; 2 exponentials a class and label pixel, one for
 the loss and one for a gradient made in a pass of its own. Making the gradient in the forward can go below it.
 """
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -54,3 +56,34 @@ def case(shape: Shape, size: tuple[int, int], dtype: torch.dtype, **targets: flo
 
     work = Work(2 * nbytes(shape, dtype) + 8 * pixels, 2 * shape[1] * pixels)
     return Case("resized CE", shape, dtype, rivals, work, size, targets)
+
+
+def smoothing_case(shape: Shape, size: tuple[int, int], dtype: torch.dtype, **targets: float) -> Case:
+    """Label smoothing of 0.1."""
+
+    def rivals(device: str, shape: Shape) -> dict[str, Loss | str]:
+        target = labels(shape, size, device)
+        return {
+            "ours": lambda s, t: fastkd.resized_cross_entropy(s, target, label_smoothing=0.1),
+            "eager": lambda s, t: F.cross_entropy(upsample(s, size), target, ignore_index=255, label_smoothing=0.1),
+        }
+
+    return replace(case(shape, size, dtype, **targets), op="smoothed CE", rivals=rivals)
+
+
+def plain_focal(logits: Tensor, target: Tensor) -> Tensor:
+    loss = F.cross_entropy(upsample(logits, target.shape[-2:]), target, ignore_index=255, reduction="none")
+    return ((1 - torch.exp(-loss)) ** 2 * loss).sum() / (target != 255).sum()
+
+
+def focal_case(shape: Shape, size: tuple[int, int], dtype: torch.dtype, **targets: float) -> Case:
+    """A focal loss with gamma 2."""
+
+    def rivals(device: str, shape: Shape) -> dict[str, Loss | str]:
+        target = labels(shape, size, device)
+        return {
+            "ours": lambda s, t: fastkd.resized_cross_entropy(s, target, focal_gamma=2.0),
+            "eager": lambda s, t: plain_focal(s, target),
+        }
+
+    return replace(case(shape, size, dtype, **targets), op="focal CE", rivals=rivals)

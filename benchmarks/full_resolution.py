@@ -1,4 +1,4 @@
-"""Time and memory against label resolution: cross-entropy and RDD's TSE step, logits at 1/8, 19 classes, batch 1.
+"""Time and memory against label resolution: cross-entropy, CE + Dice and RDD's TSE step, logits at 1/8, 19 classes, batch 1.
 
     python -m benchmarks.full_resolution
 
@@ -21,20 +21,25 @@ from pathlib import Path
 
 import torch
 
-from . import bench_rdd, bench_resized_cross_entropy
+from . import bench_rdd, bench_resized_cross_entropy, bench_resized_dice
 from .harness import RESULTS, Case, Record, append, peak_memory, where
 from .report import origin
 
 ROOT = Path(__file__).parents[1]
 HEIGHTS = (256, 512, 1024, 2048, 4096)
 RIVALS = ("ours", "eager", "compile")
+LOSSES = ("cross-entropy", "CE + Dice", "RDD TSE")
 COLUMNS = ("date", "commit", "device", "threads", "torch", "loss", "height", "width", "rival", "median_ms", "extra_mib")
 CLASSES, STRIDE = 19, 8
 
 
 def case(loss_name: str, height: int) -> Case:
     """For labels of height x 2 height."""
-    make = {"cross-entropy": bench_resized_cross_entropy.case, "RDD TSE": bench_rdd.tse_case}[loss_name]
+    make = {
+        "cross-entropy": bench_resized_cross_entropy.case,
+        "CE + Dice": bench_resized_dice.ce_case,
+        "RDD TSE": bench_rdd.tse_case,
+    }[loss_name]
     return make((1, CLASSES, height // STRIDE, 2 * height // STRIDE), (height, 2 * height), torch.float32)
 
 
@@ -135,7 +140,7 @@ def main() -> None:
         print(json.dumps(measure(name, int(height), rival, args.limit_gib)))
         return
     records: list[Record] = []
-    for name in ("cross-entropy", "RDD TSE"):
+    for name in LOSSES:
         for height in args.heights:
             for rival in RIVALS:
                 print(f"… {name} {height} {rival}", file=sys.stderr)
