@@ -132,6 +132,7 @@ def plot(rows: Mapping[tuple[str, int], Mapping[str, Record]], path: Path) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--limit-gib", type=float, default=18, help="memory a process may have")
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES, help="only these")
     parser.add_argument("--heights", type=int, nargs="+", default=HEIGHTS)
     parser.add_argument("--one", nargs=3, metavar=("LOSS", "HEIGHT", "RIVAL"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -140,7 +141,7 @@ def main() -> None:
         print(json.dumps(measure(name, int(height), rival, args.limit_gib)))
         return
     records: list[Record] = []
-    for name in LOSSES:
+    for name in args.losses:
         for height in args.heights:
             for rival in RIVALS:
                 print(f"… {name} {height} {rival}", file=sys.stderr)

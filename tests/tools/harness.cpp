@@ -88,6 +88,8 @@ Outputs run(const Case& x, int with_threads) {
     for (uint8_t& y : small) y = random() % 5 ? random() % (x.c < 250 ? x.c : 250) : 255;
     for (uint8_t& y : large) y = random() % 5 ? random() % (x.c < 250 ? x.c : 250) : 255;
     for (uint8_t& y : mask) y = random() % 2;
+    std::vector<uint8_t> bits(x.c * pixels);
+    for (uint8_t& y : bits) y = random() % 5 ? random() % 2 : 255;
     const Pair in{s.data(), t.data(), x.s, x.t, x.channels_last, x.n, x.c, hw, parallel_for};
     const Kernels& k = kernels();
     Outputs out;
@@ -115,8 +117,10 @@ Outputs run(const Case& x, int with_threads) {
     }
     const Pixels labelled{small.data(), Label::u8, 255, weight.data()}, all{nullptr, Label::none, 255, nullptr};
     for (const Pixels& p : {labelled, all}) each_reduction([&](Reduce reduce) {
-        k.kd({in, p, 2, loss(reduce, x.n * hw, true), nullptr});
-        k.kd({in, p, 2, loss(reduce, x.n * hw, true), gradient(reduce)});
+        for (bool sigmoid : {false, true}) {
+            k.kd({in, p, 2, loss(reduce, x.n * hw, true), nullptr, sigmoid});
+            k.kd({in, p, 2, loss(reduce, x.n * hw, true), gradient(reduce), sigmoid});
+        }
     });
     const Map student{s.data(), x.s, x.channels_last, x.n, x.c, x.h, x.w},
         teacher{other.data(), x.t, false, x.n, x.c, x.teacher_h, x.teacher_w};
@@ -126,9 +130,28 @@ Outputs run(const Case& x, int with_threads) {
             const auto resized = [&] {
                 return Resized{p, x.height, x.width, corners, loss(reduce, pixels, true), gradient(reduce), parallel_for};
             };
-            k.resized_cross_entropy({student, resized()});
-            k.resized_kd({student, teacher, 2, resized()});
+            k.resized_cross_entropy({student, resized(), 0, 0});
+            k.resized_cross_entropy({student, resized(), 0, 2.5});
+            Resized kept = resized();
+            kept.pixels.keep_weight = true;
+            k.resized_cross_entropy({student, kept, 0.1, 0});
+            k.resized_kd({student, teacher, 2, resized(), false});
+            k.resized_kd({student, teacher, 2, resized(), true});
+            const LabelPixels one{bits.data(), Label::u8, 255, nullptr, weight.data(), x.h, x.w, nullptr, 2, x.c};
+            k.resized_binary_cross_entropy(
+                {student,
+                 {one, x.height, x.width, corners, loss(reduce, x.c * pixels, true), gradient(reduce), parallel_for},
+                 class_weight.data()});
         });
+        for (int64_t columns : {3, 4, 5}) {
+            const LabelPixels plain{large.data(), Label::u8, 255, nullptr, nullptr, 0, 0, nullptr, x.c};
+            ResizedDice dice{student, {plain, x.height, x.width, corners, {}, nullptr, parallel_for},
+                             columns == 4, columns, static_cast<double*>(out.add(x.n * x.c * columns * 8)), nullptr};
+            k.resized_dice(dice);
+            dice.grad = dice.sums;
+            dice.to.gradient = gradient(Reduce::sum);
+            k.resized_dice(dice);
+        }
         for (int64_t kept : {int64_t{0}, pixels / 2})
             k.difficulty_mask({student, teacher, p, x.height, x.width, corners, 0.7, kept, corners, Select::exclusive,
                                static_cast<uint8_t*>(out.add(pixels)), out.add(a), parallel_for});
