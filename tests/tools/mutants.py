@@ -41,12 +41,14 @@ PROCESSOR_TIME = 400  # seconds, of all threads: a loop that never ends
 HEADERS = {
     "moments.h": ("nfd",),
     "softmax.h": ("kd", "cwd", "rdd"),
-    "resize.h": ("resized_cross_entropy", "resized_kd", "rdd"),
+    "sigmoid.h": ("kd", "resized_kd"),
+    "resize.h": ("resized_cross_entropy", "resized_kd", "resized_dice", "resized_binary_cross_entropy", "rdd"),
 }
 # The tests of a family that are not in the file of its name; the table's operators and test_csrc.py's are everyone's.
 TESTS = {
-    "resized_cross_entropy": ["resized_kernels", "resized"],
-    "resized_kd": ["resized_kernels", "resized"],
+    "kd": ["kd", "kd_sigmoid"],
+    "resized_cross_entropy": ["resized_kernels", "resized", "resized_shaped_cross_entropy"],
+    "resized_kd": ["resized_kernels", "resized", "kd_sigmoid"],
     "rdd": ["rdd_kernels", "rdd"],
     "rescale": ["autograd"],
     "labels": ["functional"],
@@ -58,7 +60,9 @@ WORDS = {
     "kd": "weights or out_of_range or ignored or equal_to",
     "cwd": "equal_to",
     "rdd": "out_of_range",
-    "resized_cross_entropy": "resized_ce or weights or out_of_range or lowest",
+    "resized_cross_entropy": "resized_ce or smooth or focal or weights or out_of_range or lowest",
+    "resized_dice": "dice",
+    "resized_binary_cross_entropy": "bce",
     "resized_kd": "weights or out_of_range or lowest or equal_to",
     "exp": "half",
 }
