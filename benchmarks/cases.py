@@ -73,6 +73,7 @@ def cpu_cases(losses: Collection[str] = tuple(LOSSES)) -> list[Case]:
     nfd = {"eager": 10, "compile": 1.7, "floor": 1.6}
     kd = {"eager": 8, "compile": 3.5, "floor": 2}
     ce = {"eager": 12, "compile": 12, "floor": 2.5, "bytes": 8}
+    dice = {"eager": 12, "compile": 12, "bytes": 8}
     table: list[tuple[str, tuple, dict[str, float], tuple[torch.dtype, ...]]] = [
         ("nfd", (features, None), nfd, (F32, BF16, F16)),
         ("nfd", (many_features, None), nfd, (F32, BF16)),
@@ -85,14 +86,14 @@ def cpu_cases(losses: Collection[str] = tuple(LOSSES)) -> list[Case]:
         ("resized_kd", ade, ce | {"compile": 6}, (F32,)),
         ("resized_ohem_ce", city, ce | {"eager": 15}, (F32,)),
         ("resized_ohem_ce", ade, ce | {"eager": 15}, (F32,)),
-        ("resized_smooth_ce", city, ce, (F32,)),
-        ("resized_smooth_ce", ade, ce, (F32,)),
-        ("resized_focal_ce", city, ce, (F32,)),
-        ("resized_focal_ce", ade, ce, (F32,)),
-        ("resized_dice", city, ce, (F32,)),
-        ("resized_dice", ade, ce, (F32,)),
-        ("resized_ce_dice", city, ce, (F32, BF16)),
-        ("resized_ce_dice", ade, ce, (F32,)),
+        ("resized_smooth_ce", city, {"bytes": 8}, (F32,)),
+        ("resized_smooth_ce", ade, {"bytes": 8}, (F32,)),
+        ("resized_focal_ce", city, {"bytes": 8}, (F32,)),
+        ("resized_focal_ce", ade, {"bytes": 8}, (F32,)),
+        ("resized_dice", city, dice, (F32,)),
+        ("resized_dice", ade, dice, (F32,)),
+        ("resized_ce_dice", city, dice, (F32, BF16)),
+        ("resized_ce_dice", ade, dice, (F32,)),
         ("resized_bce", city, {"eager": 6, "bytes": 8}, (F32,)),
         ("resized_bce", ade, {"eager": 6, "bytes": 8}, (F32,)),
         ("rdd_tfe", city, ce, (F32, BF16)),
