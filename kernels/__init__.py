@@ -9,14 +9,32 @@ import triton
 
 from fastkd.ops import OPERATORS
 
-from . import cwd, kd, nfd, rdd, rescale, resized_cross_entropy, resized_kd
+from . import (
+    cwd,
+    kd,
+    kd_sigmoid,
+    nfd,
+    rdd,
+    rescale,
+    resized_binary_cross_entropy,
+    resized_cross_entropy,
+    resized_dice,
+    resized_kd,
+    resized_kd_sigmoid,
+    resized_shaped_cross_entropy,
+)
 
 MODULES = {
     "nfd": nfd,
     "kd": kd,
+    "kd_sigmoid": kd_sigmoid,
     "cwd": cwd,
     "resized_cross_entropy": resized_cross_entropy,
+    "resized_shaped_cross_entropy": resized_shaped_cross_entropy,
+    "resized_dice": resized_dice,
+    "resized_binary_cross_entropy": resized_binary_cross_entropy,
     "resized_kd": resized_kd,
+    "resized_kd_sigmoid": resized_kd_sigmoid,
 }
 
 

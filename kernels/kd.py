@@ -38,12 +38,22 @@ class Out(NamedTuple):
 
 
 @triton.jit
-def _counted(labels, pixel, inside, classes):
+def counted_pixels(labels, pixel, inside, classes):
     """Pixels that count. A label outside [0, classes) is ignored; labels are compared, never used as an offset."""
     if labels.target is not None:
         label = tl.load(labels.target + pixel, mask=inside, other=0).to(tl.int64)
         inside = inside & (label != labels.ignore_index) & (label >= 0) & (label < classes)
     return inside
+
+
+@triton.jit
+def gradient_scale(scale, counts, parts, BLOCK: tl.constexpr):
+    """``scale``, fp64, divided by how many labels count, where a mean does."""
+    if counts is not None:
+        k = tl.arange(0, BLOCK)
+        count = tl.sum(tl.load(counts + k, mask=k < parts, other=0).to(tl.float64))
+        scale = tl.where(count == 0, 0.0, scale / count)
+    return scale
 
 
 @triton.jit
@@ -56,7 +66,7 @@ def _count(
 ):
     """Counts the labels of a block."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    counted = _counted(labels, i, i < pixels, classes)
+    counted = counted_pixels(labels, i, i < pixels, classes)
     tl.store(part + tl.program_id(0), tl.sum(counted.to(tl.int32)).to(part.dtype.element_ty))
 
 
@@ -90,7 +100,7 @@ def _kd(
         cross = grow_cross(s, t, inv_tau, cross, total_t, (peak_s, peak_t, higher_s, higher_t), 1)
         peak_s, peak_t, total_t = higher_s, higher_t, more_t
     pixel = at.outer * g.inner + at.inner
-    counted = _counted(labels, pixel, at.inside, at.length)
+    counted = counted_pixels(labels, pixel, at.inside, at.length)
     weight = zero + 1
     if labels.weight is not None:
         weight = tl.load(labels.weight + pixel, mask=at.inside, other=0)
@@ -101,11 +111,7 @@ def _kd(
     tl.store(out.part + program, tl.sum(value))
     tl.store(out.part + tl.num_programs(0) + program, tl.sum(counted.to(tl.int32)).to(g.ACC))
     if out.gradient is not None:
-        scale *= tau
-        if counts is not None:
-            k = tl.arange(0, BLOCK)
-            count = tl.sum(tl.load(counts + k, mask=k < parts, other=0).to(tl.float64))
-            scale = tl.where(count == 0, 0.0, scale / count)
+        scale = gradient_scale(scale * tau, counts, parts, BLOCK)
         norms = (peak_s, tl.log2(total_s), peak_t, tl.log2(total_t))
         factor = weight * scale.to(g.ACC)
         for start in range(0, at.length, g.BLOCK_REDUCED):
@@ -117,7 +123,7 @@ def _kd(
             tl.store(out.gradient + offset, d.to(out.gradient.dtype.element_ty), mask=mask)
 
 
-def _launch(args: tuple[Any, ...], reduction: str, scale: float, with_gradient: bool) -> Out:
+def _launch(kernel: Any, args: tuple[Any, ...], reduction: str, scale: float, with_gradient: bool) -> Out:
     student, teacher, target, weight, temperature, ignore_index = args
     n, c, h, w = student.shape
     acc, _ = accumulator(student)
@@ -139,7 +145,7 @@ def _launch(args: tuple[Any, ...], reduction: str, scale: float, with_gradient: 
     gradient = torch.empty_like(student) if with_gradient else None
     out = Out(loss, student.new_empty((2, tiled.programs), dtype=acc), gradient)
     launch(
-        _kd, (tiled.programs,), student, student, teacher, labels, out, temperature, scale, counts, parts,
+        kernel, (tiled.programs,), student, student, teacher, labels, out, temperature, scale, counts, parts,
         triton.next_power_of_2(parts), tiled.tiles,
     )  # fmt: skip
     return out
@@ -154,14 +160,17 @@ def forward(
     ignore_index: int,
     reduction: str,
     scale: float,
+    *,
+    kernel: Any = _kd,
 ) -> tuple[Tensor, Tensor]:
     """The loss and the number of counted pixels; see ``fastkd.ops.kd``.
 
     Args:
         student, teacher: (N, C, H, W) of one layout, NCHW-contiguous or channels_last.
         target: (N, H, W) contiguous, or None: all pixels count. weight: (N, H, W) contiguous in the accumulator's dtype.
+        kernel: KD's own, or that of :mod:`kernels.kd_sigmoid`.
     """
-    out = _launch((student, teacher, target, weight, temperature, ignore_index), reduction, scale, False)
+    out = _launch(kernel, (student, teacher, target, weight, temperature, ignore_index), reduction, scale, False)
     loss, count = total(out.part, reduction, scale * temperature**2)
     return (out.loss if loss is None else loss), count
 
@@ -175,7 +184,9 @@ def gradient(
     ignore_index: int,
     reduction: str,
     scale: float,
+    *,
+    kernel: Any = _kd,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, the count, and the student's gradient in its dtype and layout; the arguments of :func:`forward`."""
-    out = _launch((student, teacher, target, weight, temperature, ignore_index), reduction, scale, True)
+    out = _launch(kernel, (student, teacher, target, weight, temperature, ignore_index), reduction, scale, True)
     return (*reduced(out.part, reduction == "mean", scale * temperature**2), out.gradient)

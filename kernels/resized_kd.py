@@ -177,17 +177,27 @@ def _kd(
     tl.store(out.part + tl.num_programs(0) + tl.program_id(0), tl.sum(counts))
 
 
-def _launch(args: tuple[Any, ...], gradient: bool, per_pixel: bool, scale: float) -> tuple[Any, Out]:
+class Kind(NamedTuple):
+    """A kernel with the arguments of :func:`_kd`."""
+
+    kernel: Any
+    bounded: bool  # as in resize.prepare
+
+
+SOFTMAX = Kind(_kd, bounded=False)
+
+
+def _launch(kind: Kind, args: tuple[Any, ...], gradient: bool, per_pixel: bool, scale: float) -> tuple[Any, Out]:
     student, teacher, target, pixel_weight, size, temperature, ignore_index, align_corners = args
     acc, _ = accumulator(student, teacher)
     same = student.shape == teacher.shape
     cut = plan(student, size, align_corners, TILE if same else ELSEWHERE_TILE, int(gradient), acc)
-    prepared = prepare(size, 1 / temperature, student, teacher)
+    prepared = prepare(size, 1 / temperature, student, teacher, bounded=kind.bounded)
     loss = student.new_empty((student.shape[0], *size), dtype=acc) if per_pixel else None
     planes = student.new_empty((2 * cut.split, *student.shape), dtype=acc) if gradient else None
     out = Out(loss, student.new_empty((2, cut.programs), dtype=acc), planes)
     labels = Labels(target, None, resize_weight(pixel_weight, size, align_corners), None, ignore_index)
-    launch(_kd, (cut.programs,), student, *prepared, labels, cut.grid, out, scale, same, cut.tile, num_warps=1)
+    launch(kind.kernel, (cut.programs,), student, *prepared, labels, cut.grid, out, scale, same, cut.tile, num_warps=1)
     return cut, out
 
 
@@ -202,6 +212,8 @@ def forward(
     align_corners: bool,
     reduction: str,
     scale: float,
+    *,
+    kind: Kind = SOFTMAX,
 ) -> tuple[Tensor, Tensor]:
     """The loss and the number of counted pixels; see ``fastkd.ops.resized_kd``.
 
@@ -210,7 +222,7 @@ def forward(
         target: (N, H, W) contiguous, or None. pixel_weight: (N, any height, any width) in the accumulator's dtype.
     """
     args = (student, teacher, target, pixel_weight, size, temperature, ignore_index, align_corners)
-    _, out = _launch(args, False, reduction == "none", scale * temperature**2)
+    _, out = _launch(kind, args, False, reduction == "none", scale * temperature**2)
     loss, count = total(out.part, reduction, scale * temperature**2)
     return (out.loss if loss is None else loss), count
 
@@ -226,8 +238,10 @@ def gradient(
     align_corners: bool,
     reduction: str,
     scale: float,
+    *,
+    kind: Kind = SOFTMAX,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, the count, and the student's gradient in its dtype and layout; the arguments of :func:`forward`."""
     args = (student, teacher, target, pixel_weight, size, temperature, ignore_index, align_corners)
-    cut, out = _launch(args, True, False, 1.0)
+    cut, out = _launch(kind, args, True, False, 1.0)
     return join(out.planes, student, out.part, cut.split, reduction, scale * temperature**2, scale * temperature)

@@ -17,6 +17,15 @@ PARTS = 1024
 
 
 @triton.jit
+def add(total, lost, more):
+    """``total`` + ``more``, and what the rounding has ``lost``: a sum of many equal terms does not drift (Kahan)."""
+    more -= lost
+    higher = total + more
+    lost = (higher - total) - more
+    return higher, tl.where(tl.abs(lost) < float("inf"), lost, 0)  # inf stays inf
+
+
+@triton.jit
 def _gather(
     part,  # (rows, parts) ACC
     out,  # (rows, programs) ACC

@@ -19,7 +19,10 @@ SUITES = {
     # Every operator on this machine's kernels.
     "operators": ("operators", "autograd", "csrc", *FAMILIES),
     # TRITON_INTERPRET=1: Triton's kernels in its interpreter, on CPU tensors.
-    "interpreted": ("triton", "operators", "resized_kernels", "rdd_kernels"),
+    "interpreted": (
+        "triton", "operators", "kd_sigmoid", "resized_kernels", "resized_shaped_cross_entropy", "resized_dice",
+        "resized_binary_cross_entropy", "rdd_kernels",
+    ),
     # FASTKD_CUDA_EMULATION=library: CUDA C++ on the emulated GPU (tests/emulation.py).
     "emulated": (
         "cuda_plan", "operators", "autograd", "nfd", "kd", "kd_sigmoid", "resized", "resized_kernels",

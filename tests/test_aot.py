@@ -40,7 +40,22 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels cannot be compiled in the interpreter", allow_module_level=True)
 
 import triton
-from fastkd.kernels import cwd, kd, launch, nfd, rdd, rescale, resized_cross_entropy, resized_kd, tiles
+from fastkd.kernels import (
+    cwd,
+    kd,
+    kd_sigmoid,
+    launch,
+    nfd,
+    rdd,
+    rescale,
+    resized_binary_cross_entropy,
+    resized_cross_entropy,
+    resized_dice,
+    resized_kd,
+    resized_kd_sigmoid,
+    resized_shaped_cross_entropy,
+    tiles,
+)
 from fastkd.kernels.resize import planning
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -57,8 +72,15 @@ TARGETS = {
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 U8, I32, I64 = torch.uint8, torch.int32, torch.int64
-CELLS = ("_cross_entropy", "_kd", "_confidence")  # of kernels/resize's cut, in these modules:
-CELL_MODULES = ("resized_cross_entropy", "resized_kd", "rdd")
+# Of kernels/resize's cut, in these modules:
+CELLS = (
+    "_cross_entropy", "_kd", "_confidence", "_shaped_cross_entropy", "_dice", "_dice_gradient", "_binary_cross_entropy",
+    "_kd_sigmoid",
+)  # fmt: skip
+CELL_MODULES = (
+    "resized_cross_entropy", "resized_kd", "rdd", "resized_shaped_cross_entropy", "resized_dice",
+    "resized_binary_cross_entropy", "resized_kd_sigmoid",
+)  # fmt: skip
 
 
 class Usage(NamedTuple):
@@ -110,13 +132,13 @@ def run_cwd(shape, layout, student, teacher):
     cwd.backward(loss, s, t, 4.0, "sum", 1.0, stats)
 
 
-def run_kd(shape, layout, student, teacher, label=None, weight=False, reduction="mean"):
+def run_kd(shape, layout, student, teacher, label=None, weight=False, reduction="mean", module=kd):
     s, t = empty(*shape, dtype=student, layout=layout), empty(*shape, dtype=teacher, layout=layout)
     pixels = (shape[0], *shape[2:])
     acc = F64 if student == F64 else F32
     args = (s, t, label and empty(*pixels, dtype=label), empty(*pixels, dtype=acc) if weight else None, 2.0, 255)
-    kd.gradient(*args, reduction, 1.0)
-    kd.forward(*args, "none", 1.0)
+    module.gradient(*args, reduction, 1.0)
+    module.forward(*args, "none", 1.0)
 
 
 def run_cross_entropy(
@@ -140,16 +162,65 @@ def run_cross_entropy(
         resized_cross_entropy.gradient(*args, "mean", 1.0)
 
 
-def run_resized_kd(shape, teacher_size, size, layout, dtype, label=None, pixel_weight=False, forward=False):
+def run_shaped(
+    shape, size, layout, dtype, label, options, class_weight=False, pixel_weight=None, align=False, forward=False
+):
+    """``options``: label smoothing and the focal exponent."""
+    n, c, _, _ = shape
+    acc = F64 if dtype == F64 else F32
+    args = (
+        empty(*shape, dtype=dtype, layout=layout),
+        empty(n, *size, dtype=label),
+        empty(c, dtype=acc) if class_weight else None,
+        empty(n, *pixel_weight, dtype=acc) if pixel_weight else None,
+        255,
+        align,
+        *options,
+    )
+    if forward:
+        resized_shaped_cross_entropy.forward(*args, "none", 1.0)
+    else:
+        resized_shaped_cross_entropy.gradient(*args, "mean", 1.0)
+
+
+def run_dice(shape, size, layout, dtype, label, square=False, columns=4, align=False, backward=False):
+    args = (empty(*shape, dtype=dtype, layout=layout), empty(shape[0], *size, dtype=label), 255, align, square, columns)
+    if backward:
+        grad = empty(*shape[:2], columns, dtype=F64)
+        resized_dice.backward(grad, *args, "none", 1.0, empty(0))
+    else:
+        resized_dice.forward(*args, "none", 1.0)
+
+
+def run_binary(shape, size, layout, dtype, label, pos_weight=False, pixel_weight=None, forward=False):
+    n, c, _, _ = shape
+    acc = F64 if dtype == F64 else F32
+    args = (
+        empty(*shape, dtype=dtype, layout=layout),
+        empty(n, c, *size, dtype=label),
+        empty(c, dtype=acc) if pos_weight else None,
+        empty(n, *pixel_weight, dtype=acc) if pixel_weight else None,
+        255,
+        False,
+    )
+    if forward:
+        resized_binary_cross_entropy.forward(*args, "none", 1.0)
+    else:
+        resized_binary_cross_entropy.gradient(*args, "mean", 1.0)
+
+
+def run_resized_kd(
+    shape, teacher_size, size, layout, dtype, label=None, pixel_weight=False, forward=False, module=resized_kd
+):
     n, c, _, _ = shape
     acc = F64 if dtype == F64 else F32
     s, t = empty(*shape, dtype=dtype, layout=layout), empty(n, c, *teacher_size, dtype=dtype, layout=layout)
     weight = empty(n, *size, dtype=acc) if pixel_weight else None
     args = (s, t, label and empty(n, *size, dtype=label), weight, size, 2.0, 255, False)
     if forward:
-        resized_kd.forward(*args, "none", 1.0)
+        module.forward(*args, "none", 1.0)
     else:
-        resized_kd.gradient(*args, "mean", 1.0)
+        module.gradient(*args, "mean", 1.0)
 
 
 def run_heads(shape, layout, dtype):
@@ -222,6 +293,36 @@ def combinations() -> list[Callable[[], None]]:
     for label, confidence, min_kept, lse in itertools.product((U8, I32, I64), ("max", "label"), (0, 9), (False, True)):
         options = (NCHW, F32, label, confidence, min_kept, lse)
         out.append(lambda o=options: run_difficulty(shape, size, *o))
+    of_label = itertools.cycle((U8, I32, I64))
+    for options, class_weight, weight, forward in itertools.product(
+        ((0.1, 0.0), (0.0, 2.0)), (False, True), (None, (3, 4)), (False, True)
+    ):
+        args = (NCHW, F32, next(of_label), options, class_weight, weight, False, forward)
+        out.append(lambda a=args: run_shaped(shape, size, *a))
+    for square, columns, align, backward in itertools.product((False, True), (3, 4, 5), (False, True), (False, True)):
+        args = (NCHW, F32, next(of_label), square, columns, align, backward)
+        out.append(lambda a=args: run_dice(shape, size, *a))
+    for pos_weight, weight, forward in itertools.product((False, True), (None, (1, 3, 4), (5, 11, 15)), (False, True)):
+        args = (NCHW, F32, next(of_label), pos_weight, weight, forward)
+        out.append(lambda a=args: run_binary(shape, size, *a))
+    for labelled, weight, teacher, forward in itertools.product(
+        (False, True), (False, True), ((6, 7), (9, 4)), (False, True)
+    ):
+        args = (NCHW, F32, next(of_label) if labelled else None, weight, forward, resized_kd_sigmoid)
+        out.append(lambda t=teacher, a=args: run_resized_kd(shape, t, size, *a))
+        args = (NCHW, F32, F32, next(of_label) if labelled else None, weight, "mean", kd_sigmoid)
+        out.append(lambda a=args: run_kd(shape, *a))
+    # A size of 1 is a constant to the compiler.
+    for one, to, dtype in (((1, 1, 1, 1), (1, 1), F32), ((1, 2, 1, 1), (1, 9), F64), ((3, 1, 4, 5), (4, 5), F16)):
+        for options in ((0.1, 0.0), (0.0, 2.0)):
+            out.append(lambda o=one, t=to, d=dtype, p=options: run_shaped(o, t, NHWC, d, U8, p, True))
+        for backward in (False, True):
+            out.append(lambda o=one, t=to, d=dtype, b=backward: run_dice(o, t, NHWC, d, U8, b, 5, b, b))
+        out.append(lambda o=one, t=to, d=dtype: run_binary(o, t, NHWC, d, U8, True, (1, 1, 1)))
+        out.append(
+            lambda o=one, t=to, d=dtype: run_resized_kd(o, (1, 1), t, NHWC, d, U8, True, module=resized_kd_sigmoid)
+        )
+        out.append(lambda o=one, d=dtype: run_kd(o, NHWC, d, d, U8, True, "mean", kd_sigmoid))
     for dtype in (F64, F16):
         out.append(lambda d=dtype: run_cross_entropy(shape, size, NHWC, d, U8, True, size))
         out.append(lambda d=dtype: run_resized_kd(shape, (6, 7), size, NHWC, d, U8, True))

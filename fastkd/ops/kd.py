@@ -53,5 +53,5 @@ KD = Loss(
 #
 # Stable by the sign of t: with t' = -|t|, s' = -s if t > 0 else s, p = sigmoid(t'), a class adds
 # p (t' - s') + softplus(s') - softplus(t'); p = 0 leaves out the first term, even at infinity.
-KD_SIGMOID = replace(KD, name="kd_sigmoid", early=("cpu", "cuda"))
+KD_SIGMOID = replace(KD, name="kd_sigmoid", early=("cpu", "triton", "cuda"))
 OPERATORS = (*KD.operators(), *KD_SIGMOID.operators())

@@ -50,7 +50,7 @@ RESIZED_BINARY_CROSS_ENTROPY = Loss(
     "Tensor logits, Tensor target, Tensor? pos_weight, Tensor? pixel_weight, int ignore_index, bool align_corners",
     _fake,
     _samples,
-    early=("cpu", "cuda"),
+    early=("cpu", "triton", "cuda"),
     unit=_unit,
     pixel_weight=3,
     any_weight=lambda logits, target, pos_weight, pixel_weight, *rest: (

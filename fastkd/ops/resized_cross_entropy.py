@@ -98,7 +98,7 @@ RESIZED_SHAPED_CROSS_ENTROPY = Loss(
     "float label_smoothing, float focal_gamma",
     _shaped_fake,
     _shaped_samples,
-    early=("cpu", "cuda"),
+    early=("cpu", "triton", "cuda"),
     unit=_unit,
     pixel_weight=3,
     any_weight=lambda logits, target, class_weight, pixel_weight, *rest: (

@@ -62,7 +62,7 @@ RESIZED_DICE = Loss(
     _fake,
     _samples,
     early=(),
-    late=("cpu", "cuda"),
+    late=("cpu", "triton", "cuda"),
     reductions=("none",),
     sample_scale=1.0,
 )

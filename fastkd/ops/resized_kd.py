@@ -56,5 +56,5 @@ RESIZED_KD = Loss(
     any_weight=lambda student, teacher, target, pixel_weight, *rest: pixel_weight is not None,
 )
 # The same with a sigmoid of each class: the formula of fastkd/ops/kd.py at label pixels.
-RESIZED_KD_SIGMOID = replace(RESIZED_KD, name="resized_kd_sigmoid", early=("cpu", "cuda"))
+RESIZED_KD_SIGMOID = replace(RESIZED_KD, name="resized_kd_sigmoid", early=("cpu", "triton", "cuda"))
 OPERATORS = (*RESIZED_KD.operators(), *RESIZED_KD_SIGMOID.operators())

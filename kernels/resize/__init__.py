@@ -21,7 +21,8 @@ A loss plugs in with what it makes of a label pixel's values, base 2 and as tupl
 1. Sums over the classes: a loop that calls :func:`values` and carries its sums (``resized_cross_entropy.sums``).
 2. A term from these sums, times the label pixel's factor of :func:`weigh`.
 3. A formula ``(k, class, student's value, teacher's value, kept, state)`` that :func:`write_gradient` calls for every class
-   and label pixel ``k``; it returns the gradient by that value, and what it keeps from class to class.
+   and label pixel ``k``; it returns the gradient by that value, and what it keeps from class to class. With ``numbers``, it
+   gets what its class has of each of them in the place of the teacher's value.
 
 Its kernel is a loop over the parts of a cell: :func:`locate`, :func:`parts_of`, :func:`part_of`, :func:`read_labels`, the
 three above, and a partial sum of the loss and of what the mean divides by. Its launcher calls :func:`plan`,
@@ -31,8 +32,8 @@ planning.py cuts the work, preparation.py copies the logits, cells.py finds a la
 labels.py reads what label pixels are worth, gradient.py transposes to logit size, tuples.py has what all need of tuples.
 """
 
-from .cells import Cell, locate, part_of, parts_of
-from .gradient import join, write_gradient
+from .cells import Cell, locate, locate_apart, part_of, parts_of
+from .gradient import join, join_planes, next_class, shares_of, spread, write_gradient
 from .interpolation import (
     LN2,
     Shift,
@@ -45,16 +46,17 @@ from .interpolation import (
     far_below,
     has,
     largest,
+    load_each,
     one_pixel,
     one_view,
     plane_of,
     taps_of,
     values,
 )
-from .labels import Labels, read_labels, resize_weight, weigh, write_pixels
-from .planning import plan
-from .preparation import LOW32, LOW64, prepare
-from .tuples import any_of, fill, nothing, pick, put
+from .labels import Labels, Worth, read_labels, resize_weight, weigh, write_pixels
+from .planning import plan, plan_apart
+from .preparation import LOW32, LOW64, Logits, prepare
+from .tuples import any_of, fill, nothing, pick, put, sum_of
 
 __all__ = [
     "LN2",
@@ -62,8 +64,10 @@ __all__ = [
     "LOW64",
     "Cell",
     "Labels",
+    "Logits",
     "Shift",
     "View",
+    "Worth",
     "advance",
     "any_lane",
     "any_of",
@@ -74,8 +78,12 @@ __all__ = [
     "fill",
     "has",
     "join",
+    "join_planes",
     "largest",
+    "load_each",
     "locate",
+    "locate_apart",
+    "next_class",
     "nothing",
     "one_pixel",
     "one_view",
@@ -83,11 +91,15 @@ __all__ = [
     "parts_of",
     "pick",
     "plan",
+    "plan_apart",
     "plane_of",
     "prepare",
     "put",
     "read_labels",
     "resize_weight",
+    "shares_of",
+    "spread",
+    "sum_of",
     "taps_of",
     "values",
     "weigh",

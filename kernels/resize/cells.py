@@ -87,6 +87,19 @@ def locate(logits, grid, T):
 
 
 @triton.jit
+def locate_apart(logits, grid, T):
+    """:func:`locate` of :func:`kernels.resize.planning.plan_apart`: a program's cells are one sample's."""
+    border: tl.constexpr = 0 if T.ALIGN else 1
+    block, blocks = tl.program_id(0) // grid.split, tl.cdiv(grid.cells, T.CELLS)
+    at = (block % blocks).to(tl.int64) * T.CELLS + tl.arange(0, T.CELLS)
+    inside = at < grid.cells
+    at = tl.where(inside, at, 0)
+    y = (at // (logits.width + border)).to(T.INT) - border
+    x = (at % (logits.width + border)).to(T.INT) - border
+    return Place(inside, inside, block // blocks, y, x)
+
+
+@triton.jit
 def axis(cell, k, into, out, COUNT: tl.constexpr, T):
     """Outputs k to k + COUNT of a cell along one axis: their places, whether they exist, the neighbour's weight."""
     start = first_output(cell, into, out, T.ALIGN)
@@ -114,6 +127,8 @@ def part_of(place, logits, grid, part, T):
 
 @triton.jit
 def parts_of(grid):
-    """The parts this program takes: the first, and one past the last."""
+    """The parts this program takes: the first, and one past the last. Nothing here is larger than their number."""
     which = tl.program_id(0) % grid.split
-    return which * grid.parts // grid.split, (which + 1) * grid.parts // grid.split
+    share, more = grid.parts // grid.split, grid.parts % grid.split
+    first = which * share + tl.minimum(which, more)
+    return first, first + share + (which < more).to(tl.int32)

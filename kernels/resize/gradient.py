@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..launch import accumulator, launch
 from ..total import finish, gather_parts
-from .interpolation import Shift, advance, begin, plane_of, values
+from .interpolation import Shift, advance, begin, load_each, plane_of, values
 from .tuples import nothing
 
 
@@ -46,6 +46,12 @@ def shares_of(planes, logits, grid, place, T):
 
 
 @triton.jit
+def next_class(to, logits):
+    size = tl.cast(logits.height, tl.int64) * logits.width
+    return Shares(to.upper + size, to.lower + size, to.has_upper, to.has_lower, to.from_left)
+
+
+@triton.jit
 def spread(to, value, pixels, again, T):
     """Adds one class's gradient at label pixels, transposed to the cell's corners, to what earlier parts left there."""
     zero = tl.zeros([T.CELLS], T.ACC)
@@ -75,7 +81,7 @@ def spread(to, value, pixels, again, T):
 
 
 @triton.jit
-def write_gradient(planes, grid, cell, student, teacher, state, kept, FORMULA: tl.constexpr, again, T):
+def write_gradient(planes, grid, cell, student, teacher, state, kept, FORMULA: tl.constexpr, again, T, numbers=()):
     """The gradient of each label pixel and class, transposed to logit size.
 
     Args:
@@ -84,6 +90,8 @@ def write_gradient(planes, grid, cell, student, teacher, state, kept, FORMULA: t
             pixel k; it returns what it ``kept`` of the pixel too.
         kept: tuple of a number a label pixel; may be empty.
         again: whether an earlier part has written its shares.
+        numbers: tuple of pointers to a number a class, at class 0; FORMULA gets those of its class as a tuple, in the place
+            of the teacher's value.
 
     Returns:
         kept.
@@ -93,7 +101,6 @@ def write_gradient(planes, grid, cell, student, teacher, state, kept, FORMULA: t
     if len(teacher) > 0:
         teacher_at = begin(teacher[0], cell)
     to = shares_of(planes, logits, grid, cell.place, T)
-    size = tl.cast(logits.height, tl.int64) * logits.width
     for c in range(logits.classes):
         number = tl.cast(c, tl.float32)
         value = values(student, at, cell, Shift(0, ()))
@@ -102,17 +109,20 @@ def write_gradient(planes, grid, cell, student, teacher, state, kept, FORMULA: t
         if len(teacher) > 0:
             other = values(teacher[0], teacher_at, cell, Shift(0, ()))
             teacher_at = advance(teacher_at, plane_of(teacher[0].logits))
+        own = load_each(numbers)
+        numbers = advance(numbers, 1)
         gradient, keep = nothing(), nothing()
         for k in tl.static_range(len(value)):
+            second = other[k] if len(own) == 0 else own
             if len(kept) > 0:
-                one, more = FORMULA(k, number, value[k], other[k], kept[k], state)
+                one, more = FORMULA(k, number, value[k], second, kept[k], state)
                 keep = keep + (more,)
             else:
-                one, more = FORMULA(k, number, value[k], other[k], None, state)
+                one, more = FORMULA(k, number, value[k], second, None, state)
             gradient = gradient + (one,)
         kept = keep
         spread(to, gradient, cell.pixels, again, T)
-        to = Shares(to.upper + size, to.lower + size, to.has_upper, to.has_lower, to.from_left)
+        to = next_class(to, logits)
     return kept
 
 
@@ -120,9 +130,9 @@ def write_gradient(planes, grid, cell, student, teacher, state, kept, FORMULA: t
 def _join(
     planes,  # (split, 2, N, C, h * w) ACC
     out,  # (N, C, h, w), any float dtype
-    sums,  # (2, parts) ACC: losses, counts
-    loss,  # () ACC
-    count,  # () ACC
+    sums,  # (2, parts) ACC: losses, counts; or None
+    loss,  # () ACC, or None
+    count,  # () ACC, or None
     size,  # (split, parts, elements of the map, C, h * w)
     stride,  # of out: (n, c, pixel)
     scale: tl.float64,  # of the loss
@@ -153,24 +163,38 @@ def _join(
     tl.store(to, value.to(out.dtype.element_ty), mask=mask)
 
 
-def join(
-    planes: Tensor, like: Tensor, part: Tensor, split: int, reduction: str, scale: float, gradient_scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The reduced loss, the count, and the gradient in the dtype and layout of ``like``."""
+def _add_planes(
+    planes: Tensor, like: Tensor, sums: tuple[Any, ...], split: int, mean: bool, scale: float, gradient_scale: float
+) -> Tensor:
+    """``sums``: partial sums of loss and count, how many, and where they go; see :func:`_join`."""
     _, ACC = accumulator(planes)
     n, c, h, w = like.shape
     out = torch.empty_like(like)
-    loss, count = part.new_empty(()), part.new_empty(())
-    part = gather_parts(part)
+    part, parts, loss, count = sums
     nchw = like.is_contiguous()
     if nchw:  # every plane of every sample in a row
         rows, classes, pixels, blocks, stride = 1, 1, n * c * h * w, (1, 1024), (0, 0, 1)
     else:
         rows, classes, pixels, blocks, stride = n, c, h * w, (32, 32), (c * h * w, 1, c)
     programs = rows * triton.cdiv(classes, blocks[0]) * triton.cdiv(pixels, blocks[1])
-    T = tuple(map(tl.constexpr, (ACC, reduction == "mean", triton.next_power_of_2(part.shape[1]), *blocks)))
+    T = tuple(map(tl.constexpr, (ACC, mean, triton.next_power_of_2(parts), *blocks)))
     launch(
-        _join, (programs,), like, planes, out, part, loss, count,
-        (split, part.shape[1], like.numel(), classes, pixels), stride, scale, gradient_scale, T,
+        _join, (programs,), like, planes, out, part, loss, count, (split, parts, like.numel(), classes, pixels), stride,
+        scale, gradient_scale, T,
     )  # fmt: skip
-    return loss, count, out
+    return out
+
+
+def join(
+    planes: Tensor, like: Tensor, part: Tensor, split: int, reduction: str, scale: float, gradient_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The reduced loss, the count, and the gradient in the dtype and layout of ``like``."""
+    loss, count = part.new_empty(()), part.new_empty(())
+    part = gather_parts(part)
+    sums = (part, part.shape[1], loss, count)
+    return loss, count, _add_planes(planes, like, sums, split, reduction == "mean", scale, gradient_scale)
+
+
+def join_planes(planes: Tensor, like: Tensor, split: int) -> Tensor:
+    """The gradient alone."""
+    return _add_planes(planes, like, (None, 1, None, None), split, False, 1.0, 1.0)

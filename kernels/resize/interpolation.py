@@ -92,6 +92,14 @@ def advance(at, step):
 
 
 @triton.jit
+def load_each(at):
+    out = ()
+    for i in tl.static_range(len(at)):
+        out = out + (tl.load(at[i]),)
+    return out
+
+
+@triton.jit
 def corners(at, mask, shift):
     """Four neighbouring logits less ``shift``: the left one above, the step to the right above, and how much each changes
     downwards."""

@@ -61,6 +61,21 @@ def plan(
     return _plan(logits.shape, tuple(size), align_corners, most, halo, acc == torch.float64, lanes())
 
 
+def plan_apart(
+    logits: Tensor, size: Sequence[int], align_corners: bool, most: tuple[int, int], most_parts: int, acc: torch.dtype
+) -> Plan:
+    """:func:`plan` without a halo, where each sample's cells are a line of their own.
+
+    Args:
+        most_parts: the most parts of cells that a program takes.
+    """
+    one = plan(logits[:1], size, align_corners, most, 0, acc)
+    programs = logits.shape[0] * (one.programs // one.split)
+    parts = one.grid.parts
+    split = max(min(parts, PROGRAMS // programs), triton.cdiv(parts, most_parts))
+    return Plan(one.grid._replace(split=split), one.tile, programs * split, split)
+
+
 @lru_cache(maxsize=1024)
 def _plan(
     shape: tuple[int, ...],

@@ -45,6 +45,7 @@ def _copy(
     block,
     samples,
     k: tl.float64,
+    BOUNDED: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
@@ -67,6 +68,8 @@ def _copy(
         mask = (c < to.classes)[:, None] & inside[None, :]
         value = tl.load(given[None, :] + c[:, None] * source.stride_c, mask=mask, other=low).to(ACC) * scale
         value = tl.maximum(value, low, propagate_nan=tl.PropagateNan.ALL)
+        if BOUNDED:
+            value = tl.minimum(value, -low, propagate_nan=tl.PropagateNan.ALL)
         tl.store(kept[None, :] + c[:, None] * plane, value, mask=mask)
         peak = tl.maximum(peak, tl.max(value, 0))
     tl.store(to.peak + at, peak, mask=inside)
@@ -75,20 +78,24 @@ def _copy(
 @triton.jit
 def _prepare(
     first, first_to, second, second_to, samples, blocks, k: tl.float64,
-    ACC: tl.constexpr, BLOCK_CLASSES: tl.constexpr, BLOCK_PIXELS: tl.constexpr,
+    BOUNDED: tl.constexpr, ACC: tl.constexpr, BLOCK_CLASSES: tl.constexpr, BLOCK_PIXELS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     if second is None:
-        _copy(first, first_to, block, samples, k, ACC, BLOCK_CLASSES, BLOCK_PIXELS)
+        _copy(first, first_to, block, samples, k, BOUNDED, ACC, BLOCK_CLASSES, BLOCK_PIXELS)
     else:
         if block < blocks:
-            _copy(first, first_to, block, samples, k, ACC, BLOCK_CLASSES, BLOCK_PIXELS)
+            _copy(first, first_to, block, samples, k, BOUNDED, ACC, BLOCK_CLASSES, BLOCK_PIXELS)
         else:
-            _copy(second, second_to, block - blocks, samples, k, ACC, BLOCK_CLASSES, BLOCK_PIXELS)
+            _copy(second, second_to, block - blocks, samples, k, BOUNDED, ACC, BLOCK_CLASSES, BLOCK_PIXELS)
 
 
-def prepare(size: Sequence[int], scale: float, *maps: Tensor) -> list[Logits]:
-    """Copies one or two dense maps (N, C, h, w), times ``scale`` * log2(e), in one launch."""
+def prepare(size: Sequence[int], scale: float, *maps: Tensor, bounded: bool = False) -> list[Logits]:
+    """Copies one or two dense maps (N, C, h, w), times ``scale`` * log2(e), in one launch.
+
+    Args:
+        bounded: +inf becomes finite too: a softmax of it is NaN, a sigmoid is 1.
+    """
     acc, ACC = accumulator(*maps)
     to, sources, blocks = [], [], []
     for x in maps:
@@ -102,6 +109,6 @@ def prepare(size: Sequence[int], scale: float, *maps: Tensor) -> list[Logits]:
     second, second_to = (sources[1], to[1]) if len(maps) > 1 else (None, None)
     launch(
         _prepare, (sum(blocks),), maps[0], sources[0], to[0], second, second_to, maps[0].shape[0], blocks[0],
-        scale * LOG2E, ACC=ACC, BLOCK_CLASSES=16, BLOCK_PIXELS=64,
+        scale * LOG2E, BOUNDED=bounded, ACC=ACC, BLOCK_CLASSES=16, BLOCK_PIXELS=64,
     )  # fmt: skip
     return to

@@ -1,0 +1,46 @@
+"""One class against the rest: sigmoid, softplus and the KL of Bernoulli distributions, stable at any logit.
+
+Arguments are logits times log2(e), so that an exponential is one instruction; softplus and KL are natural. All is made of
+exp(-|x|) <= 1, with the relative accuracy of the accumulator.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x in [0, 1], as 2 atanh(x / (2 + x)): a term of the series is at most a ninth of the one before."""
+    TERMS: tl.constexpr = 15 if x.dtype == tl.float64 else 6
+    ratio = x / (2 + x)
+    square = ratio * ratio
+    series = square * (1.0 / (2 * TERMS + 1))
+    for i in tl.static_range(1, TERMS):
+        series = (series + 1.0 / (2 * (TERMS - i) + 1)) * square
+    return 2 * ratio + 2 * ratio * series
+
+
+@triton.jit
+def softplus_and_sigmoid(x):
+    small = tl.exp2(-tl.abs(x))
+    softplus = tl.maximum(x, 0, propagate_nan=tl.PropagateNan.ALL) * LN2 + log1p(small)
+    return softplus, tl.where(x >= 0, 1, small) / (1 + small)
+
+
+@triton.jit
+def bernoulli(s, t):
+    """KL(Bernoulli(sigmoid(t)) || Bernoulli(sigmoid(s))), and sigmoid(s) - sigmoid(t); exactly 0 for equal s and t.
+
+    Of a class and its complement, that which t finds less likely is looked at; probability 0 adds 0, whatever s is.
+    """
+    mirrored = t > 0
+    s = tl.where(mirrored, -s, s)
+    t = -tl.abs(t)
+    soft_s, p_s = softplus_and_sigmoid(s)
+    soft_t, p_t = softplus_and_sigmoid(t)
+    divergence = tl.where(p_t == 0, 0, p_t * (t - s)) * LN2 + (soft_s - soft_t)
+    return divergence, tl.where(mirrored, p_t - p_s, p_s - p_t)
