@@ -197,7 +197,12 @@ def _launch(kind: Kind, args: tuple[Any, ...], gradient: bool, per_pixel: bool, 
     planes = student.new_empty((2 * cut.split, *student.shape), dtype=acc) if gradient else None
     out = Out(loss, student.new_empty((2, cut.programs), dtype=acc), planes)
     labels = Labels(target, None, resize_weight(pixel_weight, size, align_corners), None, ignore_index)
-    launch(kind.kernel, (cut.programs,), student, *prepared, labels, cut.grid, out, scale, same, cut.tile, num_warps=1)
+    # Few label pixels need fewer than this; without it the assembler spills two with weights.
+    registers = 168 if same and cut.tile.ROWS.value * cut.tile.COLUMNS.value <= 8 else None
+    launch(
+        kind.kernel, (cut.programs,), student, *prepared, labels, cut.grid, out, scale, same, cut.tile,
+        num_warps=1, registers=registers,
+    )  # fmt: skip
     return cut, out
 
 

@@ -650,7 +650,7 @@ def test_gate_fails_on_a_spill(monkeypatch):
     assert spills[0] in complaints(*job, kernels)
 
 
-@pytest.mark.parametrize(("pixels", "what"), [((1, 4), "loads for an exponential"), ((4, 8), "spills")])
+@pytest.mark.parametrize(("pixels", "what"), [((1, 4), "loads for an exponential"), ((8, 9), "spills")])
 def test_gate_fails_on_other_parts_of_a_cell(pixels, what):
     """Few label pixels a lane load too much for each exponential, many do not fit its registers."""
     job = ("resized-ce-150-forward", "sm_90")
