@@ -300,13 +300,15 @@ def _mixture(p, mine, by, label, numbers):
 def _gradient(k: tl.constexpr, c, value, numbers, kept, state):
     """``numbers``: i, b, a, s of the class; ``state``: label, log-sum-exp, what all classes have."""
     p = tl.exp2(value - state[1][k])
-    return _mixture(p, state[0][k] == c, state[2][k] + numbers[1], state[0][k], numbers), kept
+    out = _mixture(p, state[0][k] == c, state[2][k] + numbers[1], state[0][k], numbers)
+    return out, out
 
 
 @triton.jit
 def _square_gradient(k: tl.constexpr, c, value, numbers, kept, state):
     p = tl.exp2(value - state[1][k])
-    return _mixture(p, state[0][k] == c, state[2][k] + 2 * numbers[1] * p, state[0][k], numbers), kept
+    out = _mixture(p, state[0][k] == c, state[2][k] + 2 * numbers[1] * p, state[0][k], numbers)
+    return out, out
 
 
 @triton.jit

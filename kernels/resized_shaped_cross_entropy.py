@@ -110,7 +110,8 @@ def _interpolated(data, logits, cell):
 def _smooth(k: tl.constexpr, c, value, _, kept, state):
     """factor * (p - (1 - e) onehot - e / C); ``state``: label, log-sum-exp, factor, and what the label and the others get."""
     out = tl.exp2(value - state[1][k]) + tl.where(state[0][k] == c, state[3], state[4])
-    return out * state[2][k], kept
+    out *= state[2][k]
+    return out, out
 
 
 @triton.jit
@@ -118,7 +119,8 @@ def _smooth_weighted(k: tl.constexpr, c, value, weight, kept, state):
     """first * (p - onehot) + second * (W onehot - w_c); ``state``: label, log-sum-exp, first, second, W."""
     mine = state[0][k] == c
     out = state[2][k] * (tl.exp2(value - state[1][k]) - tl.where(mine, 1.0, 0.0))
-    return out + state[3][k] * (tl.where(mine, state[4], 0.0) - weight[0]), kept
+    out += state[3][k] * (tl.where(mine, state[4], 0.0) - weight[0])
+    return out, out
 
 
 @triton.jit
