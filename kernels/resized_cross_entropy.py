@@ -167,7 +167,7 @@ def _cross_entropy(
         if out.planes is not None:
             weighted: tl.constexpr = (labels.class_weight is not None) or (labels.pixel_weight is not None)
             state = (label, norm, factor) if weighted else (label, norm)
-            own = write_gradient(out.planes, grid, cell, view, (), state, own, _gradient, part > first, T)
+            own = write_gradient(out.planes, grid, cell, view, (), state, own, _gradient, part > first, T, ())
             for k in tl.static_range(len(own)):
                 distance = distance + (norm[k] - own[k],)
         terms = nothing()

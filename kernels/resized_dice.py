@@ -376,16 +376,7 @@ def backward(
     labels = Labels(target, None, None, None, ignore_index)
     upstream = Upstream(i, b, a, s, every_s)
     launch(
-        _dice_gradient,
-        (cut.programs,),
-        logits,
-        prepared,
-        labels,
-        upstream,
-        cut.grid,
-        planes,
-        square,
-        cut.tile,
-        num_warps=1,
-    )
+        _dice_gradient, (cut.programs,), logits, prepared, labels, upstream, cut.grid, planes, square, cut.tile,
+        num_warps=1, registers=224 if square else None,
+    )  # fmt: skip
     return join_planes(planes, logits, cut.split)

@@ -172,7 +172,7 @@ def _kd(
             write_pixels(out.loss, grid, place, pixels, terms)
         if out.planes is not None:
             state = (norm_s, norm_t) if labels.pixel_weight is None else (norm_s, norm_t, factor)
-            write_gradient(out.planes, grid, cell, views[0], (views[1],), state, (), _gradient, part > first, T)
+            write_gradient(out.planes, grid, cell, views[0], (views[1],), state, (), _gradient, part > first, T, ())
     tl.store(out.part + tl.program_id(0), tl.sum(losses))
     tl.store(out.part + tl.num_programs(0) + tl.program_id(0), tl.sum(counts))
 

@@ -54,10 +54,10 @@ def _terms(student, teacher, cell, T):
 
 
 @triton.jit
-def _gradient(k: tl.constexpr, c, value_s, value_t, total, factor):
-    """factor * (sigmoid(S) - sigmoid(T)); keeps the sum of the divergences."""
+def _gradient(k: tl.constexpr, c, value_s, value_t, total, state):
+    """factor * (sigmoid(S) - sigmoid(T)), ``state``: the factor; keeps the sum of the divergences."""
     divergence, difference = bernoulli(value_s, value_t)
-    return difference * factor[k], total + divergence
+    return difference * state[0][k], total + divergence
 
 
 @triton.jit
@@ -85,17 +85,9 @@ def _kd_sigmoid(
         cell = Cell(place, pixels, any_of(counted))
         views = (View(student, ()), View(teacher, () if SAME else taps_of(teacher, grid, pixels, T)))
         if out.planes is not None:
+            state, none = (factor,), fill(zero, len(factor))
             total = write_gradient(
-                out.planes,
-                grid,
-                cell,
-                views[0],
-                (views[1],),
-                factor,
-                fill(zero, len(factor)),
-                _gradient,
-                part > first,
-                T,
+                out.planes, grid, cell, views[0], (views[1],), state, none, _gradient, part > first, T, ()
             )
         else:
             total = _terms(views[0], views[1], cell, T)

@@ -81,7 +81,7 @@ def spread(to, value, pixels, again, T):
 
 
 @triton.jit
-def write_gradient(planes, grid, cell, student, teacher, state, kept, FORMULA: tl.constexpr, again, T, numbers=()):
+def write_gradient(planes, grid, cell, student, teacher, state, kept, FORMULA: tl.constexpr, again, T, numbers):
     """The gradient of each label pixel and class, transposed to logit size.
 
     Args:
