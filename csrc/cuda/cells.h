@@ -18,6 +18,7 @@
 //   kSides, kGrids   maps it reads, and sizes they have: 2 where the teacher's size differs
 //   kOwn, kWeights   whether the labelled class matters, and whether a gradient keeps a weight of each label pixel
 //   kWide            whether a gradient needs as many registers without
+//   kManySums        whether the sums of a loss without gradient need more than 168 registers for 32 label pixels
 //   kGradient, kForward, kKnown, kWritesSums   which kernels exist, and whether log-sum-exps may be given or are written
 //   Sums, add        what it sums over the classes of a label pixel, from each class's values and their powers of 2
 //   near             whether the sums lost no terms; otherwise the label pixel is done again from its own maximum
@@ -42,7 +43,7 @@ struct Cells {
     static constexpr int kThreadsOfBlock = 64;
     // 255, 168 or 128 registers: what a thread's pixels take, so that nothing is spilled.
     static constexpr int kBlocksPerCores =
-        PY * PX > 32 || sizeof(A) == 8 || (PY * PX > 16 && kGradient && (Loss::kWeights || Loss::kWide)) ? 4
+        PY * PX > 32 || sizeof(A) == 8 || (PY * PX > 16 && (kGradient ? Loss::kWeights || Loss::kWide : Loss::kManySums)) ? 4
         : PY * PX > 16 || (PY * PX == 16 && kGradient && (kGrids == 2 || Loss::kWide))                   ? 6
                                                                                                          : 8;
     static constexpr bool kMakesGradient = kGradient;

@@ -16,7 +16,7 @@ struct EachLoss {
     static constexpr int kSides = sides, kGrids = grids;
     static constexpr int kFirstShapes = kFewShapes;
     static constexpr bool kGradient = true, kForward = true, kOwn = false, kWeights = false, kKnown = false;
-    static constexpr bool kWide = false;
+    static constexpr bool kWide = false, kManySums = false;
 
     struct Sums {};
     struct Linear {};
@@ -148,6 +148,7 @@ template <class T, int PY, int PX, bool kGradient>
 struct CellsBinary : CellsEach<T, 1, 1, PY, PX, kGradient> {
     using Base = CellsEach<T, 1, 1, PY, PX, kGradient>;
     using A = T;
+    static constexpr int kBlocksPerCores = !kGradient && PY * PX > 16 ? 4 : Base::kBlocksPerCores;
 
     const uint64_t* codes;  // (n, classes, height, code_words(width))
     const A* pos_weight;    // null, or (classes,)

@@ -22,7 +22,7 @@ struct SoftmaxLoss {
     static constexpr int kFirstShapes = kShapes;  // it is compiled for
     static constexpr bool kGradient = true, kForward = true;
     static constexpr bool kOwn = false, kWeights = false, kKnown = false, kWritesSums = false, kSpreads = false;
-    static constexpr bool kWide = false;
+    static constexpr bool kWide = false, kManySums = false;
 
     struct Class {};
     struct Linear {};
@@ -141,6 +141,7 @@ template <class T, bool kSame>
 struct KdLoss : SoftmaxLoss<T, 2, kSame ? 1 : 2> {
     using A = T;
     using typename SoftmaxLoss<T, 2, kSame ? 1 : 2>::Class;
+    static constexpr bool kManySums = true;
 
     A temperature;
 
