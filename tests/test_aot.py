@@ -257,6 +257,8 @@ CASES: dict[str, Callable[[], None]] = {
     "kd-150-nhwc": lambda: run_kd((16, 150, 64, 64), NHWC, BF16, BF16, U8),
     "kd-4096": lambda: run_kd((2, 4096, 32, 32), NCHW, BF16, F32, I32),
     "kd-4096-nhwc-fp32": lambda: run_kd((2, 4096, 32, 32), NHWC, F32, F32, None, True),
+    "kd-sigmoid-150-nhwc": lambda: run_kd((16, 150, 64, 64), NHWC, BF16, BF16, U8, True, "mean", kd_sigmoid),
+    "kd-sigmoid-19": lambda: run_kd((8, 19, 64, 128), NCHW, F32, F16, None, False, "sum", kd_sigmoid),
     # Cityscapes and ADE20K at label resolution, with RDD's weights and log-sum-exps.
     "resized-ce-150": lambda: run_cross_entropy(*ADE20K, NCHW, BF16, I64),
     "resized-ce-150-forward": lambda: run_cross_entropy(*ADE20K, NCHW, BF16, I64, forward=True),
@@ -266,6 +268,23 @@ CASES: dict[str, Callable[[], None]] = {
     "resized-kd-150-forward": lambda: run_resized_kd(ADE20K[0], (64, 64), ADE20K[1], NCHW, BF16, forward=True),
     "resized-kd-19-label": lambda: run_resized_kd(CITYSCAPES[0], (64, 128), CITYSCAPES[1], NHWC, BF16, I64, True),
     "resized-kd-19-elsewhere": lambda: run_resized_kd(CITYSCAPES[0], (32, 64), CITYSCAPES[1], NCHW, BF16, U8),
+    "resized-smooth-150": lambda: run_shaped(*ADE20K, NCHW, BF16, I64, (0.1, 0.0)),
+    "resized-smooth-19-weighted": lambda: run_shaped(*CITYSCAPES, NHWC, F16, U8, (0.1, 0.0), True, (64, 128), True),
+    "resized-smooth-150-forward": lambda: run_shaped(*ADE20K, NCHW, BF16, I64, (0.1, 0.0), True, forward=True),
+    "resized-focal-19": lambda: run_shaped(*CITYSCAPES, NCHW, F32, I64, (0.0, 2.0), True),
+    "resized-dice-150": lambda: run_dice(*ADE20K, NCHW, BF16, I64),
+    "resized-dice-150-backward": lambda: run_dice(*ADE20K, NCHW, BF16, I64, backward=True),
+    "resized-dice-19-square": lambda: run_dice(*CITYSCAPES, NHWC, F32, U8, True, 5, True),
+    "resized-dice-19-square-backward": lambda: run_dice(*CITYSCAPES, NHWC, F32, U8, True, 5, True, True),
+    "resized-bce-150": lambda: run_binary(*ADE20K, NCHW, BF16, U8),
+    "resized-bce-150-forward": lambda: run_binary(*ADE20K, NCHW, BF16, U8, forward=True),
+    "resized-bce-19-weighted": lambda: run_binary(*CITYSCAPES, NHWC, F16, I64, True, (1, 64, 128)),
+    "resized-kd-sigmoid-150": lambda: run_resized_kd(
+        ADE20K[0], (64, 64), ADE20K[1], NCHW, BF16, module=resized_kd_sigmoid
+    ),
+    "resized-kd-sigmoid-19-elsewhere": lambda: run_resized_kd(
+        CITYSCAPES[0], (32, 64), CITYSCAPES[1], NHWC, F16, I64, True, module=resized_kd_sigmoid
+    ),
     "rdd-heads-19": lambda: run_heads((8, 19, 64, 128), NCHW, BF16),
     "rdd-heads-150-nhwc": lambda: run_heads((16, 150, 64, 64), NHWC, F32),
     "rdd-lse-19": lambda: run_difficulty(*CITYSCAPES, NCHW, BF16, I64, "label", 100_000),
@@ -533,8 +552,17 @@ def by_cells(kernel: str) -> bool:
     return module in CELL_MODULES and name in CELLS
 
 
-# Loads for each exponential in a class loop. A teacher of another size has four corners of its own for every label pixel.
-MOST_LOADS = {"resized-kd-19-elsewhere": 4.1}
+# Loads for each exponential in a class loop. A teacher of another size has four corners of its own for every label pixel, binary
+# cross-entropy a target and maybe a weight, the gradient of Dice's sums up to four numbers a class.
+MOST_LOADS = {
+    "resized-kd-19-elsewhere": 4.1,
+    "resized-kd-sigmoid-19-elsewhere": 2.6,
+    "resized-bce-150": 1.3,
+    "resized-bce-150-forward": 1.3,
+    "resized-bce-19-weighted": 1.4,
+    "resized-dice-150-backward": 0.45,
+    "resized-dice-19-square-backward": 0.45,
+}
 # Seconds of processor time that the kernels of a first call may take to compile, all together, on a busy machine. On a quiet
 # core of 2.5 GHz: cross-entropy 2.3, KD 2.7, RDD's mask 3.6, KD with labels and weights 4.6 with Triton's own start.
 FIRST_CALL = 5.0
