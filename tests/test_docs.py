@@ -359,7 +359,11 @@ def smp_model() -> dict:
     return {"model": model, "images": torch.randn(1, 3, 64, 64)}
 
 
-SCOPES = {"docs/drop-in.md": networks, "docs/training.md": smp_model}  # of every other page: tensors
+SCOPES = {  # of every other page: tensors
+    "README.md": lambda: {"F": F, "fastkd": fastkd, "torch": torch, "logits": tensors()["logits"], **networks()},
+    "docs/drop-in.md": networks,
+    "docs/training.md": smp_model,
+}
 
 
 @pytest.mark.filterwarnings("ignore")
