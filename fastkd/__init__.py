@@ -1,6 +1,6 @@
 """FastKD: knowledge distillation losses for semantic segmentation as fused kernels.
 
-Importing this compiles nothing and needs torch alone; kernels are loaded at the first call that can use them.
+Importing it needs torch only and compiles nothing; kernels are loaded at the first call that uses them.
 """
 
 from ._version import __version__ as __version__

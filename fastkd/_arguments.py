@@ -39,7 +39,7 @@ def check_number(
 
 
 def check_constant(name: str, x: object) -> None:
-    """Kernels compute no gradient for it, so one that requires grad would silently be a constant."""
+    """Kernels compute no gradient for it, so one that requires grad is an error."""
     if isinstance(x, Tensor) and x.requires_grad:
         raise ValueError(f"{name}: requires grad, but it is taken as a constant; pass {name}.detach()")
 
@@ -108,10 +108,10 @@ def check_pair(student: Tensor, teacher: Tensor, same_size: bool = True, ranks: 
 def check_target(
     target: Tensor, logits: Tensor, shape: tuple[int | None, ...], ignore_index: int, classes: int | None = None
 ) -> None:
-    """Labels (N, H, W); a None in ``shape`` is any size. Values are checked on the CPU, where that costs no wait.
+    """Labels (N, H, W); a None in ``shape`` is any size. Values are checked on the CPU only, where it needs no synchronisation.
 
     Args:
-        classes: how many labels there are, unless one a channel.
+        classes: number of classes; by default the number of channels.
     """
     if not isinstance(target, Tensor):
         raise TypeError(f"target: got {type(target).__name__}, expected a torch.Tensor of labels (N, H, W)")
@@ -131,7 +131,7 @@ def check_target(
 
 
 def _values_are_checked(target: Tensor) -> bool:
-    """A branch on a value cannot be traced, and waits for a GPU."""
+    """The check branches on a value: it cannot be traced, and it synchronises a GPU."""
     return not torch.compiler.is_compiling() and (target.is_cpu or os.environ.get("FASTKD_CHECK_LABELS") == "1")
 
 
@@ -180,7 +180,7 @@ def _check_map(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
             wrong = wrong or (want is not None and size != want)
     if wrong:
         axes = "N" + AXES[len(shape) + 1]
-        # Written here alone: Dynamo cannot put a symbolic size into words.
+        # Formatted on error only: Dynamo cannot format a symbolic size.
         expected = ", ".join(axis if size is None else str(size) for axis, size in zip(axes, shape, strict=True))
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected ({expected})")
 

@@ -1,4 +1,4 @@
-"""The names of what a build brings: torch's namespaces of operators, compiled libraries, the Triton package.
+"""Names of a build: operator namespaces, compiled libraries, the Triton package.
 
 Builds for the Kernel Hub have a namespace of their own, so that two versions can be loaded into one process: hub/stage.py
 replaces this file.

@@ -49,7 +49,7 @@ BASIS = {
     "resized_kd": _PROTOTYPE,
     "difficulty_mask": _PROTOTYPE,
 }
-_FORCED = os.environ.get("FASTKD_BACKEND", "auto")  # read once: a small call would spend most of its time reading it
+_FORCED = os.environ.get("FASTKD_BACKEND", "auto")  # read once: reading it costs as much as a small call
 _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 _LIBRARY = LIBRARIES["cpu"]
 _CUDA_LIBRARY = LIBRARIES["cuda"]
@@ -60,7 +60,7 @@ _libraries: list[torch.library.Library] = []  # operators live as long as the ob
 
 
 class _ThisThread(threading.local):
-    """Dynamo traces and guards what is in it. An attribute of the class would be taken for every thread's."""
+    """Dynamo traces and guards its attributes; a class attribute would hold for every thread."""
 
     def __init__(self) -> None:
         self.forced: str | None = None
@@ -118,7 +118,7 @@ def _load_triton() -> str | None:
 
 
 def _load_cuda() -> str | None:
-    # What tests build: the same kernels, run thread by thread on CPU tensors.
+    # Built by tests: the same kernels, run thread by thread on CPU tensors.
     emulation = os.environ.get("FASTKD_CUDA_EMULATION")
     path = Path(emulation) if emulation else Path(__file__).with_name(_CUDA_LIBRARY)
     if not path.is_file():

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status (0 done, 1 failed, 2 wrong arguments)."""
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # a terminal that lacks a character shows another, and no result is lost to it
-            stream.reconfigure(errors="replace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not end a run in an error
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if words else 2
@@ -99,7 +98,7 @@ def _eval(words: list[str]) -> int:
         description="Scores networks on the validation set, all in the same way: by default as the first was in training.",
     )
     parser.add_argument(
-        "paths", type=Path, nargs="+", metavar="RUN|CHECKPOINT", help="a run stands for the network of its last step"
+        "paths", type=Path, nargs="+", metavar="RUN|CHECKPOINT", help="of a run, the network of its last step"
     )
     parser.add_argument("--root", help="folder of the data set, if it is not where it was in training")
     parser.add_argument("--split", choices=("val", "test", "train"), default="val")
@@ -312,7 +311,9 @@ def _info_lines() -> Iterator[str]:
 
     import fastkd
 
-    info = fastkd.backend_info()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the reasons are in the lines below
+        info = fastkd.backend_info()
     found = {}
     for name in ("triton", "numpy", "accelerate", "segmentation-models-pytorch", "timm", "torchvision", "liger-kernel"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -32,7 +32,7 @@ class TappedOutput(NamedTuple):
 
 
 class _Taken(NamedTuple):
-    """A tensor at the moment a module returned it; version: its count of writes, None where none is kept; copy: what it held."""
+    """What a module returned; version: its write counter, None if it has none; copy: its values then."""
 
     tensor: Tensor
     version: int | None
@@ -43,8 +43,8 @@ class _Taken(NamedTuple):
 class Tapped(nn.Module):
     """Wraps `model`; calling it returns `TappedOutput(output, taps)`. Gradients flow through the taps.
 
-    A tap holds what the module returned, also where a later one overwrites it, as a ReLU with inplace=True does: such a tensor is
-    copied. Which ones are is seen in the first forward in training mode and in the first in evaluation mode, which copy all.
+    A tap holds the values that the module returned. A tensor that a later module overwrites, as a ReLU with inplace=True does, is
+    copied; the first forward in training mode and the first in evaluation mode copy all and find out which.
 
     The hooks exist only while a forward runs: the model used directly is untouched, nothing is kept between calls, and
     the wrapper can be copied, pickled and moved. A module that runs several times in one forward is tapped at its last run.
@@ -71,7 +71,7 @@ class Tapped(nn.Module):
             _find(model, name, path)
 
     def pin(self) -> Tapped:
-        """Leaves the hooks in the model for good, and returns self: torch.compile traces hooks, but cannot install them."""
+        """Installs the hooks permanently and returns self: torch.compile traces hooks, but cannot install them."""
         if self._pinned is None:
             self._pinned = {}
             self._install(self._pinned)
@@ -175,7 +175,7 @@ def _keep(
             which = "tap a module that returns one"
         raise TypeError(f"{where}: expected a tensor, got a {type(out).__name__}; {which}")
     mode = name, module.training
-    # Compiled models and inference tensors count no writes: use what is known, and copy the rest.
+    # Compiled models and inference tensors have no write counter: use what is known, and copy the rest.
     counted = not (torch.compiler.is_compiling() or out.is_inference())
     known = overwritten.get(mode)
     copy = out.clone() if known is not False else None

@@ -3,7 +3,7 @@
     clip: Positive | None = None
 
 `check` holds a dataclass, `check_options` the keywords of a function, to the ranges in their annotations; `Numbers` is an
-argparse parser that knows them.
+argparse parser that shows them.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _ranges(hint: Any) -> list[Range]:
 
 
 def number(hint: Any) -> Callable[[str], Any]:
-    """What reads the text of an option of this type."""
+    """The parser of an option of this type."""
     parts = typing.get_args(hint)
     several = typing.get_origin(hint) is tuple  # written with commas between
     kind = typing.get_args(parts[0])[0] if several else parts[0]

@@ -199,7 +199,7 @@ def difficulty_mask(
     ignore_index: int,
     align_corners: bool,
 ) -> Tensor:
-    """RDD's TSE mask (arXiv 2407.03719): valid pixels whose difficulty the student and the teacher see differently."""
+    """RDD's TSE mask (arXiv 2407.03719): valid pixels, chosen by ``select`` from the hard pixels of both networks."""
     hard = [
         hard_pixels(confidence(z, target, kind, ignore_index, align_corners), threshold, min_kept)
         for z in (student, teacher)

@@ -1,7 +1,6 @@
 """Losses of CIRKD's training scripts, by their names, arguments and numbers.
 
-They were written from the formulas and compared in numbers with the originals; nothing is copied. Not here: the memory bank
-and the adversarial term.
+Written from the formulas and compared in numbers with the originals. The memory bank and the adversarial term are not included.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ class CriterionCWD(nn.Module):
             convolution without bias.
         norm_type: "channel", a softmax over the pixels of each channel, divided by N·C; "spatial", a softmax over the channels of
             each pixel, divided by N·h·w; or "none", the numbers themselves, divided by N·h·w.
-        divergence: "kl" (of a softmax), or "mse", the sum of squared differences. There "mse" ends in an AttributeError.
+        divergence: "kl" (of a softmax), or "mse", the sum of squared differences.
         temperature: of the softmax.
 
     Raises:
-        ValueError: "kl" without a softmax, or a word that is not known.
+        ValueError: "kl" without a softmax, or an unknown word.
     """
 
     def __init__(
@@ -162,8 +161,8 @@ class CriterionMiniBatchCrossImagePair(nn.Module):
 class SegCrossEntropyLoss(nn.Module):
     """Cross-entropy, the mean over pixels that are not `ignore_index`.
 
-    `inputs` may be logits of the labels' size (N, C, H, W), as there, or of their own (N, C, h, w): then they are resized inside,
-    bilinearly with align_corners=True, and the line that upsampled them can go.
+    `inputs` have the labels' size (N, C, H, W), as in CIRKD, or their own (N, C, h, w): these are resized bilinearly with
+    align_corners=True.
     """
 
     def __init__(self, ignore_index: int = -1):

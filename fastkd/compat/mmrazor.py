@@ -49,8 +49,8 @@ class KLDivergence(nn.Module):
 class PKDLoss(nn.Module):
     """PKD (arXiv 2207.02039): half the mean squared difference of features normalised per channel over the batch.
 
-    As there, the variance is the unbiased one. There 1e-6 is added to the deviation, here its square to the variance: the loss
-    differs by about 1e-6 / deviation, relatively.
+    The variance is unbiased. mmrazor adds 1e-6 to the deviation, this class its square to the variance: the loss differs by about
+    1e-6 / deviation, relatively.
 
     Args:
         loss_weight: factor.

@@ -1,7 +1,7 @@
 """Losses of segmentation-models-pytorch 0.5 and 0.6 in mode "multiclass", by their names, arguments and numbers.
 
-Logits (N, C, h, w) may be smaller than the labels (N, H, W): they are resized inside, so that a network's up-sampling can go.
-Where no pixel counts the loss is 0, where theirs may be NaN.
+Logits (N, C, h, w) may be smaller than the labels (N, H, W): they are resized inside. If no pixel counts the loss
+is 0, where theirs may be NaN.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class DiceLoss(nn.Module):
 class FocalLoss(nn.Module):
     """Focal loss of each class against the rest, from a sigmoid; the mean over the classes.
 
-    It has no kernel: the classes are resized and computed one after another and again in the backward pass, so that one of them
-    at a time is at label size.
+    It has no kernel: classes are resized and computed one after another, and again in the backward, so that only one at a time is
+    at label size.
 
     Args:
         mode: "multiclass".

@@ -17,7 +17,7 @@ class KDLoss(nn.Module):
     """alpha · CE + beta · temperature² · KL; without alpha or without targets the KL alone, not times temperature².
 
     Args:
-        student_module_path, student_module_io: where the student's logits are: io_dict[path][io].
+        student_module_path, student_module_io: the student's logits are io_dict[path][io].
         teacher_module_path, teacher_module_io: the same for the teacher.
         temperature: of both softmaxes.
         alpha: weight of the cross-entropy; None or 0 leaves it out.

@@ -1,7 +1,7 @@
 """The loss of Ultralytics' semantic segmentation, written from its description.
 
 Cross-entropy with class weights, Dice over the batch with smooth 1, and 0.4 times the cross-entropy of an auxiliary head, times
-the batch size. Nothing of Ultralytics is imported or copied, and the names are not taken from there.
+the batch size. Nothing of Ultralytics is imported or copied.
 """
 
 from __future__ import annotations

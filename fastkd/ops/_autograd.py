@@ -55,7 +55,7 @@ class _Loss(torch.autograd.Function):
         elif not half:
             value, kept, gradient = operator(backend, loss.name + "_gradient")(*args, reduction, scale)
         else:
-            # fp16 ends where a gradient divided by the number of pixels begins: it is stored at a scale of about 1.
+            # A gradient divided by the number of pixels underflows in fp16, so it is stored at a scale of about 1.
             unit = loss.unit(*args)
             value, kept, gradient = operator(backend, loss.name + "_gradient")(*args, "sum", unit)
             rest = value.new_full((), scale / unit)

@@ -45,8 +45,8 @@ _FEWEST, _MOST = 8192, 8 * 28 * 4096
 def fits_cuda(student: Tensor, teacher: Tensor, dims: str) -> bool:
     """Whether CUDA C++ reads a group once (csrc/cuda/plan.h): it lies in rows and fits the shared memory of a cluster.
 
-    That is where it was measured to win. Other calls are Triton's; where CUDA C++ is forced, it reads them twice, and so it
-    does maps that begin at no multiple of 16 bytes, which a traced call cannot know.
+    There it was measured to be faster; Triton takes other calls. If forced, CUDA C++ reads them twice, as it does
+    maps that are not aligned to 16 bytes, which a traced call cannot tell.
     """
     if student.dtype != teacher.dtype or student.dtype == torch.float64 or not _has_clusters(student.device):
         return False

@@ -91,7 +91,7 @@ def _shaped_samples(draw: Draw) -> Iterator[tuple[Any, ...]]:
 #                   d loss / d z_c = m w_y f (p_c - [c = y]),  f = q^g (1 + g p_y l_y / q), q = 1 - p_y
 #
 # l_y / q goes to 1 where q goes to 0. The count is the sum of w_y over the counted pixels in both. sum_c w_c z_c is linear
-# in the logits, so it is interpolated as one more channel and costs a label pixel nothing a class.
+# in the logits, so it is interpolated as one more channel.
 RESIZED_SHAPED_CROSS_ENTROPY = Loss(
     "resized_shaped_cross_entropy",
     "Tensor logits, Tensor target, Tensor? class_weight, Tensor? pixel_weight, int ignore_index, bool align_corners, "

@@ -21,8 +21,8 @@ has no gradient). At a counted pixel with label y and p its probabilities, B_c =
     dot     = i_y p_y + sum_c B_c p_c
     d / dz_c = p_c (B_c - dot + a_y + sum_k s_k) + [c = y] (i_y p_y - a_y) - s_c
 
-``kept`` is for what a backend wants to keep between the two (the log-sum-exp of the label pixels, say); it is empty where
-the softmax is made again. ``target`` holds classes of [0, C) or what does not count; one logit (C = 1) comes as two, the
+``kept`` is what a backend keeps between the two (the log-sum-exp of the label pixels, say); it is empty if the softmax is
+recomputed. ``target`` holds classes of [0, C) or what does not count; one logit (C = 1) comes as two, the
 first of them 0.
 """
 

@@ -59,8 +59,8 @@ def promises_page() -> str:
     parts = [
         "# Promises, and how they are checked",
         "Made by `python -m tests.tools.pages` from the marks of the tests and from `tests/promises.py`; edit those.\n"
-        "`make test` runs every test named here that is not marked slow: on the C++ kernels, on Triton's in its interpreter,\n"
-        "and on CUDA's on an emulated GPU. `make test-all` adds the slow ones and the tools. `tests/test_gpu.py` needs a GPU.",
+        "`make test` runs the tests on the C++ kernels, on Triton's in its interpreter, and on CUDA's on an emulated GPU;\n"
+        "`make test-all` adds slow ones and the tools. `tests/test_gpu.py` needs a GPU.",
     ]
     for section, promises in PROMISES.items():
         rows = [f"| {text} | {', '.join(f'`{test}`' for test in tests[name])} |" for name, text in promises.items()]
