@@ -1,4 +1,4 @@
-"""`python -m benchmarks.publish`: docs/numbers.md, its plots and the README's tables, made from results/*.csv alone.
+"""`python -m benchmarks.publish`: docs/numbers.md, plots, the tables of README and of the pages on training, from results/*.csv.
 
 python -m benchmarks.publish --add DIR     first takes in the rows of DIR/*.csv, such as gpu_check.py's
 """
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import bench_step, full_resolution, gpu_kernels
+from . import bench_step, full_resolution, gpu_kernels, training
 from .cases import cpu_cases, gpu_cases
 from .harness import COLUMNS, RESULTS, Case, Record, Row, append, newest, read, rows
 from .report import PREDICTION, losses_share, losses_table, origin, plot, predictions_table, steps_table
@@ -137,7 +137,13 @@ def pages(results: Path = RESULTS) -> dict[Path, str]:
     readme = (ROOT / "README.md").read_text()
     for name, table in (("cpu", readme_cpu(cpu)), ("gpu", readme_gpu(newest(cuda)))):
         readme = between_markers(readme, name, table)
-    return {ROOT / "docs" / "numbers.md": "\n\n".join(parts) + "\n", ROOT / "README.md": readme}
+    made = {ROOT / "docs" / "numbers.md": "\n\n".join(parts) + "\n", ROOT / "README.md": readme}
+    for page, tables in training.tables(results).items():
+        path = ROOT / "docs" / f"{page}.md"
+        made[path] = path.read_text()
+        for name, table in tables.items():
+            made[path] = between_markers(made[path], name, table)
+    return made
 
 
 def gpu_section(cuda: Mapping[tuple[str, ...], Row], steps: list[Record]) -> list[str]:
@@ -240,7 +246,7 @@ def between_markers(text: str, name: str, table: str) -> str:
     """``text`` with what is between the markers of ``name`` replaced."""
     begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
     if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"README.md must have {begin} and {end} once each")
+        raise ValueError(f"the page must have {begin} and {end} once each")
     head, _, rest = text.partition(begin)
     return f"{head}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
 

@@ -1,5 +1,6 @@
 """The logic of the benchmarks: what is timed, what is hidden, what is kept, and what is predicted."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,11 +10,12 @@ import pytest
 import torch
 
 import fastkd
-from benchmarks import bench_step, cases, gpu_check, gpu_kernels, harness, publish, report
+from benchmarks import bench_step, cases, gpu_check, gpu_kernels, harness, publish, report, training
 from benchmarks.harness import Case
 from benchmarks.roofline import GPU, GPUS, Work, special_function_rate
 from fastkd import backends, cli
 from fastkd.ops import nfd
+from fastkd.train.runs import read_run
 
 SHAPE = (2, 3, 4, 8)
 
@@ -419,3 +421,49 @@ def test_gpu_check_without_a_gpu_says_so(tmp_path):
     assert run.returncode == 2
     assert "gpu_check: torch finds no GPU" in run.stderr
     assert not (tmp_path / "out").exists()
+
+
+def scores(run: str, seeds: str, miou: str, **values: str) -> dict[str, str]:
+    fixed = {
+        "run": run,
+        "seeds": seeds,
+        "miou": miou,
+        "pixel_accuracy": "80",
+        "labels": "30",
+        "unlabelled": "0",
+        "steps": "9",
+    }
+    return dict.fromkeys(training.COLUMNS, "") | fixed | {"class_iou": "road 90.0; traffic light 10.0"} | values
+
+
+def test_table_of_training_runs():
+    rows = [scores("plain", "0", "30"), scores("plain", "1", "32", class_iou="road 91.0; traffic light 20.0")]
+    rows += [scores("KD", "1", "33", unlabelled="450"), scores("KD", "0", "29"), scores("KD", "0", "29.5")]
+    runs = training.by_run(rows)
+    plain, kd = training.table(runs).splitlines()[2:]
+    assert plain == "| plain | 30 | 9 | 31.0 ± 1.4 |  | 80.0 ± 0.0 |  |"
+    assert kd == "| KD | 30 + 450 without | 9 | 31.2 ± 2.5 | +1.0, −0.5 | 80.0 ± 0.0 | +0.0, +0.0 |"
+    assert training.class_table(runs).splitlines()[-1] == "| traffic light | 15.0 | 10.0 |"
+
+
+def test_table_of_training_runs_kept_as_a_mean():
+    rows = [
+        scores(run, "0 1", "30", miou_deviation="1.5", against_plain=d) for run, d in (("plain", ""), ("KD", "0.2 -1"))
+    ]
+    assert training.table(training.by_run(rows)).splitlines()[-1] == "| KD | 30 | 9 | 30.0 ± 1.5 | +0.2, −1.0 | 80.0 |"
+
+
+def test_row_of_a_training_run(tmp_path):
+    images = {"labelled": {"images": 30}, "unlabelled": {"images": 450}}
+    found = {
+        "name": "nfd-1", "method": "nfd+rdd", "seed": 1, "steps": 9, "miou": 0.3456, "pixel_accuracy": 0.8, "seconds": 1.6,
+        "images": images, "class_iou": {"road": 0.9, "sky": None}, "versions": {"torch": "2", "git": "abc"},
+    }  # fmt: skip
+    (tmp_path / "result.json").write_text(json.dumps(found))
+    (tmp_path / "config.yaml").write_text("loss: {nfd: {weight: 5.0}, rdd: {weight: 1.0, kd_weight: 4.0}}")
+    row = training.record(read_run(tmp_path), "page", "scores", commit="abc", threads="1")
+    wanted = {"run": "nfd", "seeds": "1", "weights": "5 4", "miou": "34.56", "seconds": "2", "class_iou": "road 90.0"}
+    assert {key: row[key] for key in wanted} == wanted
+    (tmp_path / "result.json").unlink()
+    with pytest.raises(ValueError, match="did not finish"):
+        training.record(read_run(tmp_path), "page", "scores", commit="abc", threads="1")
