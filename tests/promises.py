@@ -195,6 +195,15 @@ BY_HAND = (
         "3 passed.",
     ),
     Run(
+        "GPU tests on one H100, torch 2.11, Triton 3.6",
+        "python benchmarks/gpu_check.py --out DIR",
+        "2026-11-26",
+        "36b6442",
+        "Triton: 863 passed, 19 failed: 12 of RDD's TSE, which Triton 3.6 did not compile, 4 of equal maps with a "
+        "gradient of 1e-9, 3 of a memory test. CUDA C++: 346 passed, 1 failed in the build of the emulation. All "
+        "mended; nothing newer has run on a GPU.",
+    ),
+    Run(
         "More than 2³¹ elements",
         "python -m pytest -m slow tests/test_adversarial.py",
         "2026-11-26",

@@ -299,6 +299,21 @@ def test_readmes_comparison_is_that_of_the_rows():
     assert f"# after: {ours:.1f} ms and {own / 1e6:.0f} MB (commit 36b6442" in said
 
 
+def test_the_prototypes_comparison_is_that_of_the_rows():
+    """The table of docs/full-resolution.md: kernels of 36b6442, then prototypes of the cells, by rows of two files."""
+    times = {}
+    for name, part in (("cuda_kernels.csv", "old"), ("cuda_prototypes.csv", "prototype")):
+        for r in harness.read(harness.RESULTS / name):
+            if (r["layout"], r["dtype"], r.get("commit", "36b6442")) == ("NCHW", "bfloat16", "36b6442"):
+                times[r["recipe"], r["loss"], part, r["kernels"].split()[0]] = round(float(r["kernel_us"]))
+    page = (publish.ROOT / "docs" / "full-resolution.md").read_text()
+    for loss, name in (("resized_ce", "cross-entropy"), ("resized_kd", "KD")):
+        for recipe in ("ADE20K", "Cityscapes"):
+            cells = [times[recipe, loss, part, by] for part in ("old", "prototype") for by in ("Triton", "CUDA")]
+            line = next(line for line in page.splitlines() if line.startswith(f"| {name}, {recipe}"))
+            assert line.endswith(f" | {' | '.join(map(str, cells))} |")
+
+
 def test_readme_must_have_its_markers():
     assert (
         publish.between_markers("a\n<!-- cpu -->\nold\n<!-- end cpu -->\nb", "cpu", "new")
