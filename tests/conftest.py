@@ -1,6 +1,11 @@
 """Every test sees fresh memory filled with NaN, so that an element nobody writes cannot pass."""
 
+import gc
 import os
+
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if WORKER:  # workers share the cores: a thread that waits is to sleep, which OpenMP reads as it is loaded
+    os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import pytest
 import torch
@@ -19,13 +24,17 @@ settings.register_profile("quick", settings.get_profile("default"), max_examples
 ConjectureRunner.generate_mutations_from = lambda self, data: None
 slow = os.environ.get("TRITON_INTERPRET") == "1" or "FASTKD_CUDA_EMULATION" in os.environ
 settings.load_profile("interpreter" if slow else "default")
-if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; what is about threads sets their number itself
+if WORKER:  # what is about threads sets their number itself
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "promise(name): checks what tests/promises.py promises under that name")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # modules and tests, half a million objects: each full collection of a test would go through them
 
 
 def pytest_make_parametrize_id(config, val, argname):

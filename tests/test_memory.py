@@ -64,8 +64,8 @@ def test_extra_memory_at_label_resolution():
     """Beyond the gradient: at most 8 bytes a label pixel, 16 in TSE, where the logits alone would be 76 or 600."""
     used = measure(
         [
-            (f"{name}, {shape[1]} classes", name, shape, (1024, 2048))
-            for shape in ((1, 19, 128, 256), (1, 150, 64, 128))
+            (f"{name}, {shape[1]} classes", name, shape, size)
+            for shape, size in (((1, 19, 128, 256), (1024, 2048)), ((1, 150, 64, 64), (1024, 1024)))
             for name in ("resized_ce", "resized_ce_dice", "resized_focal_ce", "resized_kd", "rdd_tfe", "rdd_tse")
         ]
     )

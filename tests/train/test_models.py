@@ -202,9 +202,9 @@ def dictionary(classes):
 
 @pytest.fixture
 def factory(tmp_path, monkeypatch):
-    (tmp_path / "my_nets.py").write_text(FACTORY)
+    (tmp_path / "made_up_nets.py").write_text(FACTORY)
     monkeypatch.syspath_prepend(tmp_path)
-    return lambda path, **changes: ModelConfig(arch=f"my_nets:{path}", **changes)
+    return lambda path, **changes: ModelConfig(arch=f"made_up_nets:{path}", **changes)
 
 
 def test_factories(factory):
@@ -223,7 +223,7 @@ def test_factories(factory):
 @pytest.mark.parametrize(
     ("path", "changes", "says"),
     [
-        ("biuld", {}, "my_nets has no 'biuld'; did you mean build"),
+        ("biuld", {}, "made_up_nets has no 'biuld'; did you mean build"),
         ("other", {}, "missing a required argument: 'n'|unexpected keyword argument 'classes'"),
         ("build", {"options": {"depth": 3}}, "unexpected keyword argument 'depth'"),
         ("nothing", {}, "returned a int, expected a torch.nn.Module"),
@@ -246,9 +246,9 @@ def test_a_factory_that_cannot_be_imported():
 
 @pytest.mark.promise("no-code")
 def test_a_checkpoint_runs_no_factory_unless_allowed(factory, monkeypatch):
-    with pytest.raises(ValueError, match="FASTKD_FACTORIES=my_nets:build"):
+    with pytest.raises(ValueError, match="FASTKD_FACTORIES=made_up_nets:build"):
         build_model(factory("build"), 5, from_checkpoint=True)
-    monkeypatch.setenv("FASTKD_FACTORIES", "other:net,my_nets:build")
+    monkeypatch.setenv("FASTKD_FACTORIES", "other:net,made_up_nets:build")
     build_model(factory("build"), 5, from_checkpoint=True)
 
 
