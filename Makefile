@@ -22,6 +22,8 @@ TRITONS = $(addprefix .venv/triton-,3.6.0 3.7.1)
 
 # Three runs, each on another backend: the C++ kernels (on a GPU: Triton's and CUDA's), then, on the CPU, Triton's in its
 # interpreter and CUDA's on the emulated GPU. tests/suites.py says which files the last two have.
+# Workers share the cores: where a test has threads of its own, one that waits is to sleep.
+test test-all: export OMP_WAIT_POLICY = passive
 test: PYTEST += -m "not slow"
 test-all: export FASTKD_TRITONS = $(subst $() ,:,$(addprefix $(CURDIR)/,$(TRITONS)))
 test-all: $(TRITONS)
