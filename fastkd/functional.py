@@ -40,36 +40,33 @@ from ._arguments import (
     dense_each,
     dense_together,
 )
-from .ops import accumulator, evaluate, operator
+from ._dice import DiceOptions, cross_entropy_of, dice_of, dice_sums
+from ._operators import (
+    Hard,
+    Heads,
+    Labels,
+    confidence_of,
+    constant,
+    cross_entropy,
+    difficulty,
+    kd_and_confidence,
+    kd_of,
+    mean_of,
+    nothing,
+    reduction_of,
+    selected_cross_entropy,
+)
+from .ops import accumulator, evaluate
 from .ops.cwd import CWD
-from .ops.kd import KD, KD_SIGMOID
 from .ops.nfd import DIMS, NFD, fits_cuda
-from .ops.rdd import DIRECTIONS, KD_CONFIDENCE, SELECTIONS
+from .ops.rdd import DIRECTIONS, SELECTIONS
 from .ops.resized_binary_cross_entropy import RESIZED_BINARY_CROSS_ENTROPY
-from .ops.resized_cross_entropy import RESIZED_CROSS_ENTROPY, RESIZED_SHAPED_CROSS_ENTROPY
-from .ops.resized_dice import RESIZED_DICE
 from .ops.resized_kd import RESIZED_KD, RESIZED_KD_SIGMOID
 
 PIXEL_REDUCTIONS = ("mean", "mean_all", "sum", "batchmean", "none")
 FEATURE_REDUCTIONS = ("mean", "sum", "batchmean", "none")
 CLASS_REDUCTIONS = ("mean", "sum", "none")
 ACTIVATIONS = ("softmax", "sigmoid")
-
-
-def reduction_of(word: str, terms: int, batch: int, *, counted: bool = False, weight: float = 1.0) -> tuple[str, float]:
-    """A reduction in the words of the operators (`fastkd.ops.Loss`): "sum", "mean" or "none", and a scale.
-
-    Args:
-        word: of `PIXEL_REDUCTIONS`.
-        terms: how many there are. batch: N.
-        counted: whether the labels decide which terms count.
-        weight: ``loss_weight`` of a module.
-    """
-    if word == "mean" and counted:
-        return "mean", weight
-    if word in ("mean", "mean_all"):
-        return "sum", weight / max(terms, 1)
-    return ("none" if word == "none" else "sum"), weight / max(batch, 1) if word == "batchmean" else weight
 
 
 class RDDOutput(NamedTuple):
@@ -140,7 +137,7 @@ def _nfd_loss(student: Tensor, teacher: Tensor, dims: str, eps: float, reduction
     if backend == "cuda" and not fits_cuda(student, teacher, dims):
         backend = backends.choose("nfd", student.device, cuda=False)
     if backend == "reference" or student.numel() == 0:
-        terms = reference.nfd(student, _constant(teacher), dims, eps)
+        terms = reference.nfd(student, constant(teacher), dims, eps)
         if student.numel() == 0:
             terms = torch.where(torch.isfinite(terms), terms, 0)
         return reference.reduce(terms, *how)
@@ -168,7 +165,7 @@ def _cwd_loss(student: Tensor, teacher: Tensor, temperature: float, reduction: s
     how = reduction_of(reduction, n * c, n, weight=loss_weight)
     backend = backends.choose("cwd", student.device)
     if backend == "reference" or student.numel() == 0:
-        return reference.reduce(reference.cwd(student, _constant(teacher), temperature), *how)
+        return reference.reduce(reference.cwd(student, constant(teacher), temperature), *how)
     student, teacher = dense_together(student, teacher)
     return evaluate(CWD, backend, *how, student, teacher, temperature)
 
@@ -222,9 +219,9 @@ def _kd_loss(
     _, _, h, w = student.shape
     how = reduction_of(reduction, n * h * w, n, counted=target is not None, weight=loss_weight)
     if len(spatial) == 2:
-        return _kd(student, teacher, target, weight, options, how)
+        return kd_of(student, teacher, target, weight, options, how)
     target, weight = (x if x is None else x.reshape(n, h, w) for x in (target, weight))
-    loss = _kd(student, teacher, target, weight, options, how)
+    loss = kd_of(student, teacher, target, weight, options, how)
     return loss.reshape(n, *spatial) if reduction == "none" else loss
 
 
@@ -257,15 +254,6 @@ def resized_cross_entropy(
     return _resized_cross_entropy(logits, labels, pixel_weight, (label_smoothing, focal_gamma), reduction, 1.0)
 
 
-class Labels(NamedTuple):
-    """The labels of a loss at their resolution, and how they count."""
-
-    target: Tensor
-    class_weight: Tensor | None
-    ignore_index: int
-    align_corners: bool
-
-
 def check_shape_options(label_smoothing: float, focal_gamma: float) -> None:
     """Of `resized_cross_entropy`."""
     check_number("label_smoothing", label_smoothing, minimum=0, below=1)
@@ -295,7 +283,7 @@ def _resized_cross_entropy(
         check_class_weight(labels.class_weight, logits)
     if pixel_weight is not None:
         check_pixel_weight("pixel_weight", pixel_weight, logits, (n, None, None))
-    return _cross_entropy(logits, labels, pixel_weight, None, reduction, loss_weight, shape)[0]
+    return cross_entropy(logits, labels, pixel_weight, None, reduction, loss_weight, shape)[0]
 
 
 def resized_ohem_cross_entropy(
@@ -335,18 +323,8 @@ def _resized_ohem_cross_entropy(
     check_target(labels.target, logits, (logits.shape[0], None, None), labels.ignore_index)
     if labels.class_weight is not None:
         check_class_weight(labels.class_weight, logits)
-    hard = _Hard(threshold, min_kept, "label", "student")
-    return _selected_cross_entropy(logits, logits.detach(), labels, hard, reduction, loss_weight)[0]
-
-
-class DiceOptions(NamedTuple):
-    """Which Dice, of the many: see `resized_dice_loss`."""
-
-    batch: bool = True
-    smooth: float = 1.0
-    square: bool = False
-    background: bool = True
-    present: bool = False
+    hard = Hard(threshold, min_kept, "label", "student")
+    return selected_cross_entropy(logits, logits.detach(), labels, hard, reduction, loss_weight)[0]
 
 
 class CEDiceOutput(NamedTuple):
@@ -394,8 +372,8 @@ def _resized_dice_loss(
 ) -> Tensor:
     check_word("reduction", reduction, CLASS_REDUCTIONS)
     _check_dice(logits, labels, options)
-    sums = _dice_sums(logits, labels, options.square, 3)
-    dice = _dice(sums, logits.shape[1], labels.class_weight, options, reduction)
+    sums = dice_sums(logits, labels, options.square, 3)
+    dice = dice_of(sums, logits.shape[1], labels.class_weight, options, reduction)
     return (dice * loss_weight).to(accumulator(logits))
 
 
@@ -453,26 +431,12 @@ def _resized_cross_entropy_dice_loss(
             "class_weight: got a weight for one logit, which is two classes to the cross-entropy; leave it out, or pass "
             "pos_weight to resized_binary_cross_entropy and add resized_dice_loss"
         )
-    sums = _dice_sums(logits, labels, options.square, 5 if label_smoothing else 4)
-    dice = _dice(sums, logits.shape[1], labels.class_weight if dice_class_weight else None, options, "mean")
-    ce = _ce_of_sums(sums, labels.class_weight, label_smoothing, "mean")
+    sums = dice_sums(logits, labels, options.square, 5 if label_smoothing else 4)
+    dice = dice_of(sums, logits.shape[1], labels.class_weight if dice_class_weight else None, options, "mean")
+    ce = cross_entropy_of(sums, labels.class_weight, label_smoothing, "mean")
     loss = loss_weight * (ce_weight * ce + dice_weight * dice)
     acc = accumulator(logits)
     return CEDiceOutput(loss.to(acc), (loss_weight * ce).to(acc), (loss_weight * dice).to(acc))
-
-
-def _ce_of_sums(sums: Tensor, class_weight: Tensor | None, label_smoothing: float, reduction: str) -> Tensor:
-    """The "mean" or "sum" of the cross-entropy, of the sums of :func:`_dice_sums`, in fp64."""
-    sums = sums.sum(0)
-    if class_weight is not None:
-        sums = sums * class_weight.double()[:, None]
-    ce = sums[:, 3].sum()
-    if label_smoothing:
-        ce = (1 - label_smoothing) * ce + label_smoothing * sums[:, 4].mean()
-    if reduction == "sum":
-        return ce
-    count = sums[:, 2].sum()
-    return ce / torch.where(count == 0, 1, count)
 
 
 def _check_dice(logits: Tensor, labels: Labels, options: DiceOptions) -> None:
@@ -482,43 +446,6 @@ def _check_dice(logits: Tensor, labels: Labels, options: DiceOptions) -> None:
     check_target(labels.target, logits, (n, None, None), labels.ignore_index, max(classes, 2))
     if labels.class_weight is not None:
         check_class_weight(labels.class_weight, logits)
-
-
-def _dice_sums(logits: Tensor, labels: Labels, square: bool, columns: int) -> Tensor:
-    """The sums of `fastkd.ops.resized_dice`, (N, C, columns) in fp64; one logit is the second of two classes."""
-    target, _, ignore_index, align_corners = labels
-    if logits.shape[1] == 1:
-        logits = torch.cat([torch.zeros_like(logits), logits], 1)  # softmax of (0, z) is sigmoid(z)
-    backend = backends.choose("resized_dice", logits.device)
-    if logits.numel() == 0 or target.numel() == 0:
-        return _nothing(logits, (), "sum").double().expand(*logits.shape[:2], columns)
-    if backend == "reference":
-        size = (target.shape[-2], target.shape[-1])
-        return reference.dice_sums(reference.resize(logits, size, align_corners), target, ignore_index, square, columns)
-    (logits,) = dense_each(logits)
-    options = (ignore_index, align_corners, square, columns)
-    return evaluate(RESIZED_DICE, backend, "none", 1, logits, dense(target), *options)
-
-
-def _dice(sums: Tensor, classes: int, class_weight: Tensor | None, options: DiceOptions, reduction: str) -> Tensor:
-    """Dice of the sums of `_dice_sums`, in fp64."""
-    sums = sums[:, -classes:]  # of one logit's two classes the second
-    if options.batch:
-        sums = sums.sum(0)
-    labelled = sums[..., 2]
-    above, below = 2 * sums[..., 0] + options.smooth, sums[..., 1] + labelled + options.smooth
-    empty = below == 0
-    terms = 1 - torch.where(empty, 1, above / torch.where(empty, 1, below))
-    weight = torch.ones_like(labelled) if class_weight is None else class_weight.double().expand_as(labelled)
-    if not options.background and classes > 1:
-        weight = torch.cat([torch.zeros_like(weight[..., :1]), weight[..., 1:]], -1)
-    if options.present:
-        weight = weight * (labelled > 0)
-    terms = torch.where(weight == 0, 0, terms * weight)
-    if reduction == "none":
-        return terms
-    count = weight.sum()
-    return terms.sum() / torch.where(count == 0, 1, count) if reduction == "mean" else terms.sum()
 
 
 def resized_binary_cross_entropy(
@@ -568,7 +495,7 @@ def _resized_binary_cross_entropy(
     how = reduction_of(reduction, target.numel(), n, counted=True, weight=loss_weight)
     backend = backends.choose("resized_binary_cross_entropy", logits.device)
     if logits.numel() == 0 or target.numel() == 0:
-        return _nothing(logits, shape, reduction)
+        return nothing(logits, shape, reduction)
     acc = accumulator(logits)
     pixel_weight = dense(pixel_weight, acc)
     if pixel_weight is not None and (reduction == "none" or backend == "reference"):
@@ -640,12 +567,12 @@ def _resized_kd_loss(
     loss = RESIZED_KD if activation == "softmax" else RESIZED_KD_SIGMOID
     backend = backends.choose(loss.name, student.device)
     if student.numel() == 0 or teacher.numel() == 0 or pixels == 0:
-        return _nothing(student, (n, *size), reduction)
+        return nothing(student, (n, *size), reduction)
     pixel_weight = dense(pixel_weight, accumulator(student, teacher))
     if pixel_weight is not None and (reduction == "none" or backend == "reference"):
         pixel_weight = reference.resize(pixel_weight, size, align_corners)
     if backend == "reference":
-        student, teacher = (reference.resize(x, size, align_corners) for x in (student, _constant(teacher)))
+        student, teacher = (reference.resize(x, size, align_corners) for x in (student, constant(teacher)))
         plain = reference.kd if loss is RESIZED_KD else reference.kd_sigmoid
         terms = plain(student, teacher, temperature)
         terms, count = reference.count_pixels(terms, target, pixel_weight, classes, ignore_index)
@@ -672,7 +599,7 @@ def teacher_confidence(main: Tensor, aux: Tensor, *, direction: str = "aux_main"
     check_teacher("main", main)
     check_teacher("aux", aux)
     check_word("direction", direction, DIRECTIONS)
-    return _confidence(main, aux, direction)
+    return confidence_of(main, aux, direction)
 
 
 @torch.no_grad()
@@ -709,7 +636,7 @@ def difficulty_mask(
     check_word("confidence", confidence, ("max", "label"))
     check_word("select", select, SELECTIONS)
     labels = Labels(target, None, ignore_index, align_corners)
-    return _difficulty(student, teacher, labels, _Hard(threshold, min_kept, confidence, select), keep_lse=False)[0]
+    return difficulty(student, teacher, labels, Hard(threshold, min_kept, confidence, select), keep_lse=False)[0]
 
 
 def rdd_loss(
@@ -755,15 +682,6 @@ def rdd_loss(
     return _rdd_loss(heads, target, class_weight, ignore_index, options, stage, blend)
 
 
-class Heads(NamedTuple):
-    """The logits RDD compares; an auxiliary head may be missing."""
-
-    student: Tensor
-    teacher: Tensor
-    student_aux: Tensor | None
-    teacher_aux: Tensor | None
-
-
 class RDDOptions(NamedTuple):
     """The options of `rdd_loss`; None is the preset's value."""
 
@@ -776,15 +694,6 @@ class RDDOptions(NamedTuple):
     aux_weight: float | None
     align_corners: bool | None
     loss_weight: float = 1.0
-
-
-class _Hard(NamedTuple):
-    """Which pixels `difficulty_mask` selects."""
-
-    threshold: float
-    min_kept: int
-    confidence: str
-    select: str
 
 
 def _rdd_loss(
@@ -808,17 +717,17 @@ def _rdd_loss(
     _check_rdd(heads, labels, options, aux_weight, blend)
     threshold = p.threshold if options.threshold is None else options.threshold
     min_kept = p.min_kept if options.min_kept is None else options.min_kept
-    hard = _Hard(threshold, min_kept, p.confidence, options.select)
+    hard = Hard(threshold, min_kept, p.confidence, options.select)
 
     def tfe(confidence: Tensor, share: float) -> tuple[Tensor, Tensor]:
         plain = labels._replace(class_weight=None)
-        task, count = _cross_entropy(heads.student, plain, confidence, None, "mean_all", share)
+        task, count = cross_entropy(heads.student, plain, confidence, None, "mean_all", share)
         if heads.student_aux is not None and aux_weight > 0:
-            task = task + _cross_entropy(heads.student_aux, plain, confidence, None, "mean_all", share * aux_weight)[0]
+            task = task + cross_entropy(heads.student_aux, plain, confidence, None, "mean_all", share * aux_weight)[0]
         return task, count.sign()  # every valid pixel carries task loss
 
     def tse(share: float) -> tuple[Tensor, Tensor]:
-        task, selected = _selected_cross_entropy(heads.student, heads.teacher, labels, hard, p.tse_reduction, share)
+        task, selected = selected_cross_entropy(heads.student, heads.teacher, labels, hard, p.tse_reduction, share)
         if heads.student_aux is not None and aux_weight > 0:
             if heads.teacher_aux is None:
                 raise ValueError(
@@ -826,13 +735,13 @@ def _rdd_loss(
                     "it or aux_weight=0"
                 )
             aux = heads.student_aux, heads.teacher_aux
-            task = task + _selected_cross_entropy(*aux, labels, hard, p.tse_reduction, share * aux_weight)[0]
+            task = task + selected_cross_entropy(*aux, labels, hard, p.tse_reduction, share * aux_weight)[0]
         return task, selected
 
     weight = options.loss_weight
     if stage == "tse" and blend is None:
-        how = _mean_of(heads.student, weight)
-        kd = _kd(heads.student, heads.teacher, None, None, (options.temperature, ignore_index, "softmax"), how)
+        how = mean_of(heads.student, weight)
+        kd = kd_of(heads.student, heads.teacher, None, None, (options.temperature, ignore_index, "softmax"), how)
         return _rdd_output(*tse(weight), kd, options.kd_weight, stage)
     if heads.teacher_aux is None:
         raise ValueError(
@@ -840,7 +749,7 @@ def _rdd_loss(
             'teacher_aux, or leave TFE out (tfe_steps=0 in RDDLoss, stage="tse" here)'
         )
     check_same("teacher_aux", heads.teacher_aux, "teacher", heads.teacher)
-    kd, confidence = _kd_and_confidence(heads, p.direction, options.temperature, weight)
+    kd, confidence = kd_and_confidence(heads, p.direction, options.temperature, weight)
     if blend is None or stage == "tfe":
         return _rdd_output(*tfe(confidence, weight), kd, options.kd_weight, stage)
     early, _ = tfe(confidence, weight)
@@ -877,148 +786,9 @@ def _rdd_output(task: Tensor, selected: Tensor, kd: Tensor, kd_weight: float, st
     return RDDOutput(task + (kd if kd_weight == 1 else kd_weight * kd), task, kd, stage, selected)
 
 
-# The rest of the operators without their checks, so that RDD, which needs several on the same arguments, makes them once.
-
-
-def _kd(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    options: tuple[float, int, str],
-    how: tuple[str, float],
-) -> Tensor:
-    temperature, ignore_index, activation = options
-    loss = KD if activation == "softmax" else KD_SIGMOID
-    backend = backends.choose(loss.name, student.device)
-    if backend == "reference" or student.numel() == 0:
-        plain = reference.kd if loss is KD else reference.kd_sigmoid
-        terms = plain(student, _constant(teacher), temperature)
-        terms, count = reference.count_pixels(terms, target, weight, student.shape[1], ignore_index)
-        return reference.reduce(terms, *how, count)
-    student, teacher = dense_together(student, teacher)
-    weight = dense(weight, accumulator(student))
-    return evaluate(loss, backend, *how, student, teacher, dense(target), weight, temperature, ignore_index)
-
-
-def _cross_entropy(
-    logits: Tensor,
-    labels: Labels,
-    pixel_weight: Tensor | None,
-    selected: Tensor | None,
-    reduction: str,
-    loss_weight: float,
-    shape: tuple[float, float] = (0.0, 0.0),
-) -> tuple[Tensor, Tensor]:
-    """`resized_cross_entropy` over the selected pixels, and their number or summed class weights.
-
-    Args:
-        selected: bool (N, H, W); or their log-sum-exp, NaN where a pixel is not selected (`_difficulty`).
-        shape: label smoothing and focal gamma; with them every pixel is selected.
-    """
-    target, class_weight, ignore_index, align_corners = labels
-    n, height, width = target.shape
-    how = reduction_of(reduction, n * height * width, n, counted=True, weight=loss_weight)
-    shaped = shape != (0, 0)
-    backend = backends.choose("resized_shaped_cross_entropy" if shaped else "resized_cross_entropy", logits.device)
-    if logits.numel() == 0 or target.numel() == 0:
-        loss = _nothing(logits, target.shape, reduction)
-        return loss, loss.new_zeros(())
-    acc = accumulator(logits)
-    pixel_weight = dense(pixel_weight, acc)
-    if pixel_weight is not None and (reduction == "none" or backend == "reference"):
-        pixel_weight = reference.resize(pixel_weight, (height, width), align_corners)
-    if backend == "reference":
-        if selected is not None:
-            target = torch.where(selected, target.long(), ignore_index)
-        resized = reference.resize(logits, (height, width), align_corners)
-        terms, valid, weight = reference.cross_entropy(resized, target, class_weight, ignore_index, *shape)
-        if pixel_weight is not None:
-            terms = terms * torch.where(valid, pixel_weight.to(terms.dtype), 0)
-        count = weight.sum()
-        return reference.reduce(terms, *how, count), count
-    (logits,) = dense_each(logits)
-    tensors = (logits, dense(target), dense(class_weight, acc), pixel_weight)
-    if shaped:
-        assert selected is None
-        return evaluate(RESIZED_SHAPED_CROSS_ENTROPY, backend, *how, *tensors, ignore_index, align_corners, *shape)
-    return evaluate(RESIZED_CROSS_ENTROPY, backend, *how, *tensors, selected, ignore_index, align_corners)
-
-
-def _selected_cross_entropy(
-    student: Tensor, teacher: Tensor, labels: Labels, hard: _Hard, reduction: str, loss_weight: float
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy over the pixels of relative difficulty, and the share of valid pixels they are."""
-    # The student's log-sum-exp costs the cross-entropy a pass of its own on a GPU, nothing on a CPU.
-    selected, share = _difficulty(student, teacher, labels, hard, keep_lse=student.device.type != "cpu")
-    return _cross_entropy(student, labels, None, selected, reduction, loss_weight)[0], share
-
-
-def _confidence(main: Tensor, aux: Tensor, direction: str) -> Tensor:
-    backend = backends.choose("teacher_confidence", main.device)
-    if backend == "reference" or main.numel() == 0:
-        return reference.teacher_confidence(main, aux, direction)
-    return operator(backend, "teacher_confidence")(*dense_together(main, aux), direction)
-
-
-def _kd_and_confidence(heads: Heads, direction: str, temperature: float, loss_weight: float) -> tuple[Tensor, Tensor]:
-    """KD and TFE's map; from one read at temperature 1, the default."""
-    student, teacher, _, teacher_aux = heads
-    assert teacher_aux is not None
-    backend = backends.choose("kd_confidence", student.device)
-    if backend == "reference" or temperature != 1 or student.numel() == 0:
-        with torch.no_grad():
-            confidence = _confidence(teacher, teacher_aux, direction)
-        options = (temperature, 255, "softmax")
-        return _kd(student, teacher, None, None, options, _mean_of(student, loss_weight)), confidence
-    how = _mean_of(student, loss_weight)
-    return evaluate(KD_CONFIDENCE, backend, *how, *dense_together(student, teacher, teacher_aux), direction)
-
-
-def _mean_of(logits: Tensor, loss_weight: float) -> tuple[str, float]:
-    """The mean over all pixels of ``logits``."""
-    n, _, h, w = logits.shape
-    return reduction_of("mean", n * h * w, n, weight=loss_weight)
-
-
-@torch.no_grad()
-def _difficulty(student: Tensor, teacher: Tensor, labels: Labels, hard: _Hard, keep_lse: bool) -> tuple[Tensor, Tensor]:
-    """`difficulty_mask`, and the share of valid pixels that are selected.
-
-    Args:
-        keep_lse: where the backend can, the student's log-sum-exp is kept as well: the mask is then a map of it, NaN where a
-            pixel is not selected.
-    """
-    target, _, ignore_index, align_corners = labels
-    backend = backends.choose("difficulty_mask", student.device)
-    acc = accumulator(student, teacher)
-    if student.numel() == 0 or target.numel() == 0:
-        return torch.zeros_like(target, dtype=torch.bool), student.new_zeros((), dtype=acc)
-    if backend == "reference":
-        mask = reference.difficulty_mask(student, teacher, target, *hard, ignore_index, align_corners)
-        valid = reference.valid_pixels(target, student.shape[1], ignore_index)
-        return mask, (mask.sum() / valid.sum().clamp(min=1)).to(acc)
-    name = "difficulty_lse" if keep_lse and backend in backends.implementations("difficulty_lse") else "difficulty_mask"
-    student, teacher = dense_each(student.detach(), teacher)
-    return operator(backend, name)(student, teacher, dense(target), *hard, ignore_index, align_corners)
-
-
-def _constant(teacher: Tensor) -> Tensor:
-    """Plain autograd cannot save an inference tensor; a copy can be saved."""
-    if torch.compiler.is_compiling():  # tracing has no is_inference()
-        return teacher
-    return teacher.clone() if teacher.is_inference() else teacher
-
-
 def _size(size: tuple[int, int]) -> tuple[int, int]:
     # int() of a symbolic size would pin compiled code to it.
     whole = [v if isinstance(v, int | torch.SymInt) else int(v) for v in size]
     if len(size) != 2 or any(a != b or a < 0 for a, b in zip(whole, size, strict=True)):
         raise ValueError(f"size: got {size!r}, expected (height, width) of the labels")
     return whole[0], whole[1]
-
-
-def _nothing(logits: Tensor, pixels: tuple[int, ...], reduction: str) -> Tensor:
-    """The loss where there is nothing to count: 0, with a gradient of 0."""
-    zero = (logits * 0).nan_to_num(0).to(accumulator(logits)).sum()
-    return zero.expand(pixels) if reduction == "none" else zero

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastkd
-from fastkd.functional import PIXEL_REDUCTIONS, Labels, _cross_entropy
+from fastkd._operators import Labels, cross_entropy
+from fastkd.functional import PIXEL_REDUCTIONS
 
 from .support import DEVICE, DTYPES, INTERPRETER, LAYOUTS, assert_within_budget, each_kernel, lay_out
 from .test_kd import labels
@@ -229,7 +230,7 @@ def test_a_masked_pixel_is_an_ignored_one(backend, size, align_corners):
     results = []
     with fastkd.use_backend(backend):
         for y, m in ((target, mask), (torch.where(mask, target, 255), None)):
-            loss, weight = _cross_entropy(
+            loss, weight = cross_entropy(
                 logits, Labels(y, class_weight, 255, align_corners), pixel_weight, m, "mean", 1.0
             )
             results.append((loss.detach(), weight, *torch.autograd.grad(loss, logits)))

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fastkd._arguments import as_map, check_float, check_number, check_target, check_word
-from fastkd.functional import Labels, _ce_of_sums, _dice_sums
+from fastkd._dice import cross_entropy_of, dice_sums
+from fastkd._operators import Labels
 from fastkd.ops import accumulator
 
 NO_LABEL = -(1 << 31)  # ignore_index where nothing is ignored
@@ -137,7 +138,7 @@ class DiceCELoss(nn.Module):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         sums = _sums(input, target, None, self.dice.squared_pred, 5 if self.label_smoothing else 4)
-        ce = _ce_of_sums(sums, self.weight, self.label_smoothing, self.dice.reduction)
+        ce = cross_entropy_of(sums, self.weight, self.label_smoothing, self.dice.reduction)
         return (self.lambda_dice * self.dice.of_sums(sums) + self.lambda_ce * ce).to(accumulator(input))
 
 
@@ -159,7 +160,7 @@ def _sums(input: Tensor, target: Tensor, ignore_index: int | None, square: bool,
         labels = labels.long()
     ignored = NO_LABEL if ignore_index is None else ignore_index
     check_target(labels, input, (input.shape[0], None, None), ignored)
-    return _dice_sums(input, Labels(labels, None, ignored, False), square, columns)
+    return dice_sums(input, Labels(labels, None, ignored, False), square, columns)
 
 
 def _reduction(word: Any) -> str:

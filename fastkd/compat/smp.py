@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastkd._arguments import check_float, check_target, check_word
-from fastkd.functional import Labels, _dice_sums, resized_cross_entropy
+from fastkd._dice import dice_sums
+from fastkd._operators import Labels
+from fastkd.functional import resized_cross_entropy
 from fastkd.ops import accumulator
 from fastkd.reference import resize, valid_pixels
 
@@ -56,7 +58,7 @@ class DiceLoss(nn.Module):
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
         ignored = _check(y_pred, y_true, self.ignore_index)
-        sums = _dice_sums(y_pred, Labels(y_true, None, ignored, False), False, 3).sum(0)
+        sums = dice_sums(y_pred, Labels(y_true, None, ignored, False), False, 3).sum(0)
         labelled = sums[:, 2]
         score = (sums[:, 0] + self.smooth) / ((sums[:, 1] + labelled) / 2 + self.smooth).clamp_min(self.eps)
         terms = -score.clamp_min(self.eps).log() if self.log_loss else 1 - score

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastkd.functional import DiceOptions, Labels, _resized_cross_entropy_dice_loss, resized_cross_entropy
+from fastkd._dice import DiceOptions
+from fastkd._operators import Labels
+from fastkd.functional import _resized_cross_entropy_dice_loss, resized_cross_entropy
 
 
 class SemanticSegmentationLoss(nn.Module):

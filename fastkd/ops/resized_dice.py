@@ -9,7 +9,7 @@ With p = softmax(bilinear(logits)) and y the label, over the counted pixels of e
     sums[n, c, 4] = sum of -log p_c               if columns >= 5: label smoothing
 
 in fp64, pairwise or in fp64 from some tens of terms on: an image of 4096x8192 keeps 1e-6. Dice, cross-entropy, their
-weights and their reductions are a few operations on these (N, C) numbers (`fastkd.functional`), differentiated by
+weights and their reductions are a few operations on these (N, C) numbers (`fastkd._dice`), differentiated by
 autograd. So the operator is a late loss with "none" as its only reduction and 1 as its scale; ``sums`` is its loss:
 
     resized_dice_forward(logits, target, ..., "none", 1.0) -> (sums, kept)

@@ -68,9 +68,12 @@ WORDS = {
 }
 PYTHON = {
     "fastkd/reference.py": [f"tests/test_{name}.py" for name in (*suites.FAMILIES, "functional")],
-    "fastkd/functional.py": [
-        f"tests/test_{name}.py" for name in ("functional", *suites.FAMILIES, "losses", "autograd")
-    ],
+    **{
+        f"fastkd/{stem}.py": [
+            f"tests/test_{name}.py" for name in ("functional", *suites.FAMILIES, "losses", "autograd")
+        ]
+        for stem in ("functional", "_operators", "_dice")
+    },
     "fastkd/ops/_autograd.py": [
         f"tests/test_{name}.py" for name in ("autograd", "integration", "functional", *suites.FAMILIES)
     ],
