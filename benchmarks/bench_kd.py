@@ -42,3 +42,21 @@ def case(shape: Shape, size: tuple[int, int] | None, dtype: torch.dtype, **targe
     """``size`` plays no part."""
     work = Work(5 * nbytes(shape, dtype), 4 * torch.Size(shape).numel())
     return Case("KD", shape, dtype, rivals, work, targets=targets)
+
+
+def plain_sigmoid(student: Tensor, teacher: Tensor) -> Tensor:
+    """Each class against the rest: the binary cross-entropy of the teacher's probabilities, less their entropy."""
+    s, p = accumulated(student), torch.sigmoid(accumulated(teacher))
+    entropy = torch.special.entr(p) + torch.special.entr(1 - p)
+    total = (F.binary_cross_entropy_with_logits(s, p, reduction="none") - entropy).sum()
+    return total / (student.numel() // student.shape[1])
+
+
+def sigmoid_case(shape: Shape, size: tuple[int, int] | None, dtype: torch.dtype, **targets: float) -> Case:
+    """Read S and T, write the gradient: a class needs no other, so one read makes both. Two exponentials an element."""
+
+    def rivals(device: str, shape: Shape) -> dict[str, Loss | str]:
+        return {"ours": lambda s, t: fastkd.kd_loss(s, t, activation="sigmoid"), "eager": plain_sigmoid}
+
+    work = Work(3 * nbytes(shape, dtype), 2 * torch.Size(shape).numel())
+    return Case("KD, sigmoid", shape, dtype, rivals, work, targets=targets)

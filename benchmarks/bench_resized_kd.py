@@ -30,3 +30,16 @@ def case(shape: Shape, size: tuple[int, int], dtype: torch.dtype, **targets: flo
 
     work = Work(3 * nbytes(shape, dtype), 4 * shape[0] * shape[1] * size[0] * size[1])
     return Case("resized KD", shape, dtype, rivals, work, size, targets)
+
+
+def sigmoid_case(shape: Shape, size: tuple[int, int], dtype: torch.dtype, **targets: float) -> Case:
+    """A sigmoid of each class: one exponential of each side makes loss and gradient."""
+
+    def rivals(device: str, shape: Shape) -> dict[str, Loss | str]:
+        return {
+            "ours": lambda s, t: fastkd.resized_kd_loss(s, t, size=size, activation="sigmoid"),
+            "eager": lambda s, t: bench_kd.plain_sigmoid(upsample(s, size), upsample(t, size)),
+        }
+
+    work = Work(3 * nbytes(shape, dtype), 2 * shape[0] * shape[1] * size[0] * size[1])
+    return Case("resized KD, sigmoid", shape, dtype, rivals, work, size, targets)

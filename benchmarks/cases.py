@@ -34,6 +34,8 @@ LOSSES: dict[str, Callable[..., Case]] = {
     "resized_dice": bench_resized_dice.case,
     "resized_ce_dice": bench_resized_dice.ce_case,
     "resized_bce": bench_resized_binary_cross_entropy.case,
+    "kd_sigmoid": bench_kd.sigmoid_case,
+    "resized_kd_sigmoid": bench_resized_kd.sigmoid_case,
     "rdd_tfe": bench_rdd.tfe_case,
     "rdd_tse": bench_rdd.tse_case,
 }

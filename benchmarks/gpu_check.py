@@ -36,6 +36,8 @@ PYTHON = sys.executable
 TESTS = (
     *("gpu", "triton", "nfd", "kd", "cwd", "resized", "resized_kernels", "rdd", "rdd_kernels"),
     *("cuda", "functional", "losses", "backends", "compile"),
+    *("kd_sigmoid", "resized_shaped_cross_entropy", "resized_dice", "resized_binary_cross_entropy"),
+    *("resized_ohem_cross_entropy", "ranks"),
 )
 
 
@@ -70,12 +72,12 @@ def steps(out: Path) -> list[Step]:
         Step("compile", 100, [PYTHON, "-m", "benchmarks.gpu_kernels", "--compile"]),
         Step(
             "tests",
-            130,
+            150,
             pytest + [f"tests/test_{name}.py" for name in TESTS],
             ("pytest", "hypothesis", "numpy"),
         ),
         Step("kernels", 120, [PYTHON, "-m", "benchmarks.gpu_kernels", "--resume", "--out", str(out)]),
-        Step("losses", 300, [PYTHON, "-m", "benchmarks", "--resume", "--out", str(out)]),
+        Step("losses", 280, [PYTHON, "-m", "benchmarks", "--resume", "--out", str(out)]),
         Step("step", 80, [PYTHON, "-m", "benchmarks.bench_step", "--resume", "--out", str(out)], ("torchvision",)),
         Step("numbers", 20, [PYTHON, "-m", "benchmarks.publish", "--gpu", str(out)], ("matplotlib",)),
     ]

@@ -34,7 +34,12 @@ def measured() -> list[tuple[str, str, str]]:
     """(recipe, loss, layout), the most telling first."""
     losses = ("resized_ce", "resized_kd", "rdd_tse", "rdd_tfe", "nfd", "kd", "cwd")
     found = [(recipe, loss, layout) for recipe in ("ADE20K", "Cityscapes") for loss in losses for layout in LAYOUTS]
-    return found + [("Cityscapes, full", loss, "NCHW") for loss in losses[:2]]
+    found += [("Cityscapes, full", loss, "NCHW") for loss in losses[:2]]
+    more = (
+        "resized_ce_dice", "resized_bce", "resized_focal_ce", "resized_smooth_ce", "resized_kd_sigmoid", "resized_dice",
+        "resized_ohem_ce", "kd_sigmoid",
+    )  # fmt: skip
+    return found + [(recipe, loss, "NCHW") for recipe in ("ADE20K", "Cityscapes") for loss in more]
 
 
 def calls(recipe: str, loss: str, layout: str) -> Iterator[tuple[str, object]]:

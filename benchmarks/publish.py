@@ -56,7 +56,7 @@ def _memory_share(row: Row) -> float | None:
 TFE, TSE = "RDD TFE", "RDD TSE"
 TO_TFE = ("resized CE", "resized KD", TFE)
 AT_LABELS = (*TO_TFE, TSE)
-TRAINING = ("OHEM", "smoothed CE", "focal CE", "Dice", "CE + Dice", "BCE")
+TRAINING = ("OHEM", "smoothed CE", "focal CE", "Dice", "CE + Dice", "BCE", "KD, sigmoid", "resized KD, sigmoid")
 TARGETS = (
     Target("NFD: of the copy bandwidth, for 5 transfers", "≥ 90 %", ("NFD",), Row.copy_share, min, "{:.0%}"),
     Target("KD, CWD: of the copy bandwidth", "≥ 90 %", ("KD", "CWD"), Row.copy_share, min, "{:.0%}"),

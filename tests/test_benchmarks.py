@@ -170,6 +170,8 @@ def test_roofline_by_hand():
         ("resized_dice", 3, 16, 2 * 3 * 4 * 16),
         ("resized_ce_dice", 3, 16, 2 * 3 * 4 * 16),
         ("resized_bce", 2, 3, 3 * 4 * 16),
+        ("kd_sigmoid", 3, 0, 2 * 3 * 2 * 8),
+        ("resized_kd_sigmoid", 3, 0, 2 * 3 * 4 * 16),
         ("rdd_tfe", 5, 8, 2 * 3 * 4 * 16),
         ("rdd_tse", 5, 10, 4 * 3 * 4 * 16),
     ],
