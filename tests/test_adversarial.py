@@ -25,7 +25,7 @@ from fastkd import backends
 
 from . import budget
 from .losses import HEATED, LOSSES, REDUCED
-from .support import DEVICE, LAYOUTS, each_backend, each_kernel, lay_out, loss_and_gradient
+from .support import DEVICE, LAYOUTS, each_backend, each_kernel, lay_out, loss_and_gradient, needs_cpu
 from .test_kd import labels
 from .test_nfd import smallest_std
 from .test_rdd_kernels import at_the_limit
@@ -469,7 +469,7 @@ print(op.isa())
 
 
 @pytest.mark.promise("half-precision")
-@pytest.mark.skipif(backends.why_not("cpu") is not None, reason=str(backends.why_not("cpu")))
+@needs_cpu
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_number_of_half_precision(isa):
     """Each fp16 and bf16 number is read exactly; what lies between two of them, and the ties, are written as torch does."""
@@ -591,6 +591,7 @@ def bytes_in_use() -> int:
 @pytest.mark.promise("no-leak")
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="counts bytes by glibc's mallinfo2")
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts the heap of the C++ kernels")
+@needs_cpu
 @each_loss
 def test_no_leak(name):
     """A hundred more steps leave no byte of a map behind, nor the scratch of a call that is refused half way."""

@@ -15,9 +15,10 @@ from fastkd import backends
 from fastkd.ops import OPERATORS, Draw, operator
 
 from . import budget
+from .support import needs_cpu
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(backends.why_not("cpu") is not None, reason=str(backends.why_not("cpu")))
+pytestmark = needs_cpu
 
 
 class Mixed(Draw):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastkd import backends
+from .support import needs_cpu
 
 CODE = """
 import json, sys, torch
@@ -32,7 +32,7 @@ print(json.dumps(used))
 needs_proc = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc"
 )
-pytestmark = [pytest.mark.skipif(backends.why_not("cpu") is not None, reason=str(backends.why_not("cpu"))), needs_proc]
+pytestmark = [needs_cpu, needs_proc]
 
 
 def measure(cases: list[tuple]) -> dict[str, tuple[float, float]]:
