@@ -27,11 +27,10 @@ test test-all: export OMP_WAIT_POLICY = passive
 test: PYTEST += -m "not slow"
 test-all: export FASTKD_TRITONS = $(subst $() ,:,$(addprefix $(CURDIR)/,$(TRITONS)))
 test-all: $(TRITONS)
-test test-all: .venv/.built
+test test-all: .venv/.built .venv/.emulated
 	$(PYTEST)
 	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(PYTEST) $$($(BIN)/python -m tests.suites interpreted)
-	library=$$($(BIN)/python -c "from tests import emulation; print(emulation.build())") && \
-	    CUDA_VISIBLE_DEVICES= FASTKD_CUDA_EMULATION=$$library $(PYTEST) $$($(BIN)/python -m tests.suites emulated)
+	CUDA_VISIBLE_DEVICES= FASTKD_CUDA_EMULATION=$$(cat .venv/.emulated) $(PYTEST) $$($(BIN)/python -m tests.suites emulated)
 	$(if $(filter test-all,$@),$(MAKE) test-tools)
 
 # The tools that end by themselves; docs/promises.md has the others: mutants, versions, valgrind.
@@ -75,6 +74,11 @@ clean:
 .venv/.built: .venv/.installed $(SOURCES)
 	FASTKD_BUILD=1 $(BIN)/pip install -q --no-build-isolation -c $(CONSTRAINTS) -e ".[train,export,bench,dev]"
 	touch $@
+
+# The library of the emulated GPU; the file holds its path.
+.venv/.emulated: .venv/.installed tests/emulation.py $(SOURCES)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m tests.emulation > $@.new
+	mv $@.new $@
 
 .venv/.installed: $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv

@@ -3,10 +3,6 @@
 import gc
 import os
 
-WORKER = "PYTEST_XDIST_WORKER" in os.environ
-if WORKER:  # workers share the cores: a thread that waits is to sleep, which OpenMP reads as it is loaded
-    os.environ["OMP_WAIT_POLICY"] = "passive"
-
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -24,7 +20,7 @@ settings.register_profile("quick", settings.get_profile("default"), max_examples
 ConjectureRunner.generate_mutations_from = lambda self, data: None
 slow = os.environ.get("TRITON_INTERPRET") == "1" or "FASTKD_CUDA_EMULATION" in os.environ
 settings.load_profile("interpreter" if slow else "default")
-if WORKER:  # what is about threads sets their number itself
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; what is about threads sets their number itself
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 

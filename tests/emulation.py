@@ -1,7 +1,7 @@
 """The CUDA kernels on an emulated GPU (csrc/cuda/emulation.h): builds the library that runs them on CPU tensors.
 
 It stands in for the real one where ``FASTKD_CUDA_EMULATION`` names it: `make test` starts pytest with it, on the files that
-``tests/suites.py`` lists as emulated.
+``tests/suites.py`` lists as emulated. ``python -m tests.emulation`` builds it and prints its path.
 """
 
 from __future__ import annotations
@@ -76,3 +76,7 @@ def run_program(source: Path, folder: Path, *flags: str) -> str:
     run = subprocess.run([str(program)], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
+
+
+if __name__ == "__main__":
+    print(build())

@@ -333,7 +333,7 @@ def fails(folder: Path, file: str, profile: str) -> bool:
 
 def fails_emulated(folder: Path) -> bool:
     """Whether a test of the CUDA kernels fails on the emulated GPU, or ends in no time."""
-    build = [sys.executable, "-c", "from tests import emulation; print(emulation.build())"]
+    build = [sys.executable, "-m", "tests.emulation"]
     library = subprocess.run(build, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
     command = [
         sys.executable,

@@ -275,7 +275,8 @@ def test_compiled_networks_by_inductor(teacher, tmp_path, quick):
 
 
 def test_panels_events_and_page(teacher, tmp_path):
-    config = tiny.config(tmp_path, method="rdd", teacher=teacher, train={"steps": 3}, eval=EvalConfig(every=1, limit=2))
+    train = {"steps": 3, "panels": 2}
+    config = tiny.config(tmp_path, method="rdd", teacher=teacher, train=train, eval=EvalConfig(every=1, limit=2))
     run(config)
     panels = sorted((tmp_path / "panels").iterdir())
     assert [panel.name for panel in panels] == ["000001.jpg", "000002.jpg", "000003.jpg"]

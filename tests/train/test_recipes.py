@@ -140,17 +140,27 @@ REST = [(name, data, False) for name in PUBLISHED for data in SETS if (name, dat
 @pytest.mark.parametrize(
     ("name", "data", "few"), [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in REST)]
 )
-def test_three_steps(name, data, few, place, tmp_path, monkeypatch):
+def test_three_steps(name, data, few, place, tmp_path, quick):
     """The recipe as it is, but for a small encoder and decoder, a small crop, a batch of two, and three steps.
 
     few: with half of the labels, and an image without in each batch.
     """
-    monkeypatch.setattr(engine, "write_report", lambda *args, **options: None)  # slow, and with tests of its own
     arch = recipe.load(name)["model"]["arch"]
     root, teacher = place(data, arch)
     words = ["--recipe", name, "--data.name", data, "--data.root", str(root), "--out", str(tmp_path / "run")]
     small = ["--data.crop", "[64, 64]", "--train.batch_size", "2", "--train.steps", "3", *SMALL, *narrow(arch, 32)]
-    brief = ["--train.log_every", "1", "--eval.limit", "1", "--train.device", "cpu", "--data.workers", "0"]
+    brief = [
+        "--train.log_every",
+        "1",
+        "--train.panels",
+        "0",
+        "--eval.limit",
+        "1",
+        "--train.device",
+        "cpu",
+        "--data.workers",
+        "0",
+    ]
     brief += ["--data.labelled", "1/2", "--data.unlabelled", "rest"] if few else []
     config, flags = parse([*words, *small, *brief, *(["--teacher", str(teacher)] if name != "baseline" else [])])
     result = engine.train(config, show=False, **flags)

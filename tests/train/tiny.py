@@ -51,9 +51,7 @@ def config(out, **changes) -> Config:
     """A run of a few steps; `aux=True` gives the network an auxiliary head, `dims` the width of its decoder."""
     aux = changes.pop("aux", False)
     width = changes.pop("width", 32)
-    train = {"steps": 2, "batch_size": 4, "log_every": 1, "checkpoint_every": 2, "device": "cpu"} | changes.pop(
-        "train", {}
-    )
+    train = {"steps": 2, "batch_size": 4, "log_every": 1, "checkpoint_every": 2, "device": "cpu", "panels": 0}
     model = ModelConfig(
         arch="FPN",
         encoder="tu-mobilenetv3_small_050",
@@ -67,7 +65,7 @@ def config(out, **changes) -> Config:
         data=DataConfig(crop=CROP),
         model=changes.pop("model", model),
         optim=changes.pop("optim", OptimConfig(lr=0.01)),
-        train=TrainConfig(**train),
+        train=TrainConfig(**train | changes.pop("train", {})),
         eval=changes.pop("eval", EvalConfig(every=100, batch_size=2)),
         **changes,
     )
