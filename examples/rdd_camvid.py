@@ -1,4 +1,4 @@
-"""RDD on CamVid in a loop of your own: a teacher with an auxiliary head, then a student whose pixels it weights.
+"""RDD on CamVid in a plain loop: a teacher with an auxiliary head, then the student.
 
     python examples/rdd_camvid.py --root CAMVID --steps 1000
 

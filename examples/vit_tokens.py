@@ -2,8 +2,8 @@
 
     python examples/vit_tokens.py --steps 200
 
-NFD compares z-scores, so neither the scale nor the offset of a token's channels matters. Weights are random here; create the
-ViT with `pretrained=True`, or load a file, for one that has something to teach.
+NFD compares z-scores, so scale and offset of a token's channels cancel. Weights are random here; create the ViT with
+`pretrained=True`, or load a file.
 """
 
 from __future__ import annotations
