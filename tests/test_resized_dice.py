@@ -144,7 +144,7 @@ def test_gradient_within_budget(backend, problem, smoothing, options):
     def alone(s, t):
         return fastkd.resized_dice_loss(s, target, class_weight=class_weight, **options)
 
-    for loss in (both, alone):
+    for loss in (both,) if INTERPRETER else (both, alone):
         assert_within_budget(loss, logits, logits.clone(), backend, loss_scale=12.0)
 
 

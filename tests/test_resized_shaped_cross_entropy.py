@@ -38,9 +38,10 @@ def truth(logits, target, class_weight, align_corners, label_smoothing=0.0, foca
 def test_formula(backend, shape, align_corners, reduction, weighted):
     needs(backend, "resized_shaped_cross_entropy")
     g = torch.Generator().manual_seed(1)
-    logits = torch.randn(2, 7, 5, 6, generator=g).to(DEVICE)
-    target = labels((2, 11, 17), 7, 0.3, torch.uint8, 1)
-    class_weight = torch.rand(7, generator=g).to(DEVICE) + 0.5 if weighted else None
+    (classes, *size), label_size = ((4, 2, 3), (5, 7)) if INTERPRETER else ((7, 5, 6), (11, 17))
+    logits = torch.randn(2, classes, *size, generator=g).to(DEVICE)
+    target = labels((2, *label_size), classes, 0.3, torch.uint8, 1)
+    class_weight = torch.rand(classes, generator=g).to(DEVICE) + 0.5 if weighted else None
     options = {"class_weight": class_weight, "align_corners": align_corners, "reduction": reduction, **SHAPES[shape]}
     with fastkd.use_backend(backend):
         got = fastkd.resized_cross_entropy(logits, target, **options)
