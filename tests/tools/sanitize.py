@@ -65,9 +65,9 @@ def asan_options(fill: int = 0xFF) -> str:
     return f"detect_leaks=0:abort_on_error=1:allocator_may_return_null=1:{filled}"
 
 
-def asan(folder: Path, isa: str, command: list[str]) -> int:
+def asan(folder: Path, isa: str, command: list[str], optimise: str) -> int:
     """Runs a Python command in the stage, with the library under both sanitizers."""
-    stage.build(folder, isa, ("-O1", *ASAN))
+    stage.build(folder, isa, (optimise, *ASAN))
     environment = stage.environment(
         isa,
         LD_PRELOAD=preload("libasan.so", "libstdc++.so"),
@@ -77,11 +77,11 @@ def asan(folder: Path, isa: str, command: list[str]) -> int:
     return subprocess.run([sys.executable, *command], cwd=folder, env=environment, check=False).returncode
 
 
-def tsan(folder: Path, isa: str, command: list[str]) -> int:
+def tsan(folder: Path, isa: str, command: list[str], optimise: str) -> int:
     """Runs a Python command in the stage, with the library under ThreadSanitizer."""
     replace(folder / "csrc" / "checks.h", *THREADS)
     replace(folder / "csrc" / "checks.h", "#include <string>", "#include <string>\n#include <thread>")
-    stage.build(folder, isa, ("-O1", *TSAN))
+    stage.build(folder, isa, (optimise, *TSAN))
     # Of torch and Python, which are not instrumented, the locks and threads are seen, and memory is not looked at.
     environment = stage.environment(
         isa,
@@ -161,17 +161,18 @@ def main() -> int:
     if args.fuzz:
         log = ["--log", str(folder / "seed")]
         command = ["-m", "tests.tools.fuzz", "--minutes", str(args.fuzz), "--first", str(args.first), *log]
+    optimise = "-O1" if args.fuzz else "-O0"  # the tests are done before -O1 has compiled
     if args.tool == "asan":
         if args.harness:
             fills = [{"ASAN_OPTIONS": asan_options(fill)} for fill in (0xFF, 0x11)]
-            status = harness(folder, isa, ("-O0", *ASAN), [], *fills)
+            status = harness(folder, isa, (optimise, *ASAN), [], *fills)
         else:
-            status = asan(folder, isa, command)
+            status = asan(folder, isa, command, optimise)
     elif args.tool == "tsan":
         if args.harness:
-            status = harness(folder, isa, ("-O0", *TSAN), unrandomised(), {"TSAN_OPTIONS": "halt_on_error=1"})
+            status = harness(folder, isa, (optimise, *TSAN), unrandomised(), {"TSAN_OPTIONS": "halt_on_error=1"})
         else:
-            status = tsan(folder, isa, command)
+            status = tsan(folder, isa, command, optimise)
     else:
         runner = [shutil.which("valgrind") or sys.exit("valgrind is not installed"), "--error-exitcode=9", "-q"]
         status = harness(folder, isa, ("-O1", "-g"), runner, {})
