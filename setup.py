@@ -39,6 +39,7 @@ FLAGS = [
     "-fvisibility=hidden",
     "-Wall",
     "-Wno-psabi",
+    "-Wno-maybe-uninitialized",  # a softmax keeps top_ and again_ for pixels done again alone, and sets them there alone
 ]
 JOBS = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 STABLE_ABI = "0x020a000000000000"  # torch 2.10

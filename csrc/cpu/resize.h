@@ -256,7 +256,7 @@ struct Softmax {
         for (int64_t c = 0; c < classes; ++c)
             for (int j = 0; j < G; ++j) top_[j] = max(plain_.template value<kBlend, true>(right[j], c, j), top_[j]);
         for (int j = 0; j < G; ++j)  // no other pixel: a pixel's result has nothing to do with its neighbours
-            again_[j] = !(sum[j] >= kTiny<Acc>) & (top_[j] != -__builtin_inff());
+            again_[j] = (!(sum[j] >= kTiny<Acc>)) & (top_[j] != -__builtin_inff());
         run<kStore, kMost, kBlend, true>(side, right, classes, e, e_stride);
     }
 
