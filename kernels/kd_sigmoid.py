@@ -46,7 +46,7 @@ def _kd_sigmoid(
         offset, mask = tile_of(g, at, start)
         s = tl.load(student + offset, mask=mask, other=0).to(g.ACC) * to_log2
         t = tl.load(teacher + offset, mask=mask, other=0).to(g.ACC) * to_log2
-        divergence, difference = bernoulli(s, t)
+        divergence, difference = bernoulli(s, t, False)
         total += tl.sum(divergence, 1)
         if out.gradient is not None:
             d = tl.where(counted[:, None], difference * factor[:, None], 0)

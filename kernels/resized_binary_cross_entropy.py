@@ -39,7 +39,7 @@ from .resize import (
     values,
     weigh,
 )
-from .sigmoid import softplus_and_sigmoid
+from .sigmoid import softplus_and_sigmoid, unbounded
 from .total import add, total
 
 # Label pixels a lane takes at a time, down and across.
@@ -86,7 +86,7 @@ def _element(x, label, weight, positive, elements):
     if positive is not None:
         weight = tl.where(one, weight * positive, weight)
     softplus, p = softplus_and_sigmoid(tl.where(one, -x, x))  # of a one, p is 1 - sigmoid(x)
-    term = tl.where(counted, weight * softplus, 0)
+    term = tl.where(counted, weight * unbounded(softplus), 0)
     return term, tl.where(counted, tl.where(one, -weight, weight) * p, 0), counted
 
 

@@ -47,12 +47,13 @@ from .resize import (
     put,
     read_labels,
     resize_weight,
+    sum_of,
     values,
     weigh,
     write_gradient,
     write_pixels,
 )
-from .total import total
+from .total import add, total
 
 # Label pixels a lane takes at a time, down and across. Beyond the tile a lane keeps a log-sum-exp and a label for each of
 # them, and its weight where there is one; more of them take longer to compile than they save.
@@ -147,14 +148,17 @@ def _cross_entropy(
 ):
     place = locate(logits, grid, T)
     zero = tl.zeros([T.CELLS], T.ACC)
-    losses, counts = zero, zero
+    losses, lost, counts, missed = zero, zero, zero, zero
     first, last = parts_of(grid)
     for part in range(first, last):
         pixels = part_of(place, logits, grid, part, T)
         worth = read_labels(labels, grid, place, pixels, logits.classes, T)
         label, counted, known = worth.label, worth.counted, worth.known
-        for k in tl.static_range(len(counted)):  # here, so that no share outlives it
-            counts += tl.where(place.own, worth.share[k], 0)
+        share = tl.where(place.own, sum_of(worth.share), 0)  # here, so that no share of a pixel outlives it
+        if labels.class_weight is None:
+            counts += share
+        else:
+            counts, missed = add(counts, missed, share)
         cell, view = Cell(place, pixels, any_of(counted)), View(logits, ())
         distance = nothing()  # from the log-sum-exp to the value of the label
         norm, own = known, fill(zero, len(known))
@@ -172,11 +176,13 @@ def _cross_entropy(
                 distance = distance + (norm[k] - own[k],)
         terms = nothing()
         for k in tl.static_range(len(counted)):
-            term = tl.where(counted[k], factor[k] * (distance[k] * LN2), 0)
-            losses += tl.where(place.own, term, 0)
-            terms = terms + (term * tl.full((), scale, tl.float64).to(T.ACC),)
+            terms = terms + (tl.where(counted[k], factor[k] * (distance[k] * LN2), 0),)
+        losses, lost = add(losses, lost, tl.where(place.own, sum_of(terms), 0))
         if out.loss is not None:
-            write_pixels(out.loss, grid, place, pixels, terms)
+            scaled = nothing()
+            for k in tl.static_range(len(counted)):
+                scaled = scaled + (terms[k] * tl.full((), scale, tl.float64).to(T.ACC),)
+            write_pixels(out.loss, grid, place, pixels, scaled)
     tl.store(out.part + tl.program_id(0), tl.sum(losses))
     tl.store(out.part + tl.num_programs(0) + tl.program_id(0), tl.sum(counts))
 

@@ -44,13 +44,14 @@ from .resize import (
     put,
     read_labels,
     resize_weight,
+    sum_of,
     taps_of,
     values,
     weigh,
     write_gradient,
     write_pixels,
 )
-from .total import total
+from .total import add, total
 
 # Label pixels a lane takes at a time, down and across: a lane keeps two sums and a cross term for each of them.
 TILE = (2, 9)
@@ -151,7 +152,7 @@ def _kd(
 ):
     place = locate(student, grid, T)
     zero = tl.zeros([T.CELLS], T.ACC)
-    losses, counts = zero, zero
+    losses, lost, counts = zero, zero, zero
     first, last = parts_of(grid)
     for part in range(first, last):
         pixels = part_of(place, student, grid, part, T)
@@ -165,11 +166,13 @@ def _kd(
         factor = weigh(labels, grid, place, pixels, worth)
         terms = nothing()
         for k in tl.static_range(len(counted)):
-            term = tl.where(counted[k], factor[k] * (divergence[k] * LN2), 0)
-            losses += tl.where(place.own, term, 0)
-            terms = terms + (term * tl.full((), scale, tl.float64).to(T.ACC),)
+            terms = terms + (tl.where(counted[k], factor[k] * (divergence[k] * LN2), 0),)
+        losses, lost = add(losses, lost, tl.where(place.own, sum_of(terms), 0))
         if out.loss is not None:
-            write_pixels(out.loss, grid, place, pixels, terms)
+            scaled = nothing()
+            for k in tl.static_range(len(counted)):
+                scaled = scaled + (terms[k] * tl.full((), scale, tl.float64).to(T.ACC),)
+            write_pixels(out.loss, grid, place, pixels, scaled)
         if out.planes is not None:
             state = (norm_s, norm_t) if labels.pixel_weight is None else (norm_s, norm_t, factor)
             write_gradient(out.planes, grid, cell, views[0], (views[1],), state, (), _gradient, part > first, T, ())

@@ -33,7 +33,7 @@ from .resize import (
     write_gradient,
     write_pixels,
 )
-from .sigmoid import bernoulli
+from .sigmoid import bernoulli, unbounded
 from .total import add
 
 
@@ -47,7 +47,7 @@ def _terms(student, teacher, cell, T):
         at_s, at_t = advance(at_s, plane_of(student.logits)), advance(at_t, plane_of(teacher.logits))
         more = ()
         for k in tl.static_range(len(s)):
-            divergence, _ = bernoulli(s[k], t[k])
+            divergence, _ = bernoulli(s[k], t[k], True)
             more = more + (total[k] + divergence,)
         total = more
     return total
@@ -56,7 +56,7 @@ def _terms(student, teacher, cell, T):
 @triton.jit
 def _gradient(k: tl.constexpr, c, value_s, value_t, total, state):
     """factor * (sigmoid(S) - sigmoid(T)), ``state``: the factor; keeps the sum of the divergences."""
-    divergence, difference = bernoulli(value_s, value_t)
+    divergence, difference = bernoulli(value_s, value_t, True)
     return difference * state[0][k], total + divergence
 
 
@@ -93,7 +93,7 @@ def _kd_sigmoid(
             total = _terms(views[0], views[1], cell, T)
         terms = nothing()
         for k in tl.static_range(len(counted)):
-            terms = terms + (tl.where(counted[k], factor[k] * total[k], 0),)
+            terms = terms + (tl.where(counted[k], factor[k] * unbounded(total[k]), 0),)
         losses, lost = add(losses, lost, tl.where(place.own, sum_of(terms), 0))
         if out.loss is not None:
             scaled = nothing()

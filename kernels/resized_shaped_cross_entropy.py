@@ -164,14 +164,17 @@ def _shaped_cross_entropy(
     amount = tl.full((), amount, tl.float64).to(T.ACC)
     classes = tl.cast(logits.classes, T.ACC)
     zero = tl.zeros([T.CELLS], T.ACC)
-    losses, lost, counts = zero, zero, zero
+    losses, lost, counts, missed = zero, zero, zero, zero
     first, last = parts_of(grid)
     for part in range(first, last):
         pixels = part_of(place, logits, grid, part, T)
         worth = read_labels(labels, grid, place, pixels, logits.classes, T)
         label, counted = worth.label, worth.counted
-        for k in tl.static_range(len(counted)):
-            counts += tl.where(place.own, worth.share[k], 0)
+        share = tl.where(place.own, sum_of(worth.share), 0)  # here, so that no share of a pixel outlives it
+        if labels.class_weight is None:
+            counts += share
+        else:
+            counts, missed = add(counts, missed, share)
         cell, view = Cell(place, pixels, any_of(counted)), View(logits, ())
         found, distance = softmax(view, grid, cell, counted, label, T)
         norm = nothing()

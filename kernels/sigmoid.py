@@ -9,7 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .resize.preparation import BOUND32, BOUND64
+
 LN2 = tl.constexpr(0.6931471805599453)
+INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
@@ -32,10 +35,17 @@ def softplus_and_sigmoid(x):
 
 
 @triton.jit
-def bernoulli(s, t):
+def unbounded(loss):
+    """``loss``, infinite where logits are blended of infinite ones, which :func:`kernels.resize.prepare` bounds."""
+    return tl.where(loss > (BOUND64 if loss.dtype == tl.float64 else BOUND32), INFINITY, loss)
+
+
+@triton.jit
+def bernoulli(s, t, BOUNDED: tl.constexpr):
     """KL(Bernoulli(sigmoid(t)) || Bernoulli(sigmoid(s))), and sigmoid(s) - sigmoid(t); exactly 0 for equal s and t.
 
     Of a class and its complement, that which t finds less likely is looked at; probability 0 adds 0, whatever s is.
+    BOUNDED: there is no infinity among s.
     """
     mirrored = t > 0
     s = tl.where(mirrored, -s, s)
@@ -43,4 +53,6 @@ def bernoulli(s, t):
     soft_s, p_s = softplus_and_sigmoid(s)
     soft_t, p_t = softplus_and_sigmoid(t)
     divergence = tl.where(p_t == 0, 0, p_t * (t - s)) * LN2 + (soft_s - soft_t)
+    if not BOUNDED:
+        divergence = tl.where(s == INFINITY, INFINITY, divergence)  # not inf - inf
     return divergence, tl.where(mirrored, p_t - p_s, p_s - p_t)

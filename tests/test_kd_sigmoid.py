@@ -100,7 +100,7 @@ def test_gradcheck_of_the_reference():
 @each_backend
 @pytest.mark.parametrize("resized", [False, True])
 def test_extremes(backend, resized):
-    """+-1e4 on either side, a teacher that is certain, and equal logits."""
+    """+-1e4 and infinity on either side, a teacher that is certain, and equal logits."""
     needs(backend, "resized_kd_sigmoid" if resized else "kd_sigmoid")
     big, inf = 1e4, torch.inf
     cases = [
@@ -112,6 +112,8 @@ def test_extremes(backend, resized):
         (0, -big, 0.6931472),
     ]
     cases += [(0, inf, 0.6931472), (0, -inf, 0.6931472), (5, 5, 0), (-3, inf, 3.0485873)]
+    cases += [(inf, inf, 0), (-inf, -inf, 0), (inf, -inf, inf), (-inf, inf, inf)]
+    cases += [(s, t, inf) for s in (inf, -inf) for t in (-3, 0, 2)] + [(inf, -big, inf), (-inf, big, inf)]
     s, t, want = (torch.tensor(column, dtype=torch.float32, device=DEVICE) for column in zip(*cases, strict=True))
     student, teacher = s.view(1, 1, 1, -1).requires_grad_(), t.view(1, 1, 1, -1)
     options = {"activation": "sigmoid", "reduction": "none"}

@@ -142,14 +142,15 @@ def test_all_ignored(backend, reduction):
 @each_backend
 def test_huge_logits(backend):
     needs(backend, "resized_binary_cross_entropy")
-    logits = torch.tensor([1e4, -1e4, 88.0, -88.0], device=DEVICE).view(1, 1, 2, 2).requires_grad_()
-    for label, want in ((0, [1e4, 0.0, 88.0, 0.0]), (1, [0.0, 1e4, 0.0, 88.0])):
-        target = torch.full((1, 2, 2), label, device=DEVICE)
+    inf = torch.inf
+    logits = torch.tensor([1e4, -1e4, 88.0, -88.0, inf, -inf], device=DEVICE).view(1, 1, 2, 3).requires_grad_()
+    for label, want in ((0, [1e4, 0.0, 88.0, 0.0, inf, 0.0]), (1, [0.0, 1e4, 0.0, 88.0, 0.0, inf])):
+        target = torch.full((1, 2, 3), label, device=DEVICE)
         with fastkd.use_backend(backend):
             loss = fastkd.resized_binary_cross_entropy(logits, target, reduction="none")
             (gradient,) = torch.autograd.grad(loss.sum(), logits)
         torch.testing.assert_close(loss.flatten().tolist(), want, rtol=1e-6, atol=1e-6)
-        signs = [1.0, 0.0, 1.0, 0.0] if label == 0 else [0.0, -1.0, 0.0, -1.0]
+        signs = [1.0, 0.0, 1.0, 0.0, 1.0, 0.0] if label == 0 else [0.0, -1.0, 0.0, -1.0, 0.0, -1.0]
         torch.testing.assert_close(gradient.flatten().tolist(), signs, rtol=0, atol=1e-6)
 
 

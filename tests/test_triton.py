@@ -10,13 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastkd
+
 from . import budget
-from .support import DEVICE, INTERPRETER
+from .support import DEVICE, INTERPRETER, loss_and_gradient
 
 if not INTERPRETER and DEVICE == "cpu":
     pytest.skip("Triton's kernels run in the job with TRITON_INTERPRET=1", allow_module_level=True)
 
 from fastkd.kernels import cwd, kd, nfd, tiles
+from fastkd.kernels.resize import planning
 
 from fastkd import backends, reference
 
@@ -297,3 +300,43 @@ def test_registered():
     assert torch.equal(ops.cwd_forward(s, t, 4.0, *group)[1], cwd.forward(s.clone(), t.clone(), 4.0, *group)[1])
     options = (None, None, 2.0, 255, "sum", 1.0)
     assert torch.equal(ops.kd_gradient(s, t, *options)[2], kd.gradient(s.clone(), t.clone(), *options)[2])
+
+
+def test_a_long_sum_of_equal_terms_does_not_drift(monkeypatch):
+    """One lane adds all label pixels of a cell: 360 equal terms, and 360 equal class weights."""
+    monkeypatch.setattr(planning, "PROGRAMS", 1)
+    planning._plan.cache_clear()
+    student, teacher = (torch.tensor(x, device=DEVICE).view(1, 2, 1, 1) for x in ([0.3, -0.9], [-1.1, 0.4]))
+    target = torch.ones(1, 20, 18, dtype=torch.uint8, device=DEVICE)
+    weight = torch.tensor([1.0, 0.8373], device=DEVICE)
+
+    def losses(s, t):
+        options = {"align_corners": True}
+        return (
+            fastkd.resized_cross_entropy(s, target, class_weight=weight, **options),
+            fastkd.resized_kd_loss(s, t, size=target.shape[1:], **options),
+        )
+
+    with fastkd.use_backend("triton"):
+        got = losses(student, teacher)
+    with fastkd.use_backend("reference"):
+        want = losses(student.double(), teacher.double())
+    planning._plan.cache_clear()
+    for one, true in zip(got, want, strict=True):
+        assert abs(one.double() / true - 1) < 1e-6
+
+
+@pytest.mark.promise("nan")
+@pytest.mark.parametrize("size", [(3, 4), (6, 4), (3, 8)])
+def test_nan_crosses_no_axis_without_interpolation(size):
+    """A neighbour's weight of 0 times NaN is NaN: the gradient has no share of it along an axis that is not resized."""
+    student, teacher = torch.randn(2, 1, 2, 3, 4, device=DEVICE)
+    student[0, 1, 1, 1] = torch.nan
+    target = torch.zeros(1, *size, dtype=torch.int64, device=DEVICE)
+    for loss in (
+        lambda s, t: fastkd.resized_cross_entropy(s, target),
+        lambda s, t: fastkd.resized_kd_loss(s, t, size=size, activation="sigmoid"),
+    ):
+        got, want = (loss_and_gradient(loss, student, teacher, b)[1] for b in ("triton", "reference"))
+        assert got[want.isfinite()].isfinite().all()
+        assert not got.isfinite().all()

@@ -58,7 +58,7 @@ struct Bernoulli {
         const A p_t = et * (1 + es) * under, p_s = (s > 0 ? A(1) : es) * (1 + et) * under;
         const A cross = p_t == 0 ? A(0) : p_t * (t - s);
         kl = multiply_add(cross + (s > 0 ? s : A(0)), static_cast<A>(kLn2), log1p_of(es) - log1p_of(et));
-        if (s > static_cast<A>(-kMasked)) kl = static_cast<A>(INFINITY);
+        if (minus_absolute(s) < static_cast<A>(kMasked) && (s > 0 || p_t != 0)) kl = et + static_cast<A>(INFINITY);
         difference = flip ? p_t - p_s : p_s - p_t;
     }
 };

@@ -25,7 +25,8 @@ class Shares(NamedTuple):
     lower: Any
     has_upper: Any
     has_lower: Any
-    from_left: Any  # the lane before is the cell to the left
+    from_left: Any  # the lane before is the cell to the left, and gives to this one's logit
+    down: Any  # whether a cell gives to the logit below
 
 
 @triton.jit
@@ -42,13 +43,14 @@ def shares_of(planes, logits, grid, place, T):
         has_lower = has
     upper = at + place.y.to(tl.int64) * logits.width
     lower = at + every + below.to(tl.int64) * logits.width
-    return Shares(upper, lower, has & (place.y >= 0), has_lower, place.x > (0 if T.ALIGN else -1))
+    from_left = (place.x > (0 if T.ALIGN else -1)) & (logits.right != 0)
+    return Shares(upper, lower, has & (place.y >= 0), has_lower, from_left, logits.below != 0)
 
 
 @triton.jit
 def next_class(to, logits):
     size = tl.cast(logits.height, tl.int64) * logits.width
-    return Shares(to.upper + size, to.lower + size, to.has_upper, to.has_lower, to.from_left)
+    return Shares(to.upper + size, to.lower + size, to.has_upper, to.has_lower, to.from_left, to.down)
 
 
 @triton.jit
@@ -72,6 +74,7 @@ def spread(to, value, pixels, again, T):
     before = tl.maximum(tl.arange(0, T.CELLS) - 1, 0)
     upper = upper_left + tl.where(to.from_left, tl.gather(upper_right, before, 0), 0)
     lower = lower_left + tl.where(to.from_left, tl.gather(to_lower_right, before, 0), 0)
+    lower = tl.where(to.down, lower, 0)  # along an axis that is not resized: a weight of 0 times NaN is NaN
     # One lane alone adds to an address, in its program's order: the sum is the same in every run. A load and a store would
     # wait for the load in every class.
     tl.store(to.upper, upper, mask=to.has_upper & (not again))

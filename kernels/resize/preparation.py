@@ -15,6 +15,10 @@ LOG2E = 1.4426950408889634
 # -inf becomes so low that its exponential is 0 whatever it is blended with, and a weight of 0 removes it.
 LOW32 = tl.constexpr(-1e37)
 LOW64 = tl.constexpr(-1e300)
+# Of what is bounded above too: a sum over 4096 classes of finite logits stays below these, and one infinite logit that weighs
+# 1e-11 is above.
+BOUND32 = tl.constexpr(1e25)
+BOUND64 = tl.constexpr(1e288)
 
 
 class Logits(NamedTuple):
@@ -66,10 +70,12 @@ def _copy(
     for first in range(0, to.classes, BLOCK_CLASSES):
         c = (first + tl.arange(0, BLOCK_CLASSES)).to(tl.int64)
         mask = (c < to.classes)[:, None] & inside[None, :]
-        value = tl.load(given[None, :] + c[:, None] * source.stride_c, mask=mask, other=low).to(ACC) * scale
-        value = tl.maximum(value, low, propagate_nan=tl.PropagateNan.ALL)
+        logit = tl.load(given[None, :] + c[:, None] * source.stride_c, mask=mask, other=low).to(ACC)
+        value = tl.maximum(logit * scale, low, propagate_nan=tl.PropagateNan.ALL)
         if BOUNDED:
-            value = tl.minimum(value, -low, propagate_nan=tl.PropagateNan.ALL)
+            most = tl.where(tl.abs(logit) == float("inf"), -low, (BOUND64 if tl.float64 == ACC else BOUND32) * 1e-5)
+            value = tl.minimum(value, most, propagate_nan=tl.PropagateNan.ALL)
+            value = tl.maximum(value, -most, propagate_nan=tl.PropagateNan.ALL)
         tl.store(kept[None, :] + c[:, None] * plane, value, mask=mask)
         peak = tl.maximum(peak, tl.max(value, 0))
     tl.store(to.peak + at, peak, mask=inside)
