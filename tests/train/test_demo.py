@@ -29,11 +29,11 @@ def settings():
 
 def test_settings_of_the_package():
     runs = demo.configs(demo.Path("out"), yaml.safe_load(demo.SETTINGS.read_text()))
-    assert list(runs) == ["teacher", "plain-0", "plain-1", "kd-0", "kd-1"]
+    assert list(runs) == ["teacher", "plain-0", "plain-1", "cwd-0", "cwd-1"]
     assert runs["teacher"].model.aux is not None
     assert runs["teacher"].data.labelled == 1.0
     students = [c for name, c in runs.items() if name != "teacher"]
-    assert {(c.seed, c.method) for c in students} == {(s, m) for s in (0, 1) for m in ("none", "kd")}
+    assert {(c.seed, c.method) for c in students} == {(s, m) for s in (0, 1) for m in ("none", "cwd")}
     assert len({(c.train.steps, c.optim.lr, c.model.encoder, c.data.labelled) for c in students}) == 1
     assert all(
         (c.teacher, c.data.unlabelled) == ("out/teacher/last.pt", "rest") for c in students if c.method != "none"
@@ -44,11 +44,11 @@ def test_demo(settings, tmp_path, capsys):
     page = demo.demo(tmp_path, settings)
     assert page == tmp_path / "report.html"
     html = page.read_text()
-    for word in ("teacher", "kd (2 seeds)", "TFE", "TSE", "1 + 7"):
+    for word in ("teacher", "cwd (2 seeds)", "TFE", "TSE", "1 + 7"):
         assert word in html
     said = capsys.readouterr().out
     assert "[1/5] teacher, 2 steps: about" in said
-    assert "| kd (2 seeds) | kd |" in said
+    assert "| cwd (2 seeds) | cwd |" in said
     assert "The teacher (teacher)" in said
 
     runs = demo.configs(tmp_path, settings)
@@ -63,6 +63,6 @@ def test_demo(settings, tmp_path, capsys):
     state = checkpoint.load(tmp_path / "teacher" / "last.pt")
     state["model"]["aux_head.0.weight"] += 1
     checkpoint.save(state, tmp_path / "teacher" / "last.pt")
-    assert demo.run_state(runs["kd-0"]) == "new"  # of another teacher
+    assert demo.run_state(runs["cwd-0"]) == "new"  # of another teacher
     (tmp_path / "plain-0" / "last.pt").write_bytes(b"cut")
     assert demo.run_state(runs["plain-0"]) == "new"
