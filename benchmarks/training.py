@@ -28,6 +28,7 @@ COLUMNS = (
     *("steps", "seconds", "miou", "miou_deviation", "pixel_accuracy", "pixel_accuracy_deviation", "against_plain", "class_iou"),
 )  # fmt: skip
 PLAIN, TEACHER = "plain", "teacher"
+LONGER = "plain, as long"  # the plain student trained for the time of a distilled one
 SCORES = ("miou", "pixel_accuracy")
 
 
@@ -66,16 +67,22 @@ def by_run(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def table(runs: Mapping[str, Sequence[Record]]) -> str:
-    """Mean ± deviation over the seeds, and the change from the plain student of the same seed."""
-    columns = ("run", "labels", "steps", "time, s", "mIoU %", "against plain", "pixel accuracy %", "against plain")
-    plain = {row["seeds"]: row for row in runs[PLAIN]}
+    """Mean ± deviation over the seeds, and the change from the plain student of each seed, at equal steps and at equal time."""
+    columns = ["run", "labels", "steps", "time, s"]
+    columns += [
+        column for score in ("mIoU %", "pixel accuracy %") for column in (score, "against plain", "at equal time")
+    ]
+    equal_steps, equal_time = ({row["seeds"]: row for row in runs.get(name, ())} for name in (PLAIN, LONGER))
     lines = []
     for name, rows in runs.items():
         first = rows[0]
         images = first["labels"] + (f" + {first['unlabelled']} without" if first["unlabelled"] != "0" else "")
         cells = [name, images, first["steps"], f"{_mean(rows, 'seconds'):.0f}" if first["seconds"] else ""]
+        kept = [float(change) for change in first["against_plain"].split()]
         for key in SCORES:
-            cells += [_score(rows, key), "" if name in (PLAIN, TEACHER) else _against(rows, plain, key)]
+            changes = _changes(rows, equal_steps, key) or (kept if key == "miou" else [])
+            cells += [_score(rows, key), "" if name in (PLAIN, TEACHER) else _signed(changes)]
+            cells.append("" if name in (PLAIN, TEACHER, LONGER) else _signed(_changes(rows, equal_time, key)))
         lines.append(cells)
     shown = [number for number in range(len(columns)) if any(cells[number] for cells in lines)]
     text = [_line([columns[number] for number in shown]), "|---|" + "---:|" * (len(shown) - 1)]
@@ -122,11 +129,13 @@ def _score(rows: Sequence[Record], key: str) -> str:
     return f"{_mean(rows, key):.1f}" + (f" ± {float(spread):.1f}" if spread else "")
 
 
-def _against(rows: Sequence[Record], plain: Mapping[str, Record], key: str) -> str:
-    """The changes seed by seed; of a mean of several seeds, those that its row has."""
-    changes = [float(row[key]) - float(plain[row["seeds"]][key]) for row in rows if row["seeds"] in plain]
-    if " " in rows[0]["seeds"]:
-        changes = [float(change) for change in rows[0]["against_plain"].split()] if key == "miou" else []
+def _changes(rows: Sequence[Record], base: Mapping[str, Record], key: str) -> list[float]:
+    """Seed by seed; a mean of several seeds has none."""
+    single = (row for row in rows if row["seeds"] in base and " " not in row["seeds"])
+    return [float(row[key]) - float(base[row["seeds"]][key]) for row in single]
+
+
+def _signed(changes: Sequence[float]) -> str:
     return ", ".join(f"{change:+.1f}" for change in changes).replace("-", "−")
 
 

@@ -462,6 +462,12 @@ def test_table_of_training_runs():
     assert kd == "| KD | 30 + 450 without | 9 | 31.2 ± 2.5 | +1.0, −0.5 | 80.0 ± 0.0 | +0.0, +0.0 |"
     assert training.class_table(runs).splitlines()[-1] == "| traffic light | 15.0 | 10.0 |"
 
+    longer = training.by_run([*rows, scores("plain, as long", "0", "31")])
+    head, _, _, kd, longer = training.table(longer).splitlines()
+    assert head.count("| at equal time |") == 2
+    assert "| +1.0, −0.5 | −1.5 |" in kd
+    assert longer == "| plain, as long | 30 | 9 | 31.0 | +1.0 |  | 80.0 | +0.0 |  |"
+
 
 def test_table_of_training_runs_kept_as_a_mean():
     rows = [
