@@ -29,10 +29,11 @@ from . import stage
 TSAN = ("-g", "-fsanitize=thread")
 ASAN = ("-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 TESTS = suites.files("core")
-# Of those, what is not about this library: the compiler's words, what other processes import, memory measured from outside.
+# Of those, what is not about this library, which has one instruction set: the compiler's words, what other processes import,
+# memory measured from outside.
 DESELECTED = (
     "not compile and not export and not process and not import_is_light and not environment and not says_once and not leak "
-    "and not writes_nothing"
+    "and not writes_nothing and not instruction_sets"
 )
 # ThreadSanitizer's parallel loop: as many threads as items, up to three, whatever the grain.
 THREADS = (
