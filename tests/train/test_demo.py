@@ -40,7 +40,7 @@ def test_settings_of_the_package():
     )
 
 
-def test_demo(settings, tmp_path, capsys):
+def test_demo(settings, tmp_path, capsys, quick):
     page = demo.demo(tmp_path, settings)
     assert page == tmp_path / "report.html"
     html = page.read_text()
