@@ -105,7 +105,7 @@ ADVERSARIAL = {
 def test_kth_smallest_is_torchs(backend, name, dtype):
     x = ADVERSARIAL[name].to(DEVICE, dtype)
     assert backends.why_not(backend) is None  # loads it
-    for k in (1, x.numel() // 3) if INTERPRETER else (1, 2, x.numel() // 3, x.numel(), x.numel() + 5):
+    for k in (x.numel() // 3,) if INTERPRETER else (1, 2, x.numel() // 3, x.numel(), x.numel() + 5):
         got = operator(backend, "kth_smallest")(x, k)
         want = x.kthvalue(min(max(k, 1), x.numel())).values
         assert got.shape == ()
