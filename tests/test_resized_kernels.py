@@ -10,7 +10,7 @@ import fastkd
 from fastkd._operators import Labels, cross_entropy
 from fastkd.functional import PIXEL_REDUCTIONS
 
-from .support import DEVICE, DTYPES, INTERPRETER, LAYOUTS, assert_within_budget, each_kernel, lay_out
+from .support import DEVICE, DTYPES, INTERPRETER, LAYOUTS, assert_within_budget, each_kernel, lay_out, loss_and_gradient
 from .test_kd import labels
 from .test_resized import each_convention, upsample
 
@@ -171,6 +171,26 @@ def test_nan_propagates(backend):
         got = fastkd.resized_cross_entropy(logits, target, reduction="none")
     want = upsample(logits, (16, 32), False)[:, 2].isnan()
     assert torch.equal(got.isnan(), want)
+
+
+@pytest.mark.promise("nan")
+@each_kernel
+@pytest.mark.parametrize("size", [(3, 4), (6, 4), (3, 8)])
+def test_nan_crosses_no_axis_without_interpolation(request, backend, size):
+    """A neighbour's weight of 0 times NaN is NaN: the gradient has no share of it along an axis that is not resized."""
+    if backend == "cuda":
+        reason = "the shares of csrc/cuda/cells.h are multiplied by their weights of 0 (docs/promises.md, limits)"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    student, teacher = torch.randn(2, 1, 2, 3, 4, device=DEVICE)
+    student[0, 1, 1, 1] = torch.nan
+    target = torch.zeros(1, *size, dtype=torch.int64, device=DEVICE)
+    for loss in (
+        lambda s, t: fastkd.resized_cross_entropy(s, target),
+        lambda s, t: fastkd.resized_kd_loss(s, t, size=size, activation="sigmoid"),
+    ):
+        got, want = (loss_and_gradient(loss, student, teacher, b)[1] for b in (backend, "reference"))
+        assert got[want.isfinite()].isfinite().all()
+        assert not got.isfinite().all()
 
 
 @pytest.mark.promise("masked-classes")

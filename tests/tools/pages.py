@@ -69,7 +69,8 @@ def promises_page() -> str:
             parts += [
                 "Limits: NFD squares its inputs in fp32, so values beyond 10¹⁷ give NaN (plain PyTorch gives 0). The\n"
                 "softmax losses need differences of logits, times the number of classes or pixels and divided by the\n"
-                "temperature, within fp32's range.",
+                "temperature, within fp32's range. In CUDA C++ at label resolution, a NaN logit also makes the gradient of its\n"
+                "neighbour NaN along an axis that is not resized.",
                 "Errors against float64, on logits of two networks that agree in part: relative error of the loss, and of the\n"
                 "gradient in the L2 norm (`python -m tests.tools.errors`; worst of 5 seeds, C++ kernels with AVX-512, commit\n"
                 "ef7758f):",
