@@ -261,7 +261,10 @@ def verdict(groups: Sequence[Group]) -> list[str]:
             lines[-1] += f" The gap is {gap:.1f} points." if gap > 0 else f" {poor}"
         else:
             lines.append(f"The plain student ({base.name}) reaches {_said(base)} mIoU.")
-        lines += _changes(base, [group for group in distilled if group.model == model], gap)
+        for other in (group for group in whole if group.role == "plain" and group.model == model):
+            against = "the plain student" if other is base else f"{other.name} ({_said(other)})"
+            found = [group for group in distilled if group.model == model]
+            lines += _changes(other, found, against, gap if other is base else 0.0)
     if alone := [group.name for group in distilled if group.model not in plain]:
         lines.append(f"No plain student of the same model was finished, so nothing can be said of {', '.join(alone)}.")
     elif not plain:
@@ -287,12 +290,12 @@ def _alone(group: Group) -> str:
     return f"{group.name} reaches {_said(group)} mIoU{seeds} after {group.first.number('steps'):.0f} steps."
 
 
-def _changes(base: Group, distilled: Sequence[Group], gap: float) -> list[str]:
-    """How the distilled groups differ from the plain student, sorted by certainty."""
+def _changes(base: Group, distilled: Sequence[Group], against: str, gap: float) -> list[str]:
+    """How the distilled groups differ from a plain student, sorted by certainty."""
     titles = {
-        "Gained over the plain student, in points of mIoU": lambda change, clear: clear and change > 0,
-        "Lost against the plain student": lambda change, clear: clear and change < 0,
-        "No clear difference from the plain student": lambda change, clear: not clear,
+        f"Gained over {against}, in points of mIoU": lambda change, clear: clear and change > 0,
+        f"Lost against {against}": lambda change, clear: clear and change < 0,
+        f"No clear difference from {against}": lambda change, clear: not clear,
     }
     said: list[tuple[str, float, bool]] = []
     for group in distilled:
@@ -307,6 +310,9 @@ def _changes(base: Group, distilled: Sequence[Group], gap: float) -> list[str]:
         ours, theirs = (
             {"steps": g.first.result.get("steps"), "seed": ", ".join(map(str, g.scores()))} for g in (group, base)
         )
+        taken, before = group.mean("seconds"), base.mean("seconds")
+        if taken and before and (ours["steps"] != theirs["steps"] or not 0.9 < taken / before < 1.1):
+            text += f", in {taken / before:.1f} times the time"
         unlike = [
             f"{k} {v} instead of {theirs[k]}"
             for k, v in ours.items()

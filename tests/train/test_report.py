@@ -47,7 +47,7 @@ def make_run(root, name, method, miou, *, model="unet small", steps=40, seed=0, 
         result = {
             "name": name, "method": method, "model": model, "params": 1_900_000, "steps": steps, "miou": miou,
             "pixel_accuracy": 0.8, "class_iou": {"road": miou, "sky": 0.5, "traffic sign": None},
-            "seconds_per_step": 0.25, "loss_share": 0.07, "seconds": 10.0, "seed": seed, "versions": {"torch": "2.10"},
+            "seconds_per_step": 0.25, "loss_share": 0.07, "seconds": 0.25 * steps, "seed": seed, "versions": {"torch": "2.10"},
         }  # fmt: skip
         (path / "result.json").write_text(json.dumps(result))
     return path
@@ -193,7 +193,25 @@ def test_a_teacher_may_be_a_wider_network_of_the_same_name(runs):
 def test_verdict_names_unlike_runs(runs, tmp_path):
     longer = make_run(tmp_path, "kd", "kd", 0.56, steps=80, seed=3)
     text = judged([*runs, longer])
-    assert "kd (+6.0, 30 % of the gap) [not like for like: steps 80 instead of 40, seed 3 instead of 0]" in text
+    assert (
+        "kd (+6.0, 30 % of the gap, in 2.0 times the time) [not like for like: steps 80 instead of 40, seed 3 instead of 0]"
+    ) in text
+
+
+def test_verdict_at_equal_time(runs, tmp_path):
+    """A second plain student, trained for as long as a distilled one, is compared too."""
+    for path in runs[2:]:
+        result = json.loads((path / "result.json").read_text()) | {"seconds": 20.0}
+        (path / "result.json").write_text(json.dumps(result))
+    text = judged([*runs, make_run(tmp_path, "plain, as long", "none", 0.53, steps=80)])
+    assert (
+        "Gained over the plain student, in points of mIoU: nfd (+5.0, 25 % of the gap, in 2.0 times the time)." in text
+    )
+    assert (
+        "Gained over plain, as long (53.0 %), in points of mIoU: "
+        "nfd (+2.0, in 1.0 times the time) [not like for like: steps 40 instead of 80]."
+    ) in text
+    assert "Lost against plain, as long (53.0 %): rdd (-2.8" in text
 
 
 @pytest.fixture
