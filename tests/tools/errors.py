@@ -1,6 +1,7 @@
 """How far the losses are from float64, beside plain PyTorch in the same dtype: the table of docs/promises.md.
 
     python -m tests.tools.errors            # on the CPU, or on a GPU where there is one
+    python -m tests.tools.errors --save     # and append the rows to benchmarks/results/errors.csv
 
 The truth is the reference in float64 on the inputs as rounded to their dtype. Loss: |error| / |truth|; gradient: the L2 norm of
 the error over that of the truth; the worst of some seeds.
@@ -8,16 +9,20 @@ the error over that of the truth; the worst of some seeds.
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import torch
 from torch import Tensor
 
 import fastkd
+from benchmarks.harness import RESULTS, WHERE, Record, append, dtype_name, read, where
 
 from ..losses import LOSSES, Loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FILE = "errors.csv"
+COLUMNS = (*WHERE, "loss", "dtype", "seeds", "loss_kernel", "loss_plain", "gradient_kernel", "gradient_plain")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -52,22 +57,46 @@ def errors(name: str, dtype: torch.dtype, seeds: int) -> dict[str, tuple[float, 
     return worst
 
 
-def table(seeds: int = 5) -> list[str]:
-    lines = [
-        "| loss | dtype | loss: kernel | plain PyTorch | gradient: kernel | plain PyTorch |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
+def records(seeds: int = 5) -> list[Record]:
+    """A row for each loss and dtype: errors of the kernel and of plain PyTorch."""
+    found = []
     for name in LOSSES:
         for dtype in DTYPES:
-            found = errors(name, dtype, seeds)
-            (loss, gradient), (plain_loss, plain_gradient) = found["auto"], found["reference"]
-            short = str(dtype).removeprefix("torch.")
-            lines.append(
-                f"| {name} | {short} | {loss:.1e} | {plain_loss:.1e} | {gradient:.1e} | {plain_gradient:.1e} |"
-            )
+            print(f"{name} {dtype_name(dtype)}", file=sys.stderr)
+            row = where(DEVICE) | {"loss": name, "dtype": dtype_name(dtype), "seeds": str(seeds)}
+            for rival, (loss, gradient) in errors(name, dtype, seeds).items():
+                rival = {"auto": "kernel", "reference": "plain"}[rival]
+                row |= {f"loss_{rival}": f"{loss:.1e}", f"gradient_{rival}": f"{gradient:.1e}"}
+            found.append(row)
+    return found
+
+
+def newest() -> list[Record]:
+    """The rows of the last run on a CPU."""
+    rows = [row for row in read(RESULTS / FILE) if not row["driver"]]
+    return [row for row in rows if (row["date"], row["commit"]) == (rows[-1]["date"], rows[-1]["commit"])]
+
+
+def table(rows: list[Record]) -> list[str]:
+    names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
+    heads = [f"{name} {part}" for name in names.values() for part in ("loss", "gradient")]
+    lines = ["| loss | " + " | ".join(heads) + " |", "|---" + "|---:" * len(heads) + "|"]
+    of = {(row["loss"], row["dtype"]): row for row in rows}
+    for loss in dict.fromkeys(row["loss"] for row in rows):
+        cells = [
+            f"{of[loss, dtype][f'{part}_kernel']} / {of[loss, dtype][f'{part}_plain']}"
+            for dtype in names
+            for part in ("loss", "gradient")
+        ]
+        lines.append(f"| {loss} | {' | '.join(cells)} |")
     return lines
 
 
 if __name__ == "__main__":
-    print(f"{DEVICE}: {fastkd.backend_info()['operators']['kd'][DEVICE]}", file=sys.stderr)
-    print("\n".join(table()))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", action="store_true", help=f"append the rows to benchmarks/results/{FILE}")
+    args = parser.parse_args()
+    rows = records()
+    if args.save:
+        append(rows, RESULTS / FILE, COLUMNS)
+    print("\n".join(table(rows)))
