@@ -15,7 +15,7 @@ demo: export MALLOC_TOP_PAD_ = 67108864
 demo: .venv/.built
 	$(BIN)/fastkd demo --out runs/demo
 
-# The Tritons that other torch versions bring, for tests/test_aot.py.
+# The Tritons that other torch versions bring, for tests/test_triton_versions.py.
 TRITONS = $(addprefix .venv/triton-,3.6.0 3.7.1)
 .venv/triton-%: .venv/.installed
 	$(BIN)/python -m pip install -q --target $@ --no-deps triton==$*

@@ -24,6 +24,7 @@ import fastkd
 LIBRARY = Path(fastkd.__file__).with_name("_cuda.so")
 TABLE = Path(__file__).with_name("cuda_registers.txt")
 ARCHS = os.environ.get("FASTKD_CUDA_ARCHS", "80 90 100").split()
+FIRST = "90" if "90" in ARCHS else ARCHS[0]
 
 pytestmark = [
     pytest.mark.skipif(
@@ -78,9 +79,12 @@ def resources() -> dict[tuple[str, str], tuple[int, int]]:
     return out
 
 
-@pytest.fixture(scope="module", params=[f"sm_{arch}" for arch in ARCHS])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(f"sm_{a}", marks=() if a == FIRST else pytest.mark.slow) for a in ARCHS],
+)
 def arch(request):
-    """Tests of one architecture follow each other, so that it is disassembled once."""
+    """Tests of one architecture follow each other, so that it is disassembled once; `make test` does so for one."""
     return request.param
 
 
