@@ -12,77 +12,77 @@ from typing import NamedTuple
 PROMISES = {
     "Numbers": {
         "error-bounds": (
-            "Errors: loss 1e-6, gradient 2e-6 in fp32, 2⁻⁸ in bf16 and 2⁻¹¹ in fp16 (the rounding of the result), "
+            "Relative error: loss 1e-6; gradient 2e-6 in fp32, 2⁻⁸ in bf16, 2⁻¹¹ in fp16 (the rounding of the result); "
             "1e-12 in fp64"
         ),
-        "examples-differ": "The property tests draw every option, in different combinations",
+        "examples-differ": "Property tests draw every option, in different combinations",
         "budget": (
-            "At most twice plain PyTorch's error plus eight roundings, for any shape, layout, dtype, offset and option"
+            "Error at most twice plain PyTorch's plus eight roundings, for any shape, layout, dtype, offset and option"
         ),
-        "nfd-offset": "NFD where the mean is 10⁶ standard deviations: gradient within 0.1 %",
+        "nfd-offset": "NFD with a mean of 10⁶ standard deviations: gradient within 0.1 %",
         "finite": (
             "Finite wherever plain PyTorch is, and as accurate: magnitudes from 10⁻³⁰ to 10¹⁵, subnormals, flat planes, one-hot "
             "teachers, 1 to 4096 channels, one pixel"
         ),
-        "nfd-flat": "NFD of a channel without variance is between 0 and 4, whatever its height and `eps`",
-        "cwd-flat": "CWD of flat maps is uniform at any height",
-        "masked-classes": "Classes masked with −∞ or with the lowest finite number have probability 0, interpolated or not",
+        "nfd-flat": "NFD of a constant channel is between 0 and 4, for any constant and `eps`",
+        "cwd-flat": "CWD of constant maps: uniform distributions, for any constant",
+        "masked-classes": "Classes masked with −∞ or the lowest finite number have probability 0, interpolated or not",
         "nan": "NaN and infinity reach only the results that depend on them",
         "ignored-pixels": (
-            "Logits, weights and out-of-range labels of ignored pixels change nothing and cause no read out of bounds"
+            "Logits, weights and out-of-range labels of ignored pixels have no effect and cause no out-of-bounds read"
         ),
-        "nothing-counted": "Nothing counted: 0, and a gradient of 0",
-        "equal-maps": "Student equal to teacher: 0, and a gradient of 0 (NFD and CWD: at rounding)",
+        "nothing-counted": "If no pixel counts, loss and gradient are 0",
+        "equal-maps": "If student equals teacher, loss and gradient are 0 (NFD and CWD: up to rounding)",
         "mask": (
-            "RDD's mask equals the reference's, except where a confidence is a rounding from the threshold; the k-th "
+            "RDD's mask equals the reference's, except for confidences within a rounding of the threshold; the k-th "
             "smallest is exact"
         ),
         "fp16-range": (
-            "fp16: a gradient stays in range whatever the weights, the temperature and the number of pixels; "
-            "GradScaler's factor passes through exactly"
+            "fp16 gradients stay in range for any weights, temperature and number of pixels; GradScaler's factor is "
+            "applied exactly"
         ),
-        "half-precision": "Every fp16 and bf16 number is read exactly and written as torch rounds it, on every instruction set",
+        "half-precision": "Every fp16 and bf16 number is read exactly and rounded as in torch, on every instruction set",
         "large": "More than 2³¹ elements or label pixels (slow; needs 7 to 21 GiB)",
     },
     "Reproducibility": {
-        "threads": "Same input, same backend, same machine: the same bits, for any number of threads",
-        "sequences": "The same in any sequence of calls, backends, thread counts and concurrent callers",
+        "threads": "Bitwise reproducible on the same backend and machine, for any number of threads",
+        "sequences": "Also in any sequence of calls, backends, thread counts and concurrent callers",
         "deterministic": "Works under `torch.use_deterministic_algorithms(True)`",
         "processes": "Works in spawned and forked processes",
-        "instruction-sets": "Instruction sets differ by roundings alone",
-        "triton-bits": "Triton: the same bits on every run",
+        "instruction-sets": "Instruction sets differ only by roundings",
+        "triton-bits": "Triton: bitwise the same on every run",
     },
     "Memory, synchronisation, threads": {
-        "memory-maps": "NFD, KD, CWD: beyond the gradient, less than 1 % of the inputs",
-        "memory-labels": "Label resolution: beyond the gradient at logit size, at most 8 bytes a label pixel, 16 in RDD's TSE",
-        "sanitizers": ("C++ kernels: no out-of-bounds or uninitialised read, no undefined behaviour, no race"),
+        "memory-maps": "NFD, KD, CWD: extra memory beyond the gradient is less than 1 % of the inputs",
+        "memory-labels": "At label resolution: beyond the gradient at logit size, at most 8 bytes a label pixel, 16 in RDD's TSE",
+        "sanitizers": "C++ kernels: no out-of-bounds or uninitialised read, no undefined behaviour, no race",
         "no-leak": "No memory is kept after a step",
-        "inputs": "Inputs are never written to, even if student and teacher share memory",
+        "inputs": "Inputs are never modified, even if student and teacher share memory",
         "overwritten": "An input overwritten before the backward is an error",
-        "gpu-queue": "No step waits for the GPU; steps can be captured in a CUDA graph; any stream and device",
-        "callers": "Calls from many threads at once; `use_backend` holds in its own thread",
+        "gpu-queue": "No synchronisation with the GPU; CUDA graph capture; any stream and device",
+        "callers": "Concurrent calls from many threads; `use_backend` applies to its own thread",
     },
     "Inside torch": {
         "opcheck": "Every operator passes `torch.library.opcheck`",
         "one-graph": "`torch.compile(fullgraph=True)`: one graph for all batches, and with `dynamic=True` for all sizes",
-        "backend-graph": "A forced backend makes another graph, and can be forced inside one",
+        "backend-graph": "Forcing a backend recompiles; forcing inside compiled code works",
         "export": "`torch.export` of every module; also saved to a file, except `RDDLoss`",
         "backward-again": "Activation checkpointing; a second backward over a kept graph, compiled or not",
-        "ddp": "Distributed data parallel gives the mean of the gradients",
-        "autocast": "Autocast changes nothing; a step under it trains",
+        "ddp": "Distributed data parallel averages the gradients",
+        "autocast": "Autocast does not change results; training under it works",
         "rescale": (
-            "A gradient whose upstream factor is 1 is not touched again; `loss_weight` reaches the kernel, and a "
-            "power of two scales every bit"
+            "If the upstream gradient is 1, the gradient is not rewritten; `loss_weight` is applied in the kernel, exactly "
+            "for powers of two"
         ),
         "copies": "Modules can be copied, pickled and saved",
-        "double-backward": "Double backward and `torch.func` are refused by the kernels, and work on the reference",
+        "double-backward": "Kernels refuse double backward and `torch.func`; the reference supports both",
     },
     "Errors": {
         "value-error": (
-            "`ValueError`: wrong rank or shape, other devices, an unknown word, a number out of range or not finite, "
+            "`ValueError`: wrong rank or shape, different devices, an unknown option, a number out of range or not finite, "
             "a teacher that requires grad"
         ),
-        "type-error": "`TypeError`: not a tensor, integer logits, labels that are no integers",
+        "type-error": "`TypeError`: not a tensor, integer logits, non-integer labels",
         "index-error": "`IndexError`: a label outside [0, C) that is not `ignore_index` (CPU, eager)",
         "backend-error": "`BackendError`: a forced backend that cannot run, with the reason",
         "runtime-error": (
@@ -91,26 +91,25 @@ PROMISES = {
     },
     "Package": {
         "stable-abi": (
-            "One library for every Python and for torch from 2.10 on: it uses torch's stable C functions only, and "
-            "nothing of Python"
+            "One library for every Python and torch ≥ 2.10: it uses only torch's stable C functions, and nothing of Python"
         ),
-        "wide-instructions": "AVX2 and AVX-512 instructions occur only in functions that are chosen at run time",
+        "wide-instructions": "AVX2 and AVX-512 instructions occur only in functions selected at run time",
         "pure-python": (
-            "Without a compiler, or without torch at build time: a pure-Python package that says once which kernels "
-            "it lacks"
+            "Without a compiler, or without torch at build time: a pure-Python package that warns once about missing "
+            "kernels"
         ),
-        "wheel": "`make wheel`: a pure wheel and one tagged `py3-none-manylinux…`, with the files they should have (slow)",
+        "wheel": "`make wheel`: a pure wheel and one tagged `py3-none-manylinux…`, with the expected files (slow)",
         "sdist": "The source archive builds, and the wheel passes the core's tests with torch alone (slow)",
-        "hub": "Two builds for the Kernel Hub run in one process, each with operators of its own (compiled ones slow)",
+        "hub": "Two Kernel Hub builds run in one process, each with its own operators (compiled ones slow)",
         "light-import": "`import fastkd` imports neither the trainer nor Triton",
     },
-    "Files from strangers": {
+    "Untrusted files": {
         "no-code": "A checkpoint, weights file or YAML runs no code",
         "no-fetch": "A checkpoint causes no download",
         "foreign": "A damaged or foreign file is an error that names it",
-        "yaml-bomb": "A YAML file cannot unfold into all memory",
-        "data-roots": "Lists of a data set stay inside its folder; damaged images and labels are named",
-        "whole-checkpoints": "A checkpoint is whole or absent",
+        "yaml-bomb": "A YAML file cannot exhaust memory by expanding",
+        "data-roots": "A data set's lists stay inside its folder; damaged images and labels are named",
+        "whole-checkpoints": "A checkpoint is complete or absent",
     },
 }
 
@@ -122,7 +121,7 @@ class Run(NamedTuple):
     command: str
     date: str
     commit: str
-    """Of the sources that were checked, where it was noted; else of the row."""
+    """Of the checked sources, if noted; otherwise of this row."""
     result: str
 
 
@@ -141,7 +140,7 @@ BY_HAND = (
         "python -m tests.tools.sanitize --tool asan",
         "2026-11-26",
         "34a769d",
-        "Core tests, AVX-512: 1832 passed; five that compare instruction sets failed for want of others, and are left out since.",
+        "Core tests, AVX-512: 1832 passed; five that compare instruction sets failed for lack of others and are now excluded.",
     ),
     Run(
         "Fuzzing under the same sanitizers",
@@ -170,7 +169,7 @@ BY_HAND = (
         "2026-11-26",
         "f44449e",
         "This file and those of `nfd`, `cwd`, `rdd`, `rdd_kernels`, `resized`, `resized_kernels` and "
-        "`adversarial`, twice: passed.",
+        "`adversarial`, twice each: passed.",
     ),
     Run(
         "Versions: torch 2.10.0 and 2.12.1 with Python 3.11, torch 2.14.1 with Python 3.10 and 3.13",
@@ -184,7 +183,7 @@ BY_HAND = (
         "python -m pytest $(python -m tests.suites core)",
         "2026-11-26",
         "c66dcc0",
-        "Python 3.10 with torch 2.10.0: all core tests passed but 6, `torch.compile` in fp16, mended in 71b9d5f. Python "
+        "Python 3.10 with torch 2.10.0: all core tests passed but 6, `torch.compile` in fp16, fixed in 71b9d5f. Python "
         "3.13 with torch 2.15.0: `test_functional` and `test_losses` passed.",
     ),
     Run(
@@ -209,7 +208,7 @@ BY_HAND = (
         "36b6442",
         "Triton: 863 passed, 19 failed: 12 of RDD's TSE, which Triton 3.6 did not compile, 4 of equal maps with a "
         "gradient of 1e-9, 3 of a memory test. CUDA C++: 346 passed, 1 failed in the build of the emulation. All "
-        "mended; nothing newer has run on a GPU.",
+        "fixed; nothing newer has run on a GPU.",
     ),
     Run(
         "More than 2³¹ elements",
