@@ -103,6 +103,7 @@ def write_png(found: Sequence[Chart], path: Path) -> None:
 
 def _figure(found: Sequence[Chart]) -> Any:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(5.6 * len(found), 3.7), layout="constrained")
     for axes, chart in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
@@ -118,6 +119,7 @@ def _figure(found: Sequence[Chart]) -> Any:
                 axes.fill_between(x, low, high, color=line.colour, alpha=0.15, linewidth=0)
         axes.set(xlabel="step", ylabel=chart.ylabel)
         if chart.name == "miou":
+            axes.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))  # whole percents
             axes.yaxis.set_major_formatter("{x:.0%}")
         elif chart.name == "cosine":
             axes.axhline(0, color="#8b939d", linewidth=0.8)

@@ -215,14 +215,13 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
             same.append(run)
     groups = [Group(_common_name(members), members) for members in found]
     students = {group.model for group in groups if group.method not in (*PLAIN, "?")}
-    colours = iter(COLOURS * len(groups))
+    colours, fixed = iter(COLOURS * len(groups)), {"teacher": TEACHER_COLOUR, "plain": PLAIN_COLOUR}
     for group in groups:
         if group.method not in (*PLAIN, "?"):
             group.role = "distilled"
         elif group.method != "?" and students and any(run.finished for run in group.runs):
             group.role = "plain" if group.model in students else "teacher"
-        fixed = {"teacher": TEACHER_COLOUR, "plain": PLAIN_COLOUR}
-        group.colour = fixed[group.role] if group.role in fixed else next(colours)
+        group.colour = fixed.pop(group.role, None) or next(colours)  # a second plain student has a colour of its own
     return groups
 
 

@@ -203,7 +203,10 @@ def test_verdict_at_equal_time(runs, tmp_path):
     for path in runs[2:]:
         result = json.loads((path / "result.json").read_text()) | {"seconds": 20.0}
         (path / "result.json").write_text(json.dumps(result))
-    text = judged([*runs, make_run(tmp_path, "plain, as long", "none", 0.53, steps=80)])
+    paths = [*runs, make_run(tmp_path, "plain, as long", "none", 0.53, steps=80)]
+    groups = grouped(load_runs(paths))
+    assert len({group.colour for group in groups}) == len(groups)
+    text = "\n".join(verdict(groups))
     assert (
         "Gained over the plain student, in points of mIoU: nfd (+5.0, 25 % of the gap, in 2.0 times the time)." in text
     )
