@@ -45,9 +45,9 @@ bench: .venv/.built
 	$(BIN)/python -m benchmarks.bench_step
 	$(BIN)/python -m benchmarks.publish
 
-# The docs as a site, in site/. A broken link is an error.
+# The docs as a site, in site/. A broken link is an error (with -q it would not be: warnings are not counted).
 docs: .venv/.built
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: .venv/.built
 	$(BIN)/ruff check .
