@@ -60,7 +60,7 @@ LOSSES: dict[str, Loss] = {
         s, t, size=y.shape[1:], target=y, activation="sigmoid", **options
     ),
     "rdd_tfe": _rdd("tfe", "loss"),
-    "rdd_tse": _rdd("tse", "loss", preset="official"),
+    "rdd_tse": _rdd("tse", "loss", preset="official", min_kept=50),
     "rdd_tse_kd": _rdd("tse", "kd"),
 }
 # Those that take a reduction, and a temperature.

@@ -176,11 +176,8 @@ def test_nan_propagates(backend):
 @pytest.mark.promise("nan")
 @each_kernel
 @pytest.mark.parametrize("size", [(3, 4), (6, 4), (3, 8)])
-def test_nan_crosses_no_axis_without_interpolation(request, backend, size):
+def test_nan_crosses_no_axis_without_interpolation(backend, size):
     """A neighbour's weight of 0 times NaN is NaN: the gradient has no share of it along an axis that is not resized."""
-    if backend == "cuda":
-        reason = "the shares of csrc/cuda/cells.h are multiplied by their weights of 0 (docs/promises.md, limits)"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     student, teacher = torch.randn(2, 1, 2, 3, 4, device=DEVICE)
     student[0, 1, 1, 1] = torch.nan
     target = torch.zeros(1, *size, dtype=torch.int64, device=DEVICE)

@@ -433,7 +433,9 @@ protected:
     // Merges the parts of a cell and what the cell to the left gives to this one's left corners, and puts it in the planes:
     // what is there is kept where kMore.
     template <bool kMore, class Block>
-    FASTKD_DEVICE void put(Block& block, Planes& planes, const Shares& mine) const {
+    FASTKD_DEVICE void put(Block& block, Planes& planes, Shares mine) const {
+        if (!beside(0)) mine.right = mine.low_right = 0;  // where a NaN times a weight of 0 would be NaN
+        if (!below(0)) mine.low = mine.low_right = 0;
         const auto write = [](A* to, A value) { *to = kMore ? *to + value : value; };
         const A top_right = mine.right - mine.low_right, low_left = mine.low - mine.low_right;
         const A top_left = (mine.all - mine.right) - low_left, low_right = mine.low_right;

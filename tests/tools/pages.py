@@ -66,11 +66,9 @@ def promises_page() -> str:
                 "Limits:\n\n"
                 "- NFD squares its inputs in fp32: values beyond 10¹⁷ give NaN, where plain PyTorch gives 0.\n"
                 "- Softmax losses: differences of logits, times the number of classes or pixels, divided by the temperature,\n"
-                "  must stay within fp32's range.\n"
-                "- CUDA C++ at label resolution: a NaN logit also makes its neighbour's gradient NaN along an axis that is not\n"
-                "  resized.",
+                "  must stay within fp32's range.",
                 "Measured relative errors, kernel / plain PyTorch, against plain PyTorch in float64; gradients in the L2 norm.\n"
-                "Student and teacher logits are correlated and random. At this size `rdd_tse` selects no pixel and equals KD.\n"
+                "Student and teacher logits are correlated and random.\n"
                 f"Worst of {run['seeds']} seeds, `python -m tests.tools.errors --save`, commit {run['commit']}, {run['date']},\n"
                 f"{run['device']}, torch {run['torch']}, {run['kernels']}:",
                 "\n".join(errors.table(rows)),
