@@ -1,7 +1,7 @@
-"""Triton kernels of the losses, one file per operator family, registered as the namespace ``fastkd_triton``.
+"""Triton kernels of the losses, one file per operator family, registered in the namespace ``fastkd_triton``.
 
-Importing this imports Triton; ``fastkd`` does so at the first call that needs a kernel. With ``TRITON_INTERPRET=1`` set
-before that, the kernels run in Triton's interpreter and take CPU tensors too.
+Importing this package imports Triton; ``fastkd`` imports it at the first call that needs a kernel. If
+``TRITON_INTERPRET=1`` is set before that, the kernels run in Triton's interpreter and also accept CPU tensors.
 """
 
 import torch
@@ -39,7 +39,7 @@ MODULES = {
 
 
 def _launcher(name: str):
-    """The launcher of an operator: ``forward``, ``gradient`` or ``backward`` of a loss's module, else by its own name."""
+    """A loss operator's suffix names the function of its module; other launchers have the operator's name."""
     loss, _, which = name.rpartition("_")
     if loss in MODULES:
         return getattr(MODULES[loss], which)
@@ -50,7 +50,7 @@ LAUNCHERS = {row.name: _launcher(row.name) for row in OPERATORS if "triton" in r
 
 
 def register(library: torch.library.Library) -> None:
-    """Implements the operators that ``library`` defines."""
+    """Registers an implementation of each operator that ``library`` defines."""
     for name, launcher in LAUNCHERS.items():
         for key in ("CUDA", "CPU") if triton.knobs.runtime.interpret else ("CUDA",):
             library.impl(name, launcher, key)

@@ -1,7 +1,7 @@
-"""CWD: loss[n, c] = tau^2 * KL(softmax over H*W of T[n, c] / tau || the same of S[n, c]); derived in docs/cwd.md.
+"""CWD: loss[n, c] = tau^2 * KL(softmax_HW(T[n, c] / tau) || softmax_HW(S[n, c] / tau)); derived in docs/cwd.md.
 
-The forward reads S and T once and writes 5 numbers a channel (and 5 a part where channels are split); the backward
-reads both once more and writes the gradient: 3 * bytes(S) + 2 * bytes(T) in all.
+The forward reads S and T once and writes 5 numbers per channel (and 5 per chunk if channels are split). The backward
+reads both again and writes the gradient. Total: 3 * bytes(S) + 2 * bytes(T).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .total import scaled_sum
 
 
 class Softmaxes(NamedTuple):
-    """Of each channel: the peaks and sums of both softmaxes, and sum exp((t - peak_t) / tau) * (t - s about the peaks)."""
+    """Per channel: peak and sum of both softmaxes, and sum exp((t - peak_t) / tau) * ((t - peak_t) - (s - peak_s))."""
 
     peak_s: Any
     total_s: Any
@@ -31,7 +31,7 @@ class Softmaxes(NamedTuple):
 
 @triton.jit
 def _finish(out, group, inside, x, tau, scale, ACC: tl.constexpr):
-    """Loss and backward numbers of channels; ``out``: (loss, stats)."""
+    """Writes the loss and the numbers for the backward; ``out``: (loss, stats)."""
     inv_tau = (1 / tau).to(ACC)
     loss = divergence(inv_tau, x.total_s, x.total_t, x.cross) * (tau * tau * scale).to(ACC)
     tl.store(out[0] + group, loss, mask=inside)
@@ -46,7 +46,7 @@ def _finish(out, group, inside, x, tau, scale, ACC: tl.constexpr):
 def _forward(
     student,  # map, any float dtype
     teacher,  # map, any float dtype
-    part,  # (5, outer, chunks, inner) ACC, or None where a channel is one chunk
+    part,  # (5, outer, chunks, inner) ACC, or None if a channel is one chunk
     out,  # loss (groups,) ACC, stats (groups, 4) ACC
     tau: tl.float64,
     scale: tl.float64,
@@ -89,10 +89,10 @@ def _merge(
     out,  # loss (groups,) ACC, stats (groups, 4) ACC
     tau: tl.float64,
     scale: tl.float64,
-    size,  # (plane: outer * parts * inner, inner, parts: chunks of one channel)
+    size,  # (plane: outer * parts * inner, inner, parts: chunks per channel)
     T,  # (ACC, BLOCK_INNER, BLOCK_PARTS)
 ):
-    """Merges the chunks of each channel in two passes: the peaks, then the sums about them."""
+    """Merges the chunks of each channel in two passes: peaks, then sums rescaled to them."""
     ACC: tl.constexpr = T[0]
     inner, parts = size[1], size[2]
     outer, i = block_of(tl.program_id(0), inner, T[1])
@@ -168,10 +168,10 @@ def _backward(
 def forward(
     student: Tensor, teacher: Tensor, temperature: float, reduction: str, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The loss and the four numbers of each channel that its backward needs; see ``fastkd.ops.cwd``.
+    """The loss and the four numbers per channel for the backward; see ``fastkd.ops.cwd``.
 
     Args:
-        student, teacher: (N, C, H, W) of one layout, NCHW-contiguous or channels_last.
+        student, teacher: (N, C, H, W) in the same layout, NCHW-contiguous or channels_last.
     """
     n, c = student.shape[:2]
     acc, ACC = accumulator(student)
@@ -199,8 +199,8 @@ def backward(
     """Gradient of ``sum(grad * loss)`` with respect to the student, in its dtype and layout.
 
     Args:
-        grad: like the loss of :func:`forward`, contiguous.
-        stats: of :func:`forward`.
+        grad: shaped like the loss of :func:`forward`, contiguous.
+        stats: from :func:`forward`.
     """
     tiled = cut(student, "pixels")
     out = torch.empty_like(student)

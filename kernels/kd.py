@@ -1,7 +1,7 @@
 """KD: loss[p] = weight * tau^2 * KL(softmax(T[p] / tau) || softmax(S[p] / tau)) over classes; derived in docs/kd.md.
 
-Loss and gradient come from one kernel: it reads S and T for the softmaxes, again (from cache) for the difference, and writes
-the gradient: 2 * bytes(S) + bytes(T). A mean over labels counts them first.
+One kernel computes loss and gradient: it reads S and T for the softmaxes, reads them again (from cache) for the
+difference, and writes the gradient: 2 * bytes(S) + bytes(T). A mean over labels first counts them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .softmax import LOG2E, START, difference, divergence, grow, grow_cross
 from .tiles import cut, locate, tile_of
 from .total import gather_parts, reduced, total
 
-COUNT_BLOCK = 4096  # labels a program counts
+COUNT_BLOCK = 4096  # labels per program
 
 
 class Labels(NamedTuple):
-    """What each pixel is worth."""
+    """Per-pixel inputs."""
 
     target: Any  # (N, H, W) uint8, int32 or int64, or None
     weight: Any  # (N, H, W) ACC, or None
@@ -30,16 +30,16 @@ class Labels(NamedTuple):
 
 
 class Out(NamedTuple):
-    """What the kernel writes."""
+    """Outputs of the kernel."""
 
     loss: Any  # (N, H, W) ACC, or None
-    part: Any  # (2, programs) ACC: losses, counted pixels
+    part: Any  # (2, programs) ACC: summed loss, counted pixels
     gradient: Any  # map, dtype of the student, or None
 
 
 @triton.jit
 def counted_pixels(labels, pixel, inside, classes):
-    """Pixels that count. A label outside [0, classes) is ignored; labels are compared, never used as an offset."""
+    """Mask of counted pixels. Labels outside [0, classes) are ignored; labels are never used as offsets."""
     if labels.target is not None:
         label = tl.load(labels.target + pixel, mask=inside, other=0).to(tl.int64)
         inside = inside & (label != labels.ignore_index) & (label >= 0) & (label < classes)
@@ -48,7 +48,7 @@ def counted_pixels(labels, pixel, inside, classes):
 
 @triton.jit
 def gradient_scale(scale, counts, parts, BLOCK: tl.constexpr):
-    """``scale``, fp64, divided by how many labels count, where a mean does."""
+    """``scale`` (fp64), divided by the number of counted labels for a mean."""
     if counts is not None:
         k = tl.arange(0, BLOCK)
         count = tl.sum(tl.load(counts + k, mask=k < parts, other=0).to(tl.float64))
@@ -64,7 +64,7 @@ def _count(
     classes,
     BLOCK: tl.constexpr,
 ):
-    """Counts the labels of a block."""
+    """Counts the valid labels of one block."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     counted = counted_pixels(labels, i, i < pixels, classes)
     tl.store(part + tl.program_id(0), tl.sum(counted.to(tl.int32)).to(part.dtype.element_ty))
@@ -77,13 +77,13 @@ def _kd(
     labels,  # Labels
     out,  # Out
     tau: tl.float64,
-    scale: tl.float64,  # of what is stored a pixel: of the loss for "none", of the gradient
-    counts,  # (1, parts) ACC: labels that count, of a mean; or None
+    scale: tl.float64,  # of the stored value: the loss for "none", else the gradient
+    counts,  # (1, parts) ACC: counted labels, for a mean; or None
     parts,
     BLOCK: tl.constexpr,  # for ``counts``
     g,  # tiles.Tiles
 ):
-    """A tile of pixels: online softmax over the classes, then the gradient."""
+    """One tile of pixels: online softmax over the classes, then the gradient."""
     at = locate(g)
     tau = tl.full((), tau, tl.float64)
     scale = tl.full((), scale, tl.float64)
@@ -166,8 +166,9 @@ def forward(
     """The loss and the number of counted pixels; see ``fastkd.ops.kd``.
 
     Args:
-        student, teacher: (N, C, H, W) of one layout, NCHW-contiguous or channels_last.
-        target: (N, H, W) contiguous, or None: all pixels count. weight: (N, H, W) contiguous in the accumulator's dtype.
+        student, teacher: (N, C, H, W) in the same layout, NCHW-contiguous or channels_last.
+        target: (N, H, W) contiguous, or None: all pixels count. weight: (N, H, W) contiguous in the accumulator's
+            dtype.
         kernel: KD's own, or that of :mod:`kernels.kd_sigmoid`.
     """
     out = _launch(kernel, (student, teacher, target, weight, temperature, ignore_index), reduction, scale, False)
@@ -187,6 +188,6 @@ def gradient(
     *,
     kernel: Any = _kd,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, the count, and the student's gradient in its dtype and layout; the arguments of :func:`forward`."""
+    """Loss, count, and the student's gradient in its dtype and layout; arguments as for :func:`forward`."""
     out = _launch(kernel, (student, teacher, target, weight, temperature, ignore_index), reduction, scale, True)
     return (*reduced(out.part, reduction == "mean", scale * temperature**2), out.gradient)

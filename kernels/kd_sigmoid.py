@@ -1,6 +1,7 @@
-"""KD with a sigmoid of each class: loss[p] = weight * tau^2 * sum_c KL(sigmoid(T[c, p] / tau) || sigmoid(S[c, p] / tau)).
+"""KD with a sigmoid per class: loss[p] = weight * tau^2 * sum_c KL(sigmoid(T[c, p] / tau) || sigmoid(S[c, p] / tau)).
 
-Loss and gradient come from one read of S and T: 2 * bytes(S) + bytes(T). The cut, labels and reductions of :mod:`kernels.kd`.
+Loss and gradient come from one read of S and T: 2 * bytes(S) + bytes(T). Tiling, labels and reductions are those of
+:mod:`kernels.kd`.
 """
 
 from __future__ import annotations
@@ -24,13 +25,12 @@ def _kd_sigmoid(
     labels,  # kd.Labels
     out,  # kd.Out
     tau: tl.float64,
-    scale: tl.float64,  # of what is stored a pixel: of the loss for "none", of the gradient
-    counts,  # (1, parts) ACC: labels that count, of a mean; or None
+    scale: tl.float64,  # of the stored value: the loss for "none", else the gradient
+    counts,  # (1, parts) ACC: counted labels, for a mean; or None
     parts,
     BLOCK: tl.constexpr,  # for ``counts``
     g,  # tiles.Tiles
 ):
-    """A tile of pixels."""
     at = locate(g)
     tau = tl.full((), tau, tl.float64)
     scale = tl.full((), scale, tl.float64)

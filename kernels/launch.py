@@ -1,4 +1,4 @@
-"""How kernels are launched, and what they compute in."""
+"""Launching kernels, and the dtype they accumulate in."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 def accumulator(*maps: Tensor) -> tuple[torch.dtype, tl.dtype]:
-    """What maps of these dtypes are computed in, for torch and for Triton: fp64 if one is fp64, otherwise fp32."""
+    """Accumulator dtype for torch and for Triton: fp64 if any map is fp64, else fp32."""
     double = any(x.dtype == torch.float64 for x in maps)
     return (torch.float64, tl.float64) if double else (torch.float32, tl.float32)
 
 
 def lanes() -> int:
-    """Threads of a warp (of a wavefront on AMD)."""
+    """Threads per warp (wavefront on AMD)."""
     return 64 if torch.version.hip else 32
 
 
@@ -32,8 +32,8 @@ def launch(
     """Runs ``kernel`` on the device of ``like``, whichever device is current.
 
     Args:
-        registers: the most a thread may have. Without it NVIDIA's assembler spills a few where that makes room for more
-            warps; AMD's takes no such option.
+        registers: maximum per thread. By default ptxas spills a few registers where that raises occupancy. Ignored on
+            AMD.
     """
     if registers is not None and torch.version.hip is None:
         constants["maxnreg"] = registers

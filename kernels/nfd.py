@@ -1,7 +1,7 @@
 """NFD: loss[g] = mean over group g of (z(S) - z(T))^2, z(x) = (x - mean) / sqrt(var + eps); derived in docs/nfd.md.
 
-The forward reads S and T once and writes 7 numbers a group (and 7 a part where groups are split); the backward reads
-both once more and writes the gradient: 3 * bytes(S) + 2 * bytes(T) in all.
+The forward reads S and T once and writes 7 numbers per group (and 7 per chunk if groups are split). The backward reads
+both again and writes the gradient. Total: 3 * bytes(S) + 2 * bytes(T).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ REDUCED = {"hw": "pixels", "nhw": "pixels", "c": "channels", "chw": "sample"}
 
 
 class Moments(NamedTuple):
-    """Of a group, in fp64: close to convergence the loss is a small difference of large numbers."""
+    """Per group, in fp64: close to convergence the loss is a small difference of large numbers."""
 
     count: Any
     mean_s: Any
@@ -33,7 +33,7 @@ class Moments(NamedTuple):
 
 @triton.jit
 def _finish(out, group, inside, x, eps, scale, ACC: tl.constexpr):
-    """Loss and backward numbers of groups from their moments; ``out``: (loss, stats)."""
+    """Writes the loss and the numbers for the backward from the moments; ``out``: (loss, stats)."""
     inv_s = 1 / tl.sqrt(x.square_s / x.count + eps)
     inv_t = 1 / tl.sqrt(x.square_t / x.count + eps)
     part_s = x.square_s / x.count * inv_s * inv_s
@@ -55,7 +55,7 @@ def _finish(out, group, inside, x, eps, scale, ACC: tl.constexpr):
 def _forward(
     student,  # map, any float dtype
     teacher,  # map, any float dtype
-    part,  # (7, outer, chunks, inner) ACC, or None where a group is one chunk
+    part,  # (7, outer, chunks, inner) ACC, or None if a group is one chunk
     out,  # loss (groups,) ACC, stats (groups, 6) ACC
     eps: tl.float64,
     scale: tl.float64,
@@ -65,7 +65,7 @@ def _forward(
     """Moments of one chunk: each tile about its own mean, merged by Chan's rule."""
     at = locate(g)
     first = at.chunk * g.chunk
-    # All means are kept relative to the chunk's first element: fp32 cannot hold the mean itself when |mean| >> std.
+    # Means are relative to the chunk's first element: fp32 cannot hold the mean itself when |mean| >> std.
     shift_s = tl.load(student + at.base + first * g.stride_reduced, mask=at.inside, other=0).to(g.ACC)
     shift_t = tl.load(teacher + at.base + first * g.stride_reduced, mask=at.inside, other=0).to(g.ACC)
     zero = tl.zeros([g.BLOCK_INNER], g.ACC)
@@ -118,8 +118,8 @@ def _merge(
     size,  # (plane: outer * parts * inner, inner, length, parts, chunk, chunks)
     T,  # (ACC, BLOCK_INNER, BLOCK_PARTS)
 ):
-    """Merges the parts of each group in fp64, in two passes: the mean, then the moments about it. A group's parts are its
-    chunks, times N where the batch is reduced too."""
+    """Merges the parts of each group in fp64 in two passes: the mean, then the moments about it. A group has one part
+    per chunk, times N if the batch is reduced too."""
     inner, length, parts, chunk, chunks = size[1], size[2], size[3], size[4], size[5]
     outer, i = block_of(tl.program_id(0), inner, T[1])
     inside = i < inner
@@ -168,11 +168,11 @@ def _backward(
     stats,  # (groups, 6) ACC
     out,  # map, dtype of student
     scale: tl.float64,
-    groups,  # from one outer index to the next: inner, or 0 where the batch is reduced too
+    groups,  # stride between outer indices: inner, or 0 if the batch is reduced too
     PER_GROUP: tl.constexpr,
     g,  # tiles.Tiles
 ):
-    """grad * scale * (A * (s - mean_s) - B * (t - mean_t)), with both means as shift + rest."""
+    """grad * scale * (A * (s - mean_s) - B * (t - mean_t)); both means as shift + remainder."""
     at = locate(g)
     group = at.outer * groups + at.inner
     factor = tl.zeros([g.BLOCK_INNER], g.ACC) + tl.full((), scale, tl.float64).to(g.ACC)
@@ -198,11 +198,11 @@ def _backward(
 def forward(
     student: Tensor, teacher: Tensor, dims: str, eps: float, reduction: str, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The loss and the six numbers of each group that its backward needs; see ``fastkd.ops.nfd``.
+    """The loss and the six numbers per group for the backward; see ``fastkd.ops.nfd``.
 
     Args:
-        student, teacher: (N, C, H, W) of one layout, NCHW-contiguous or channels_last.
-        dims: the group: ``"hw"``, ``"nhw"``, ``"c"`` or ``"chw"``.
+        student, teacher: (N, C, H, W) in the same layout, NCHW-contiguous or channels_last.
+        dims: ``"hw"``, ``"nhw"``, ``"c"`` or ``"chw"``.
     """
     n, c, h, w = student.shape
     acc, ACC = accumulator(student)
@@ -249,8 +249,8 @@ def backward(
     """Gradient of ``sum(grad * loss)`` with respect to the student, in its dtype and layout.
 
     Args:
-        grad: like the loss of :func:`forward`, contiguous.
-        stats: of :func:`forward`.
+        grad: shaped like the loss of :func:`forward`, contiguous.
+        stats: from :func:`forward`.
     """
     tiled = cut(student, REDUCED[dims])
     out = torch.empty_like(student)

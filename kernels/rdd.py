@@ -1,10 +1,12 @@
-"""RDD's maps (docs/rdd.md, docs/full-resolution.md): the teacher's confidence exp(-KL) between its heads, with KD and its
-gradient from the same read; the mask of relatively difficult pixels; the exact k-th smallest its threshold may need.
+"""RDD's maps (docs/rdd.md, docs/full-resolution.md): the teacher's confidence exp(-KL) between its heads, with KD and
+its gradient from the same read; the mask of relatively difficult pixels; the exact k-th smallest for its threshold.
 
-The mask: one kernel a network, in the cut of :mod:`kernels.resize`, writes a confidence a label pixel, and the student's
-log-sum-exp where cross-entropy follows; one compares. The k-th smallest: a radix select of 11 bits a round. A round reads
-the maps once and counts by many programs. The k-th smallest is at most the threshold exactly when k confidences are, which
-the first kernels have counted; then the rounds read nothing. The host never waits and no branch depends on a value.
+Mask: one kernel per network, tiled as in :mod:`kernels.resize`, writes a confidence per label pixel, and the student's
+log-sum-exp if cross-entropy follows. A second kernel compares them.
+
+k-th smallest: a radix select of 11 bits per round; each round reads the maps once. The result is at most the threshold
+exactly if at least k confidences are. The confidence kernels count those, and then the rounds skip their reads. The
+host never synchronises.
 """
 
 from __future__ import annotations
@@ -39,14 +41,14 @@ from .tiles import cut, tile_of
 from .tiles import locate as locate_tile
 from .total import gather_parts, reduced, scaled_sum
 
-# ---- heads ----------------------------------------------------------------------------------------------------------
+# Heads
 
 
 class Heads(NamedTuple):
-    """What the kernel of the heads writes."""
+    """Outputs of the heads kernel."""
 
     confidence: Any  # (N, h, w) ACC
-    part: Any  # (1, programs) ACC: KD's loss, or None
+    part: Any  # (1, programs) ACC: KD loss, or None
     gradient: Any  # map, dtype of the student, or None
 
 
@@ -60,7 +62,7 @@ def _heads(
     AUX_MAIN: tl.constexpr,
     g,  # tiles.Tiles
 ):
-    """A tile of pixels: online softmaxes over the classes; the gradient reads the student and the main head again, from
+    """One tile of pixels: online softmaxes over the classes; the gradient reads student and main head again from
     cache."""
     at = locate_tile(g)
     zero = tl.zeros([g.BLOCK_INNER], g.ACC)
@@ -117,7 +119,7 @@ def teacher_confidence(main: Tensor, aux: Tensor, direction: str) -> Tensor:
     """exp(-KL) between the heads, (N, h, w) in the accumulator's dtype; see ``fastkd.ops.rdd``.
 
     Args:
-        main, aux: (N, C, h, w) of one layout, NCHW-contiguous or channels_last.
+        main, aux: (N, C, h, w) in the same layout, NCHW-contiguous or channels_last.
     """
     return _run_heads(None, main, aux, direction, 1.0, None).confidence
 
@@ -125,7 +127,7 @@ def teacher_confidence(main: Tensor, aux: Tensor, direction: str) -> Tensor:
 def kd_confidence_forward(
     student: Tensor, teacher: Tensor, aux: Tensor, direction: str, reduction: str, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """KD's summed loss and the map above; all three maps of one layout."""
+    """KD's summed loss and the confidence map; the three maps share one layout."""
     out = _run_heads(student, teacher, aux, direction, scale, None)
     return scaled_sum(out.part, scale), out.confidence
 
@@ -133,25 +135,25 @@ def kd_confidence_forward(
 def kd_confidence_gradient(
     student: Tensor, teacher: Tensor, aux: Tensor, direction: str, reduction: str, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with KD's gradient."""
+    """:func:`kd_confidence_forward` with KD's gradient."""
     gradient = torch.empty_like(student)
     out = _run_heads(student, teacher, aux, direction, scale, gradient)
     return scaled_sum(out.part, scale), out.confidence, gradient
 
 
-# ---- difficulty -----------------------------------------------------------------------------------------------------
+# Difficulty
 
-# Label pixels a lane takes at a time, down and across.
+# Label pixels per lane and iteration: rows, columns.
 TILE = (2, 9)
-SELECT_BLOCK = 2048  # pixels a program compares
+SELECT_BLOCK = 2048  # pixels per program
 
 
 class Maps(NamedTuple):
-    """What one network's kernel writes."""
+    """Outputs of one network's confidence kernel."""
 
     confidence: Any  # (N, H, W) ACC
-    lse: Any  # (N, H, W) ACC: the log-sum-exp, or None
-    hard: Any  # (programs,) fp64: confidences that are at most the threshold
+    lse: Any  # (N, H, W) ACC: log-sum-exp, or None
+    hard: Any  # (programs,) fp64: number of confidences <= threshold
 
 
 @triton.jit(do_not_specialize=["keep_lse"])
@@ -161,11 +163,11 @@ def _confidence(
     grid,  # resize.Grid
     out,  # Maps
     threshold: tl.float64,
-    keep_lse,  # the student's alone is needed; known at run time, so that both networks have one kernel
+    keep_lse,  # for the student only; a runtime argument, so that both networks share one compiled kernel
     BY_LABEL: tl.constexpr,
     T,  # resize.Tile
 ):
-    """The probability of the largest or of the labelled class of each label pixel; 1 where there is no label."""
+    """Probability of the largest or of the labelled class per label pixel; 1 where ignored."""
     place = locate(logits, grid, T)
     limit = tl.full((), threshold, tl.float64).to(T.ACC)
     hard = tl.zeros([T.CELLS], tl.int32)
@@ -193,16 +195,16 @@ def _confidence(
 @triton.jit
 def _select(
     maps,  # (2, pixels) ACC: confidences of student and teacher
-    limits,  # (2,) ACC: a confidence at most this is hard; or None: the threshold
+    limits,  # (2,) ACC: confidences up to this are hard; None: use the threshold
     labels,  # resize.Labels
-    out,  # (pixels,) uint8: the mask; or ACC: log-sum-exps, which become NaN where it is False
+    out,  # (pixels,) uint8: the mask; or ACC: log-sum-exps, set to NaN where the mask is False
     part,  # (2, programs) ACC: selected, valid
     size,  # (classes, pixels)
     threshold: tl.float64,
     SELECT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Combines both networks' hard pixels; only valid ones are selected."""
+    """Combines both networks' hard pixels; only valid pixels are selected."""
     ACC: tl.constexpr = maps.dtype.element_ty
     program = tl.program_id(0)
     at = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -246,12 +248,12 @@ def _difficulty(
     align_corners: bool,
     keep_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What is selected, and the share of valid pixels that it is, 0-d; see ``fastkd.ops.rdd``.
+    """The mask, and the selected share of the valid pixels, 0-d; see ``fastkd.ops.rdd``.
 
     Args:
         student, teacher: (N, C, h, w), (N, C, h', w'), each NCHW-contiguous or channels_last.
         target: (N, H, W) contiguous.
-        keep_lse: the first result is not the mask but the student's log-sum-exp, NaN where the mask is False.
+        keep_lse: return the student's log-sum-exp, NaN where not selected, instead of the mask.
     """
     acc, _ = accumulator(student, teacher)
     pixels, size = target.numel(), target.shape[1:]
@@ -284,18 +286,18 @@ difficulty_mask = partial(_difficulty, keep_lse=False)
 difficulty_lse = partial(_difficulty, keep_lse=True)
 
 
-# ---- k-th smallest --------------------------------------------------------------------------------------------------
+# k-th smallest
 
-DIGIT = tl.constexpr(11)  # bits a round; the last one has the rest
+DIGIT = tl.constexpr(11)  # bits per round; the last round takes the rest
 BINS = tl.constexpr(2048)
-HISTOGRAM_BLOCK = 4096  # elements a program takes at a time
-HISTOGRAM_PROGRAMS = 256  # and how many of them there are at most, for each map
-COLUMNS = 32  # bins a program adds
+HISTOGRAM_BLOCK = 4096  # elements per program and iteration
+HISTOGRAM_PROGRAMS = 256  # at most, per map
+COLUMNS = 32  # bins per program
 
 
 @triton.jit
 def _keys(x):
-    """Unsigned integers in the order of floats; NaN, of any sign, is the largest."""
+    """Unsigned integers that sort like the floats; any NaN is the largest."""
     if x.dtype == tl.float64:
         bits = x.to(tl.uint64, bitcast=True)
         sign = tl.full((), 1, tl.uint64) << 63
@@ -308,10 +310,10 @@ def _keys(x):
 
 @triton.jit
 def _pick(counts, state, BITS: tl.constexpr):
-    """The digits found so far, one more than in ``state`` (2,) int64, and the rank in what they leave.
+    """Appends one digit to those in ``state`` (2,) int64; also returns the rank among the elements with these digits.
 
     Args:
-        counts: (2 ** BITS,) int64: elements that have the digits found before, by their next one.
+        counts: (2 ** BITS,) int64: histogram of the next digit over elements that match the digits so far.
     """
     count = tl.load(counts + tl.arange(0, 2**BITS))
     rank = tl.load(state + 1)
@@ -323,8 +325,8 @@ def _pick(counts, state, BITS: tl.constexpr):
 @triton.jit
 def _histogram(
     x,  # (maps, n) ACC
-    hard,  # (maps, parts) fp64, or None: how many elements are at most the threshold
-    state,  # (rounds, maps, 2) int64: the digits found before a round; the rank in what they leave, 0 if not wanted
+    hard,  # (maps, parts) fp64, or None: number of elements <= threshold
+    state,  # (rounds, maps, 2) int64: digits found before the round, and the rank; rank 0: skip
     counts,  # (rounds, maps, BINS) int64
     part,  # (maps, programs, BINS) int32
     size,  # (n, chunk, parts, k)
@@ -333,7 +335,7 @@ def _histogram(
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,  # (elements, parts)
 ):
-    """Counts, by the digit at SHIFT, the elements of a chunk whose higher digits are those found."""
+    """Histogram of the digit at SHIFT over the elements of a chunk that match the digits found so far."""
     program = tl.program_id(0).to(tl.int64)
     which = tl.program_id(1)
     maps = tl.num_programs(1)
@@ -371,7 +373,7 @@ def _columns(
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Adds the programs' counts of COLUMNS bins."""
+    """Sums the programs' histograms, COLUMNS bins per program."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     which = tl.program_id(1)
     count = tl.zeros([COLUMNS], tl.int64)
@@ -384,14 +386,14 @@ def _columns(
 
 @triton.jit
 def _limit(
-    counts,  # (maps, BINS) int64: of the last round
+    counts,  # (maps, BINS) int64, of the last round
     state,  # (maps, 2) int64
     out,  # (maps,) ACC
     threshold: tl.float64,
     CLAMP: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """The k-th smallest, or with CLAMP the larger of it and the threshold; NaN stays."""
+    """The k-th smallest, or with CLAMP its maximum with the threshold; NaN propagates."""
     which = tl.program_id(0)
     key, _ = _pick(counts + which * BINS, state + which * 2, BITS)
     if out.dtype.element_ty == tl.float64:
@@ -409,10 +411,10 @@ def _limit(
 
 
 def kth_or_threshold(x: Tensor, k: int, hard: Tensor | None, threshold: float | None) -> Tensor:
-    """max(threshold, k-th smallest) of each row of ``x`` (maps, n): three digits of 11 bits (six for fp64).
+    """max(threshold, k-th smallest) of each row of ``x`` (maps, n); 3 rounds for fp32, 6 for fp64.
 
     Args:
-        hard: (maps, parts) fp64: how many elements are at most the threshold. Where there are k, nothing is read.
+        hard: (maps, parts) fp64: number of elements <= threshold. Rows with at least k of them are not read.
     """
     maps, n = x.shape
     total_bits = 8 * x.element_size()
@@ -439,5 +441,5 @@ def kth_or_threshold(x: Tensor, k: int, hard: Tensor | None, threshold: float | 
 
 
 def kth_smallest(x: Tensor, k: int) -> Tensor:
-    """The k-th smallest element of a contiguous fp32 or fp64 tensor, 0-d; k is clamped to [1, n]; NaN is the largest."""
+    """The k-th smallest element of a contiguous fp32 or fp64 tensor, 0-d; k is clamped to [1, n]; NaN sorts last."""
     return kth_or_threshold(x.reshape(1, -1), max(1, min(k, x.numel())), None, None)[0]

@@ -1,4 +1,4 @@
-"""Multiplies an early gradient by what its backward brings; returns at once where that is exactly 1."""
+"""Multiplies an early gradient by the upstream gradient; returns at once if that is exactly 1."""
 
 from __future__ import annotations
 
@@ -29,6 +29,6 @@ def _rescale(
 
 
 def rescale_(gradient: Tensor, factor: Tensor) -> None:
-    """``gradient`` (dense) times ``factor`` (0-d, in the accumulator's dtype), in place."""
+    """``gradient`` (dense) *= ``factor`` (0-d, in the accumulator's dtype), in place."""
     programs = min(PROGRAMS, triton.cdiv(gradient.numel(), BLOCK))
     launch(_rescale, (programs,), gradient, gradient, factor, gradient.numel(), BLOCK=BLOCK)

@@ -1,7 +1,8 @@
-"""Binary cross-entropy at label resolution, one class against the rest; formulas in ``fastkd.ops``' file of this name.
+"""Binary cross-entropy at label resolution, one class against the rest; formulas in
+``fastkd.ops.resized_binary_cross_entropy``.
 
-The cut of :mod:`kernels.resize`. A class needs no other, so that loss and gradient take one loop over the classes. It reads
-the target once, which is most of the traffic: N * C * H * W labels.
+Tiled as in :mod:`kernels.resize`. Classes are independent, so one loop over them computes loss and gradient. Most of
+the traffic is one read of the target: N * C * H * W labels.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ from .resize import (
 from .sigmoid import softplus_and_sigmoid, unbounded
 from .total import add, total
 
-# Label pixels a lane takes at a time, down and across.
+# Label pixels per lane and iteration: rows, columns.
 TILE = (2, 9)
 
 
 class Elements(NamedTuple):
-    """What each element is worth."""
+    """Per-element inputs."""
 
     target: Any  # (N, C, H, W) uint8, int32 or int64
     pos_weight: Any  # (C,) ACC, or None
@@ -58,7 +59,7 @@ class Elements(NamedTuple):
 
 
 class Out(NamedTuple):
-    """What the kernel writes."""
+    """Outputs of the kernel."""
 
     loss: Any  # (N, C, H, W) ACC, or None
     part: Any  # (2, programs) ACC: losses, counted elements
@@ -80,7 +81,7 @@ def _of_class(to, classes, grid, place, pixels):
 
 @triton.jit
 def _element(x, label, weight, positive, elements):
-    """The term of an element, its gradient, and whether it counts."""
+    """Loss and gradient of an element, and whether it counts."""
     one, zero = label == 1, label == 0
     counted = one if not elements.ZERO else zero if not elements.ONE else one | zero
     if positive is not None:
@@ -198,7 +199,7 @@ def gradient(
     reduction: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, the count, and the gradient in the dtype and layout of ``logits``; the arguments of :func:`forward`."""
+    """Loss, count, and the gradient in the dtype and layout of ``logits``; arguments as for :func:`forward`."""
     args = (logits, target, pos_weight, pixel_weight, ignore_index, align_corners)
     cut, out = _launch(args, True, False, scale)
     return join(out.planes, logits, out.part, cut.split, reduction, scale, scale)

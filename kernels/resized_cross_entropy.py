@@ -1,8 +1,8 @@
 """Cross-entropy at label resolution: loss[p] = weight * -log softmax(bilinear(logits)[p])[y]; docs/full-resolution.md.
 
-Loss and gradient come from one kernel in the cut of :mod:`kernels.resize`: it reads the prepared logits twice, from cache,
-and the labels once, and writes two planes of gradient shares. Each exponential is taken twice, once where the
-log-sum-exps are known.
+One kernel computes loss and gradient, tiled as in :mod:`kernels.resize`. It reads the prepared logits twice (from
+cache) and the labels once, and writes two planes of gradient contributions. Each exponential is computed twice, or once
+if the log-sum-exps are given.
 """
 
 from __future__ import annotations
@@ -55,15 +55,16 @@ from .resize import (
 )
 from .total import add, total
 
-# Label pixels a lane takes at a time, down and across. Beyond the tile a lane keeps a log-sum-exp and a label for each of
-# them, and its weight where there is one; more of them take longer to compile than they save.
+# Label pixels per lane and iteration: rows, columns. A lane also keeps a log-sum-exp, a label and, if any, a weight per
+# label pixel. Larger tiles cost more compile time than they save.
 TILE = (2, 9)
-# Of a thread, for 16 label pixels without weights; see kernels.launch. The assembler for sm_100 takes 128 and spills two.
+# Per thread, for 16 label pixels without weights; see kernels.launch. By default ptxas for sm_100 takes 128 and spills
+# two.
 REGISTERS = 168
 
 
 class Out(NamedTuple):
-    """What the kernel writes."""
+    """Outputs of the kernel."""
 
     loss: Any  # (N, H, W) ACC, or None
     part: Any  # (2, programs) ACC: losses, class weights
@@ -72,8 +73,8 @@ class Out(NamedTuple):
 
 @triton.jit
 def sums(view, cell, shift, label, T):
-    """Of each label pixel the sum of exponentials about ``shift``, and a value less ``shift``: that of its ``label``, the
-    largest where ``label`` is None, none where it is an empty tuple."""
+    """Per label pixel: the sum of exponentials about ``shift``, and a value minus ``shift``: that of ``label``, the
+    largest if ``label`` is None, none if it is an empty tuple."""
     low: tl.constexpr = LOW64 if tl.float64 == T.ACC else LOW32
     zero = tl.zeros([T.CELLS], T.ACC)
     total = fill(zero, len(cell.pixels.exist))
@@ -96,10 +97,11 @@ def sums(view, cell, shift, label, T):
 
 @triton.jit
 def softmax(view, grid, cell, counted, label, T):
-    """Each label pixel's log-sum-exp, base 2, and its distance to the value that ``label`` asks for (see :func:`sums`).
+    """Per label pixel: the log-sum-exp, base 2, and its distance to the value that ``label`` selects (see
+    :func:`sums`).
 
-    Where the sum about the bound has lost terms and the pixel is ``counted``, it is done again about the true maximum: pixel
-    by pixel in a loop, as this is rare and code for all of them would take as long to compile as the rest.
+    ``counted`` pixels whose sum about the bound has lost terms are recomputed about the true maximum. This is rare, so
+    they are done in a loop: unrolled, this code would double the compile time.
     """
     shift = bound(view, cell)
     total, own = sums(view, cell, shift, label, T)
@@ -125,8 +127,8 @@ def softmax(view, grid, cell, counted, label, T):
 
 @triton.jit
 def _gradient(k: tl.constexpr, c, value, _, own, state):
-    """factor * (p - onehot), and the value of the label where it is wanted. ``state``: label, log-sum-exp, and the factor
-    unless it is 1."""
+    """factor * (p - onehot), and the label's value if wanted. ``state``: label, log-sum-exp, and the factor unless it
+    is 1."""
     mine = state[0][k] == c
     out = tl.exp2(value - state[1][k]) - tl.where(mine, 1.0, 0.0)
     if len(state) == 3:
@@ -154,13 +156,13 @@ def _cross_entropy(
         pixels = part_of(place, logits, grid, part, T)
         worth = read_labels(labels, grid, place, pixels, logits.classes, T)
         label, counted, known = worth.label, worth.counted, worth.known
-        share = tl.where(place.own, sum_of(worth.share), 0)  # here, so that no share of a pixel outlives it
+        share = tl.where(place.own, sum_of(worth.share), 0)  # here, to end the live range of each pixel's share
         if labels.class_weight is None:
             counts += share
         else:
             counts, missed = add(counts, missed, share)
         cell, view = Cell(place, pixels, any_of(counted)), View(logits, ())
-        distance = nothing()  # from the log-sum-exp to the value of the label
+        distance = nothing()  # from the log-sum-exp to the label's value
         norm, own = known, fill(zero, len(known))
         if len(known) == 0 or out.planes is None:
             found, distance = softmax(view, grid, cell, counted, label, T)
@@ -241,7 +243,7 @@ def gradient(
     reduction: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, the count, and the gradient in the dtype and layout of ``logits``; the arguments of :func:`forward`."""
+    """Loss, count, and the gradient in the dtype and layout of ``logits``; arguments as for :func:`forward`."""
     args = (logits, target, class_weight, pixel_weight, selected, ignore_index, align_corners)
     cut, out = _launch(args, True, False, scale)
     return join(out.planes, logits, out.part, cut.split, reduction, scale, scale)

@@ -1,9 +1,9 @@
-"""The sums that Dice is made of, at label resolution; formulas in ``fastkd.ops.resized_dice``.
+"""The sums for Dice at label resolution; formulas in ``fastkd.ops.resized_dice``.
 
-The cut of :mod:`kernels.resize`, but programs belong to one sample each. Forward: one loop over the classes for the
-log-sum-exps, one for the sums of p; what only the labelled class adds to is summed label by label, as a program sees few of
-them. A program leaves fp32 sums of some thousand label pixels; :func:`_collect` adds programs in fp64 and in a fixed order.
-Backward: one loop for the log-sum-exps and sum_c B_c p_c, one for the gradient. Nothing of label size is kept.
+Tiled as in :mod:`kernels.resize`, with one sample per program. Forward: one loop over the classes for the log-sum-exps,
+one for the sums of p. Sums over the labelled class only are added label by label, since a program sees few labels. A
+program writes fp32 sums of a few thousand label pixels; :func:`_collect` adds programs in fp64 in a fixed order.
+Backward: one loop for the log-sum-exps and sum_c B_c p_c, one for the gradient. Nothing of label size is stored.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ from .resize import (
 )
 from .resized_cross_entropy import softmax
 
-# Label pixels a lane takes at a time, down and across.
+# Label pixels per lane and iteration: rows, columns.
 TILE = (2, 9)
-# A program adds at most so many parts of cells in fp32, some thousand label pixels.
+# Maximum parts of cells that a program sums in fp32: a few thousand label pixels.
 PARTS = 8
-NONE = tl.constexpr(2.0**24)  # beyond all labels
+NONE = tl.constexpr(2.0**24)  # above any label
 
 
 @triton.jit
 def _next_label(label, after):
-    """The smallest label above ``after`` that any lane has, else NONE."""
+    """The smallest label above ``after`` in any lane, else NONE."""
     least = tl.where(label[0] > after, label[0], NONE)
     for k in tl.static_range(1, len(label)):
         least = tl.minimum(least, tl.where(label[k] > after, label[k], NONE))
@@ -71,7 +71,7 @@ def _next_label(label, after):
 
 @triton.jit
 def _add_labelled(to, label, distance, COLUMNS: tl.constexpr, T):
-    """Adds what the labelled class alone gets to this program's sums (C, COLUMNS)."""
+    """Adds the labelled class's terms to this program's sums (C, COLUMNS)."""
     p = nothing()
     for k in tl.static_range(len(label)):
         p = p + (tl.exp2(-distance[k]),)
@@ -84,7 +84,7 @@ def _add_labelled(to, label, distance, COLUMNS: tl.constexpr, T):
             count = count + (mine.to(T.ACC),)
             if COLUMNS >= 4:
                 entropy = entropy + (tl.where(mine, distance[k], 0),)
-        # This program alone adds here, in its order: the sum is the same in every run.
+        # Only this program adds here, in program order, so sums are reproducible.
         at = to + c.to(tl.int32) * COLUMNS
         tl.atomic_add(at, tl.sum(sum_of(both)), sem="relaxed")
         tl.atomic_add(at + 2, tl.sum(sum_of(count)), sem="relaxed")
@@ -97,8 +97,8 @@ def _add_labelled(to, label, distance, COLUMNS: tl.constexpr, T):
 def _dice(
     logits,  # resize.Logits
     labels,  # resize.Labels
-    grid,  # resize.Grid, of one sample's cells
-    sums,  # (N, programs of a sample, C, COLUMNS) ACC, 0
+    grid,  # resize.Grid, of one sample
+    sums,  # (N, programs per sample, C, COLUMNS) ACC, zeroed
     SQUARE: tl.constexpr,
     COLUMNS: tl.constexpr,
     T,  # resize.Tile
@@ -136,7 +136,7 @@ def _collect(
     out,  # (N, chunks, numbers) fp64
     rows,
     numbers,
-    chunk,  # rows a program adds
+    chunk,  # rows per program
     BLOCK_ROWS: tl.constexpr,
     BLOCK_NUMBERS: tl.constexpr,
 ):
@@ -156,7 +156,7 @@ def _collect(
 
 
 def _add_programs(parts: Tensor) -> Tensor:
-    """(N, programs, numbers) summed over the programs, in fp64."""
+    """(N, programs, numbers) summed over the programs in fp64."""
     while parts.shape[1] > 1 or parts.dtype != torch.float64:
         n, rows, numbers = parts.shape
         chunk = 256 if rows > 512 else rows
@@ -196,19 +196,19 @@ def forward(
 
 
 class Upstream(NamedTuple):
-    """The gradient of the sums, (N, C) ACC each, with the names of ``fastkd.ops.resized_dice``."""
+    """Gradient of the sums, (N, C) ACC each; names as in ``fastkd.ops.resized_dice``."""
 
     i: Any
     b: Any
     a: Any  # or None
     s: Any  # or None
-    every_s: Any  # (N,): its sum over the classes, or None
+    every_s: Any  # (N,): s summed over the classes, or None
 
 
 @triton.jit
 def _products(view, cell, shift, label, of_i, of_b, SQUARE: tl.constexpr, T):
-    """Of each label pixel the sum of exponentials e about ``shift``, and sum_c b_c e_c + i_y e_y; or, of squares, the sums
-    b_c e_c^2 and i_y e_y."""
+    """Per label pixel: the sum of exponentials e about ``shift``, and sum_c b_c e_c + i_y e_y; if SQUARE, sum_c b_c
+    e_c^2 and i_y e_y."""
     zero = tl.zeros([T.CELLS], T.ACC)
     total = fill(zero, len(label))
     mixed = total
@@ -244,7 +244,7 @@ def _squares(x):
 
 @triton.jit
 def _dots(total, mixed, own):
-    """i_y p_y + sum_c B_c p_c of each label pixel."""
+    """i_y p_y + sum_c B_c p_c per label pixel."""
     out = nothing()
     for k in tl.static_range(len(total)):
         dot = mixed[k] / total[k]
@@ -256,10 +256,10 @@ def _dots(total, mixed, own):
 
 @triton.jit
 def _mixtures(view, grid, cell, counted, label, of_i, of_b, SQUARE: tl.constexpr, T):
-    """Of each label pixel, the log-sum-exp, base 2, and i_y p_y + sum_c B_c p_c.
+    """Per label pixel: the log-sum-exp, base 2, and i_y p_y + sum_c B_c p_c.
 
-    Where a sum about the bound has lost terms and the pixel is ``counted``, both are done again about the true maximum; see
-    :func:`kernels.resized_cross_entropy.softmax`. Of squares terms are lost earlier.
+    ``counted`` pixels whose sum about the bound has lost terms are recomputed about the true maximum, see
+    :func:`kernels.resized_cross_entropy.softmax`. Squares lose terms earlier.
     """
     shift = bound(view, cell)
     total, mixed, own = _products(view, cell, shift, label, of_i, of_b, SQUARE, T)
@@ -287,7 +287,7 @@ def _mixtures(view, grid, cell, counted, label, of_i, of_b, SQUARE: tl.constexpr
 
 @triton.jit
 def _mixture(p, mine, by, label, numbers):
-    """p * by, with i_y and a_y of the label, less s. ``by``: B_c and what all classes have."""
+    """p * by, plus i_y and a_y for the label, minus s. ``by``: B_c and the terms common to all classes."""
     out = p * tl.where(mine, by + numbers[0], by)
     if len(numbers) >= 3:
         out -= tl.where(mine, numbers[2], 0)
@@ -298,7 +298,7 @@ def _mixture(p, mine, by, label, numbers):
 
 @triton.jit
 def _gradient(k: tl.constexpr, c, value, numbers, kept, state):
-    """``numbers``: i, b, a, s of the class; ``state``: label, log-sum-exp, what all classes have."""
+    """``numbers``: i, b, a, s of the class; ``state``: label, log-sum-exp, terms common to all classes."""
     p = tl.exp2(value - state[1][k])
     out = _mixture(p, state[0][k] == c, state[2][k] + numbers[1], state[0][k], numbers)
     return out, out
@@ -361,7 +361,7 @@ def backward(
     scale: float,
     kept: Tensor,
 ) -> Tensor:
-    """The gradient in the dtype and layout of ``logits``; the arguments of :func:`forward`.
+    """The gradient in the dtype and layout of ``logits``; arguments as for :func:`forward`.
 
     Args:
         grad: (N, C, columns) in fp64.

@@ -1,8 +1,9 @@
-"""KD at label resolution: loss[p] = weight * tau^2 * KL(softmax(T[p] / tau) || softmax(S[p] / tau)) of interpolated S and T.
+"""KD at label resolution: loss[p] = weight * tau^2 * KL(softmax(T[p] / tau) || softmax(S[p] / tau)) of interpolated S
+and T.
 
-The cut of :mod:`kernels.resize`; loss and gradient come from one kernel. A teacher of another size has cells of its own:
-its four corners are loaded for each label pixel, from cache. Student and teacher go through the same operations, and the
-gradient is a difference of two exponentials, so that equal maps give exactly 0.
+One kernel computes loss and gradient, tiled as in :mod:`kernels.resize`. A teacher of another size has other cells: its
+four corners are loaded per label pixel, from cache. Student and teacher go through identical operations, and the
+gradient is a difference of two exponentials, so equal maps give exactly 0.
 """
 
 from __future__ import annotations
@@ -53,14 +54,14 @@ from .resize import (
 )
 from .total import add, total
 
-# Label pixels a lane takes at a time, down and across: a lane keeps two sums and a cross term for each of them.
+# Label pixels per lane and iteration: rows, columns. A lane keeps two sums and a cross term per label pixel.
 TILE = (2, 9)
-# Where the teacher has another size, four pointers' parts too.
+# If the teacher has another size: also four pointers per label pixel.
 ELSEWHERE_TILE = (1, 4)
 
 
 class Out(NamedTuple):
-    """What the kernel writes."""
+    """Outputs of the kernel."""
 
     loss: Any  # (N, H, W) ACC, or None
     part: Any  # (2, programs) ACC: losses, counted pixels
@@ -69,7 +70,7 @@ class Out(NamedTuple):
 
 @triton.jit
 def _sums(student, teacher, cell, shift_s, shift_t, T):
-    """Of each label pixel, both sums of exponentials about the shifts, and sum exp2(t) * (t - s)."""
+    """Per label pixel: both sums of exponentials about the shifts, and sum exp2(t) * (t - s)."""
     zero = tl.zeros([T.CELLS], T.ACC)
     sum_s = fill(zero, len(cell[1].exist))
     sum_t, cross = sum_s, sum_s
@@ -89,17 +90,17 @@ def _sums(student, teacher, cell, shift_s, shift_t, T):
 
 @triton.jit
 def _ends(sum_s, sum_t, cross):
-    """A label pixel's logarithms of both sums, and its divergence, base 2."""
-    # The logarithm of the ratio, exactly 0 for equal maps; fast division may miss x / x = 1.
+    """Per label pixel: the logarithms of both sums, and the divergence, base 2."""
+    # Logarithm of the ratio, exactly 0 for equal maps; approximate division may give x / x != 1.
     ratio = tl.where(sum_s == sum_t, 0, tl.log2(sum_s / sum_t))
     return tl.log2(sum_s), tl.log2(sum_t), cross / sum_t + ratio
 
 
 @triton.jit
 def _softmaxes(student, teacher, grid, cell, counted, T):
-    """Of each label pixel, both log-sum-exps and the divergence, base 2.
+    """Per label pixel: both log-sum-exps and the divergence, base 2.
 
-    Where a sum about the bound has lost terms and the pixel is ``counted``, both are done again about the true maxima; see
+    ``counted`` pixels whose sum about the bound has lost terms are recomputed about the true maxima, see
     :func:`kernels.resized_cross_entropy.softmax`.
     """
     shift_s, shift_t = bound(student, cell), bound(teacher, cell)
@@ -147,7 +148,7 @@ def _kd(
     grid,  # resize.Grid
     out,  # Out
     scale: tl.float64,
-    SAME: tl.constexpr,  # the maps have one size
+    SAME: tl.constexpr,  # student and teacher have the same size
     T,  # resize.Tile
 ):
     place = locate(student, grid, T)
@@ -158,7 +159,7 @@ def _kd(
         pixels = part_of(place, student, grid, part, T)
         worth = read_labels(labels, grid, place, pixels, student.classes, T)
         counted = worth.counted
-        for k in tl.static_range(len(counted)):  # here, so that no share outlives it
+        for k in tl.static_range(len(counted)):  # here, to end the live range of each share
             counts += tl.where(place.own, worth.share[k], 0)
         cell = Cell(place, pixels, any_of(counted))
         views = (View(student, ()), View(teacher, () if SAME else taps_of(teacher, grid, pixels, T)))
@@ -181,7 +182,7 @@ def _kd(
 
 
 class Kind(NamedTuple):
-    """A kernel with the arguments of :func:`_kd`."""
+    """A kernel with the signature of :func:`_kd`."""
 
     kernel: Any
     bounded: bool  # as in resize.prepare
@@ -200,7 +201,7 @@ def _launch(kind: Kind, args: tuple[Any, ...], gradient: bool, per_pixel: bool, 
     planes = student.new_empty((2 * cut.split, *student.shape), dtype=acc) if gradient else None
     out = Out(loss, student.new_empty((2, cut.programs), dtype=acc), planes)
     labels = Labels(target, None, resize_weight(pixel_weight, size, align_corners), None, ignore_index)
-    # Few label pixels need fewer than this; without it the assembler spills two with weights.
+    # Small tiles need fewer registers; without the limit ptxas spills two when there are weights.
     registers = 168 if same and cut.tile.ROWS.value * cut.tile.COLUMNS.value <= 8 else None
     launch(
         kind.kernel, (cut.programs,), student, *prepared, labels, cut.grid, out, scale, same, cut.tile,
@@ -249,7 +250,7 @@ def gradient(
     *,
     kind: Kind = SOFTMAX,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, the count, and the student's gradient in its dtype and layout; the arguments of :func:`forward`."""
+    """Loss, count, and the student's gradient in its dtype and layout; arguments as for :func:`forward`."""
     args = (student, teacher, target, pixel_weight, size, temperature, ignore_index, align_corners)
     cut, out = _launch(kind, args, True, False, 1.0)
     return join(out.planes, student, out.part, cut.split, reduction, scale * temperature**2, scale * temperature)

@@ -1,7 +1,6 @@
-"""KD at label resolution with a sigmoid of each class: the formula of :mod:`kernels.kd_sigmoid` at interpolated S and T.
+"""KD at label resolution with a sigmoid per class: the formula of :mod:`kernels.kd_sigmoid` on interpolated S and T.
 
-The cut of :mod:`kernels.resized_kd`. A class's term and gradient are made of its own two values, so that loss and gradient
-take one loop over the classes.
+Tiled as in :mod:`kernels.resized_kd`. Classes are independent, so one loop over them computes loss and gradient.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def _terms(student, teacher, cell, T):
 
 @triton.jit
 def _gradient(k: tl.constexpr, c, value_s, value_t, total, state):
-    """factor * (sigmoid(S) - sigmoid(T)), ``state``: the factor; keeps the sum of the divergences."""
+    """factor * (sigmoid(S) - sigmoid(T)); ``state``: the factor. Keeps the sum of the divergences."""
     divergence, difference = bernoulli(value_s, value_t, True)
     return difference * state[0][k], total + divergence
 
@@ -68,7 +67,7 @@ def _kd_sigmoid(
     grid,  # resize.Grid
     out,  # resized_kd.Out
     scale: tl.float64,
-    SAME: tl.constexpr,  # the maps have one size
+    SAME: tl.constexpr,  # student and teacher have the same size
     T,  # resize.Tile
 ):
     place = locate(student, grid, T)

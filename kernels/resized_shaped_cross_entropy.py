@@ -1,8 +1,9 @@
-"""Cross-entropy at label resolution with label smoothing or a focal factor; formulas in ``fastkd.ops.resized_cross_entropy``.
+"""Cross-entropy at label resolution with label smoothing or a focal factor; formulas in
+``fastkd.ops.resized_cross_entropy``.
 
-The cut and the traffic of :mod:`kernels.resized_cross_entropy`. Smoothing needs sum_c w_c (lse - z_c) of each label pixel. The
-sum over the classes is linear in the logits, so that it is made at logit size, about the largest class, and interpolated as
-one more map: it costs a label pixel nothing a class.
+Tiling and traffic are those of :mod:`kernels.resized_cross_entropy`. Smoothing needs sum_c w_c (lse - z_c) per label
+pixel. The sum over the classes is linear in the logits: it is computed at logit size, about the largest class, and
+interpolated as one more map, at no cost per class.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from .total import add, total
 
 
 class Depth(NamedTuple):
-    """What smoothing reads beside the logits."""
+    """Inputs of smoothing besides the logits."""
 
     map: Any  # (N, h + 2, w + 2) ACC: sum_c w_c (peak - z_c), base 2
     weight: Any  # () ACC: sum_c w_c
@@ -101,14 +102,14 @@ def _depth(logits: Logits, samples: int, class_weight: Tensor | None) -> Depth:
 
 @triton.jit
 def _interpolated(data, logits, cell):
-    """A map like ``logits.peak`` at label pixels."""
+    """A map shaped like ``logits.peak``, interpolated at label pixels."""
     view = View(Logits(data, data, 1, logits.height, logits.width, logits.right, logits.below), ())
     return values(view, begin(view, cell), cell, Shift(0, ()))
 
 
 @triton.jit
 def _smooth(k: tl.constexpr, c, value, _, kept, state):
-    """factor * (p - (1 - e) onehot - e / C); ``state``: label, log-sum-exp, factor, and what the label and the others get."""
+    """factor * (p - (1 - e) onehot - e / C); ``state``: label, log-sum-exp, factor, offsets of the label and the others."""
     out = tl.exp2(value - state[1][k]) + tl.where(state[0][k] == c, state[3], state[4])
     out *= state[2][k]
     return out, out
@@ -139,8 +140,8 @@ def _smooth_state(label, norm, own_weight, factor, labels, smoothing, classes, w
 
 @triton.jit
 def _focused(distance, gamma):
-    """Focal loss of a label pixel ``distance`` from its log-sum-exp, base 2: the loss, and the factor of p - onehot."""
-    loss = tl.maximum(distance, 0, propagate_nan=tl.PropagateNan.ALL)  # a rounding below 0 has no power
+    """Focal loss at ``distance`` (base 2) from the log-sum-exp, and its factor of p - onehot."""
+    loss = tl.maximum(distance, 0, propagate_nan=tl.PropagateNan.ALL)  # powers of a rounding error below 0 are NaN
     p = tl.exp2(-loss)
     loss *= LN2
     sure = p == 1
@@ -152,7 +153,7 @@ def _focused(distance, gamma):
 @triton.jit
 def _shaped_cross_entropy(
     logits,  # resize.Logits
-    depth,  # Depth, for smoothing; None: focal
+    depth,  # Depth for smoothing; None for focal
     labels,  # resize.Labels
     grid,  # resize.Grid
     out,  # resized_cross_entropy.Out
@@ -170,7 +171,7 @@ def _shaped_cross_entropy(
         pixels = part_of(place, logits, grid, part, T)
         worth = read_labels(labels, grid, place, pixels, logits.classes, T)
         label, counted = worth.label, worth.counted
-        share = tl.where(place.own, sum_of(worth.share), 0)  # here, so that no share of a pixel outlives it
+        share = tl.where(place.own, sum_of(worth.share), 0)  # here, to end the live range of each pixel's share
         if labels.class_weight is None:
             counts += share
         else:
@@ -187,7 +188,7 @@ def _shaped_cross_entropy(
                 weight = tl.load(depth.weight)
             for k in tl.static_range(len(counted)):
                 ones = ones + (counted[k].to(T.ACC),)
-            # Without the class weight, which is one of several.
+            # Pixel weights only: class weights enter term by term.
             factor = weigh(labels, grid, place, pixels, Worth(label, counted, ones, ()))
             peak, deep = _interpolated(logits.peak, logits, cell), _interpolated(depth.map, logits, cell)
             state = _smooth_state(label, norm, share, factor, labels, amount, classes, weight)
@@ -254,7 +255,7 @@ def forward(
     Args:
         logits: (N, C, h, w), NCHW-contiguous or channels_last. target: (N, H, W), contiguous.
         class_weight: (C,), pixel_weight: (N, any height, any width), both contiguous in the accumulator's dtype.
-        label_smoothing, focal_gamma: at most one is not 0.
+        label_smoothing, focal_gamma: at most one is nonzero.
     """
     args = (logits, target, class_weight, pixel_weight, ignore_index, align_corners, label_smoothing, focal_gamma)
     _, out = _launch(args, False, reduction == "none", scale)
@@ -274,7 +275,7 @@ def gradient(
     reduction: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, the count, and the gradient in the dtype and layout of ``logits``; the arguments of :func:`forward`."""
+    """Loss, count, and the gradient in the dtype and layout of ``logits``; arguments as for :func:`forward`."""
     args = (logits, target, class_weight, pixel_weight, ignore_index, align_corners, label_smoothing, focal_gamma)
     cut, out = _launch(args, True, False, scale)
     return join(out.planes, logits, out.part, cut.split, reduction, scale, scale)

@@ -1,7 +1,7 @@
-"""One class against the rest: sigmoid, softplus and the KL of Bernoulli distributions, stable at any logit.
+"""Sigmoid, softplus and the KL of Bernoulli distributions, stable at any logit.
 
-Arguments are logits times log2(e), so that an exponential is one instruction; softplus and KL are natural. All is made of
-exp(-|x|) <= 1, with the relative accuracy of the accumulator.
+Arguments are logits times log2(e), so that an exponential is one instruction; softplus and KL are in nats. Everything
+is computed from exp(-|x|) <= 1, with the relative accuracy of the accumulator.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for x in [0, 1], as 2 atanh(x / (2 + x)): a term of the series is at most a ninth of the one before."""
+    """log(1 + x) for x in [0, 1], as 2 atanh(x / (2 + x)); the terms of the series shrink by at least 9."""
     TERMS: tl.constexpr = 15 if x.dtype == tl.float64 else 6
     ratio = x / (2 + x)
     square = ratio * ratio
@@ -36,7 +36,7 @@ def softplus_and_sigmoid(x):
 
 @triton.jit
 def unbounded(loss):
-    """``loss``, infinite where logits are blended of infinite ones, which :func:`kernels.resize.prepare` bounds."""
+    """``loss``, set to inf where interpolated logits include +-inf, which :func:`kernels.resize.prepare` bounds."""
     return tl.where(loss > (BOUND64 if loss.dtype == tl.float64 else BOUND32), INFINITY, loss)
 
 
@@ -44,8 +44,8 @@ def unbounded(loss):
 def bernoulli(s, t, BOUNDED: tl.constexpr):
     """KL(Bernoulli(sigmoid(t)) || Bernoulli(sigmoid(s))), and sigmoid(s) - sigmoid(t); exactly 0 for equal s and t.
 
-    Of a class and its complement, that which t finds less likely is looked at; probability 0 adds 0, whatever s is.
-    BOUNDED: there is no infinity among s.
+    Uses the outcome, class or complement, that t finds less likely; probability 0 contributes 0 for any s.
+    BOUNDED: s has no infinities.
     """
     mirrored = t > 0
     s = tl.where(mirrored, -s, s)

@@ -1,7 +1,7 @@
-"""The online softmax shared by all losses on logits: one read of a row gives its peak, its sum, and a KL in log space.
+"""The online softmax of all losses on logits: one read of a row gives peak, sum, and a KL in log space.
 
-Peaks stay in units of the logits and are subtracted before the temperature divides, so no rounding of a large logit
-enters the exponent. A row that is empty so far has peak START and sum 0.
+Peaks stay in units of the logits and are subtracted before dividing by the temperature, so the exponent has no rounding
+error of a large logit. An empty row has peak START and sum 0.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The lowest fp32 and not -inf: -inf minus -inf would make NaN of a row that begins with masked classes.
+# The lowest fp32, not -inf: -inf - -inf would be NaN for a row that begins with masked classes.
 START = tl.constexpr(-3.4028234663852886e38)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def grow(x, inv_tau, peak, total, AXIS: tl.constexpr):
-    """Takes x, -inf where masked, into ``peak`` = max x and ``total`` = sum exp((x - peak) / tau) over ``AXIS``."""
+    """Updates ``peak`` = max x and ``total`` = sum exp((x - peak) / tau) over ``AXIS`` with x, -inf where masked."""
     higher = tl.maximum(peak, tl.max(x, AXIS))
     more = tl.sum(tl.exp((x - tl.expand_dims(higher, AXIS)) * inv_tau), AXIS)
     return higher, total * tl.exp((peak - higher) * inv_tau) + more
@@ -24,9 +24,10 @@ def grow(x, inv_tau, peak, total, AXIS: tl.constexpr):
 
 @triton.jit
 def grow_cross(s, t, inv_tau, cross, total_t, peaks, AXIS: tl.constexpr):
-    """Takes s and t into ``cross`` = sum exp((t - peak_t) / tau) * ((t - peak_t) - (s - peak_s)).
+    """Updates ``cross`` = sum exp((t - peak_t) / tau) * ((t - peak_t) - (s - peak_s)) with a block of s and t.
 
-    ``total_t`` is that before the block; ``peaks``: of s and t before it, and after it. exp = 0 adds 0, whatever s is.
+    ``total_t``: before the block. ``peaks``: of s and t before the block, and after it. exp = 0 contributes 0 for any
+    s.
     """
     peak_s, peak_t, higher_s, higher_t = peaks
     moved = (peak_t - higher_t) - (peak_s - higher_s)
@@ -41,20 +42,21 @@ def grow_cross(s, t, inv_tau, cross, total_t, peaks, AXIS: tl.constexpr):
 def divergence(inv_tau, total_s, total_t, cross):
     """KL(softmax(t / tau) || softmax(s / tau)); exactly 0 for equal s and t.
 
-    The logarithm of the ratio: a difference of logarithms near log(H*W) loses digits. Fast division may miss x/x = 1.
+    Uses the logarithm of the ratio: a difference of logarithms near log(H*W) loses digits. Approximate division may
+    give x / x != 1.
     """
     return cross * inv_tau / total_t + tl.where(total_s == total_t, 0, tl.log(total_s / total_t))
 
 
 @triton.jit
 def difference(s, t, to_log2, norms):
-    """softmax(s) - softmax(t) of a tile [inner, reduced]; exactly 0 where s and t and their norms are equal.
+    """softmax(s) - softmax(t) of a tile [inner, reduced]; exactly 0 where s, t and their norms are equal.
 
-    Each is one exponential: normalised by a factor, a fused multiply-add would round one side alone.
+    Each is one exponential. With a normalising factor, a fused multiply-add would round only one side.
 
     Args:
         to_log2: log2(e) / tau.
-        norms: (inner,) each: the peak of s and log2 of its sum, the same of t.
+        norms: (inner,) each: the peak of s and log2 of its sum, the same for t.
     """
     p_s = tl.exp2((s - tl.expand_dims(norms[0], 1)) * to_log2 - tl.expand_dims(norms[1], 1))
     p_t = tl.exp2((t - tl.expand_dims(norms[2], 1)) * to_log2 - tl.expand_dims(norms[3], 1))

@@ -1,15 +1,15 @@
-"""How the kernels see a dense (N, C, H, W) map, and how they are launched.
+"""Tiling of a dense (N, C, H, W) map.
 
-Every loss here reduces a map along one direction, so each kernel takes it as (outer, inner, reduced) with three strides
-and works on tiles [inner, reduced]. Either layout of the map is read in place; only the strides differ:
+Every loss here reduces a map along one direction, so kernels see it as (outer, inner, reduced) with three strides and
+process tiles [inner, reduced]. Both layouts are read in place; only the strides differ:
 
-    reduced "pixels"    outer N, inner C,   reduced H*W      one number a plane (nfd hw and nhw, cwd)
-    reduced "channels"  outer N, inner H*W, reduced C        one number a pixel (nfd c, kd)
-    reduced "sample"    outer 1, inner N,   reduced C*H*W    one number a sample (nfd chw)
+    reduced "pixels"    outer N, inner C,   reduced H*W      one result per plane (nfd hw and nhw, cwd)
+    reduced "channels"  outer N, inner H*W, reduced C        one result per pixel (nfd c, kd)
+    reduced "sample"    outer 1, inner N,   reduced C*H*W    one result per sample (nfd chw)
 
-Offsets are 64-bit. A program reads one chunk of the reduced axis, tile after tile. Where groups are few and long they
-are split into chunks, and a second kernel merges the parts in a fixed order: there is no atomic, and the cut depends on
-shape, dtype and layout alone, so results are bitwise the same on every run.
+Offsets are 64-bit. A program reads one chunk of the reduced axis, tile by tile. Few, long groups are split into chunks,
+and a second kernel merges them in a fixed order. There are no atomics, and the tiling depends only on shape, dtype and
+layout, so results are bitwise reproducible.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements of a tile: 16 a thread for each of S and T. With some 100 registers a thread that is 5 programs and over 40
-# KiB of bf16 in flight an SM, enough to fill the memory pipe; 32 a thread spill in kd where rows are unaligned. Half of
-# it for fp64, whose values take two registers. Where the inner axis is the contiguous one, a tile reads WIDTH
-# neighbours of it at once: 128 bytes of bf16.
+# Elements per tile: 16 per thread for each of S and T. At about 100 registers per thread, an SM holds 5 programs with
+# over 40 KiB of bf16 in flight, enough to saturate memory bandwidth; 32 per thread spill in kd on unaligned rows.
+# Halved for fp64, whose values take two registers. If the inner axis is contiguous, a tile is at least WIDTH wide: 128
+# bytes of bf16.
 TILE = 2048
 WIDTH = 64
 WARPS = 4
-# Groups are split until there are this many programs, some three times what one big GPU holds at a time.
+# Groups are split until there are this many programs, about three times what a large GPU holds at a time.
 PROGRAMS = 2048
 
 
 class Tiles(NamedTuple):
-    """The cut of one map, as kernels take it. Sizes and strides in elements; constants are ``tl.constexpr``."""
+    """The tiling of one map as kernel arguments. Sizes and strides in elements; constants are ``tl.constexpr``."""
 
     inner: Any
     length: Any  # of the reduced axis: LENGTH_UNIT times this
     stride_outer: Any
     stride_inner: Any  # UNIT times this
     stride_reduced: Any
-    chunk: Any  # elements of the reduced axis a program reads
+    chunk: Any  # elements of the reduced axis per program
     chunks: Any
     UNIT: Any
     LENGTH_UNIT: Any
@@ -52,7 +52,7 @@ class Tiles(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """How a map is cut."""
+    """The tiling of one map, for the launcher."""
 
     outer: int
     inner: int
@@ -63,11 +63,11 @@ class Cut(NamedTuple):
 
 
 def cut(x: Tensor, reduced: str, split: bool = True, maps: int = 2) -> Cut:
-    """Cuts ``x`` (N, C, H, W), NCHW-contiguous or channels_last, for a reduction along ``reduced`` (see the top).
+    """Tiles ``x`` (N, C, H, W), NCHW-contiguous or channels_last, for a reduction along ``reduced`` (see the module).
 
     Args:
         split: whether a long reduction may be split into chunks.
-        maps: how many are read; beyond two, tiles are half as large.
+        maps: number of maps read; beyond two, tiles are half as large.
     """
     double = x.dtype == torch.float64
     tile = TILE // (1 if maps <= 2 else 2) // (2 if double else 1)
@@ -96,7 +96,7 @@ def _cut(shape: tuple[int, int, int, int], nchw: bool, tile: int, reduced: str, 
     chunks = min(tiles, triton.cdiv(PROGRAMS, programs)) if split else 1
     chunk = triton.cdiv(tiles, chunks) * block_reduced
     chunks = triton.cdiv(length, chunk)
-    # Multiples that the compiler may know, so that it loads several elements at once where rows are not of 16.
+    # Known divisors let the compiler vectorise loads of rows that are not a multiple of 16.
     unit, length_unit = math.gcd(strides[1], 8), math.gcd(length, 8)
     constants = map(tl.constexpr, (unit, length_unit, tl.float64 if double else tl.float32, block_inner, block_reduced))
     runtime = (inner, length // length_unit, strides[0], strides[1] // unit, strides[2], chunk, chunks)
@@ -105,13 +105,13 @@ def _cut(shape: tuple[int, int, int, int], nchw: bool, tile: int, reduced: str, 
 
 @lru_cache(maxsize=1024)
 def cut_parts(inner: int, parts: int) -> tuple[int, int]:
-    """Blocks (inner, parts) for a merge of ``parts`` parts of each of ``inner`` groups: small, as it works in fp64."""
+    """Blocks (inner, parts) for merging ``parts`` parts of each of ``inner`` groups: small, as merging is in fp64."""
     block_inner = min(triton.next_power_of_2(inner), 32)
     return block_inner, min(triton.next_power_of_2(parts), 512 // block_inner)
 
 
 class Lanes(NamedTuple):
-    """A program's place."""
+    """A program's position."""
 
     outer: Any  # int64
     inner: Any  # (BLOCK_INNER,) int64
@@ -123,7 +123,6 @@ class Lanes(NamedTuple):
 
 @triton.jit
 def locate(g):
-    """This program's place in a cut."""
     program = tl.program_id(0)
     block = program // g.chunks
     outer, i = block_of(block, g.inner, g.BLOCK_INNER)

@@ -1,7 +1,7 @@
-"""Sums over programs, in a fixed order, in fp64: the loss and its count.
+"""Sums over programs in a fixed order in fp64: the loss and its count.
 
-A kernel leaves a row of partial sums each. :func:`gather_parts` brings thousands of them down to hundreds, by several
-programs; the kernel that needs the sums adds those, in :func:`finish`.
+Each program writes a column of partial sums. :func:`gather_parts` reduces thousands of them to hundreds; the kernel
+that needs the sums adds the rest in :func:`finish`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from torch import Tensor
 
 from .launch import launch
 
-# Partial sums that one program adds. Fewer than this need no kernel of their own.
+# Partial sums per program. Up to this many need no kernel of their own.
 PARTS = 1024
 
 
 @triton.jit
 def add(total, lost, more):
-    """``total`` + ``more``, and what the rounding has ``lost``: a sum of many equal terms does not drift (Kahan)."""
+    """Kahan summation: ``total`` + ``more`` and the rounding error ``lost``, so sums of many equal terms do not
+    drift."""
     more -= lost
     higher = total + more
     lost = (higher - total) - more
@@ -45,7 +46,7 @@ def _gather(
 
 
 def gather_parts(part: Tensor) -> Tensor:
-    """``part`` (rows, parts) brought down to at most (rows, PARTS)."""
+    """Reduces ``part`` (rows, parts) to at most (rows, PARTS)."""
     rows, parts = part.shape
     if parts <= PARTS:
         return part
@@ -58,10 +59,11 @@ def gather_parts(part: Tensor) -> Tensor:
 
 @triton.jit
 def finish(part, parts, loss, count, scale, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """Stores the reduced loss and the count, by the first program; what a mean multiplies the gradient of the sum by.
+    """The first program stores the reduced loss and the count. Returns the factor that a mean applies to the sum's
+    gradient.
 
     Args:
-        part: (2, parts); (1, parts) where there is no ``count``.
+        part: (2, parts), or (1, parts) without ``count``.
         scale: of the loss, fp64.
     """
     k = tl.arange(0, BLOCK)
@@ -106,7 +108,7 @@ def reduced(part: Tensor, mean: bool, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def total(part: Tensor, reduction: str, scale: float) -> tuple[Tensor | None, Tensor]:
-    """:func:`reduced`; without a loss for "none"."""
+    """:func:`reduced`, without a loss for "none"."""
     if reduction != "none":
         return reduced(part, reduction == "mean", scale)
     count = part.new_empty(())

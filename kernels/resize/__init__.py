@@ -1,35 +1,39 @@
-"""What every loss at label resolution shares: one thread owns a cell (docs/full-resolution.md).
+"""Shared by the losses at label resolution: one lane per cell (docs/full-resolution.md).
 
-A cell is the space between four neighbouring logits; the borders are cells too. The label pixels in a cell are
-interpolated from those four logits alone, and their gradients go to those four alone. Lanes run along cells, and the
-label pixels of a cell, ROWS x COLUMNS at a time, are tuples in a lane's registers. A loop over the classes loads four
-corners, blends them once a row, and spends one FMA and one exponential a label pixel. Cells are numbered in one line over
-samples, rows and columns, so that small maps fill the lanes too.
+A cell is the space between four neighbouring logits; borders are cells too. Label pixels in a cell depend on these four
+logits only, forward and backward. Consecutive lanes take consecutive cells. A lane keeps ROWS x COLUMNS label pixels of
+its cell in registers, as tuples. The loop over classes loads four corners, interpolates vertically once per row, and
+spends one FMA and one exponential per label pixel. Cells are numbered across samples, rows and columns, so that small
+maps fill the lanes too.
 
-Three kernels make a gradient. :func:`prepare` copies the logits to an accumulator plane that is scaled by log2(e) / tau,
-with -inf made finite, edges repeated and the largest class of each logit beside it, whatever their layout and dtype. The
-loss's own kernel computes loss and gradient, and adds the cells' shares in two planes: what each logit gets from the cells
-below it, and from the cells above it. :func:`join` adds the planes, scales, casts, and writes in the student's layout.
+Three kernels compute loss and gradient:
 
-The softmax needs no pass for its maximum: the largest corner bounds every interpolated value. Where a label pixel is so
-far below its bound that terms would underflow, it is done again about its true maximum.
+- :func:`prepare` copies the logits, of any layout and dtype, to a plane in the accumulator dtype: scaled by
+  log2(e) / tau, -inf made finite, edges replicated, with the maximum over the classes of each logit.
+- The loss's kernel computes loss and gradient, and accumulates the cells' contributions in two planes: what each logit
+  gets from the cells below it, and from the cells above it.
+- :func:`join` adds the planes, scales, casts, and writes in the student's layout.
 
-Taps are exact integers: x * (in - 1) / (out - 1) with aligned corners, ((2 x + 1) * in - out) / (2 out) without.
+The softmax needs no pass for its maximum: the largest corner bounds every interpolated value. Label pixels so far below
+the bound that terms would underflow are recomputed about their true maximum.
 
-A loss plugs in with what it makes of a label pixel's values, base 2 and as tuples of one entry a label pixel:
+Sampling positions are exact integer ratios: x * (in - 1) / (out - 1) with align_corners, else ((2 x + 1) * in - out) /
+(2 out).
 
-1. Sums over the classes: a loop that calls :func:`values` and carries its sums (``resized_cross_entropy.sums``).
-2. A term from these sums, times the label pixel's factor of :func:`weigh`.
-3. A formula ``(k, class, student's value, teacher's value, kept, state)`` that :func:`write_gradient` calls for every class
-   and label pixel ``k``; it returns the gradient by that value, and what it keeps from class to class. With ``numbers``, it
-   gets what its class has of each of them in the place of the teacher's value.
+A loss supplies three pieces. Values are base 2 and in tuples with one entry per label pixel:
 
-Its kernel is a loop over the parts of a cell: :func:`locate`, :func:`parts_of`, :func:`part_of`, :func:`read_labels`, the
-three above, and a partial sum of the loss and of what the mean divides by. Its launcher calls :func:`plan`,
+1. Sums over the classes: a loop over :func:`values` (``resized_cross_entropy.sums``).
+2. A term from these sums, times the label pixel's factor from :func:`weigh`.
+3. A formula ``(k, class, student's value, teacher's value, kept, state)``, called by :func:`write_gradient` for each
+   class and label pixel ``k``. It returns the gradient with respect to the value, and what to keep for the next class.
+   With ``numbers``, their entries for the class replace the teacher's value.
+
+Its kernel loops over the parts of a cell: :func:`locate`, :func:`parts_of`, :func:`part_of`, :func:`read_labels`, the
+three pieces, and partial sums of the loss and of the mean's denominator. Its launcher calls :func:`plan`,
 :func:`prepare`, the kernel with one warp, and :func:`join`. ``resized_cross_entropy.py`` is the shortest example.
 
-planning.py cuts the work, preparation.py copies the logits, cells.py finds a lane's label pixels, interpolation.py blends,
-labels.py reads what label pixels are worth, gradient.py transposes to logit size, tuples.py has what all need of tuples.
+planning.py tiles the work, preparation.py copies the logits, cells.py locates label pixels, interpolation.py
+interpolates, labels.py reads labels and weights, gradient.py is the transpose, tuples.py has tuple helpers.
 """
 
 from .cells import Cell, locate, locate_apart, part_of, parts_of

@@ -1,4 +1,4 @@
-"""A lane's cell, and its label pixels."""
+"""A lane's cell and its label pixels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .tuples import nothing
 
 @triton.jit
 def first_output(cell, into, out, ALIGN: tl.constexpr):
-    """The first output that lies in ``cell`` or a later one; ``out`` past the last cell."""
+    """The first output in ``cell`` or a later one; ``out`` past the last cell."""
     if ALIGN:
         x = tl.cdiv(cell * tl.maximum(out - 1, 1), tl.maximum(into - 1, 1))
     else:
@@ -24,7 +24,7 @@ def first_output(cell, into, out, ALIGN: tl.constexpr):
 
 @triton.jit
 def right_weight(x, cell, into, out, ALIGN: tl.constexpr, ACC: tl.constexpr):
-    """The weight of the neighbour to the right of output x in ``cell``; a border cell has one neighbour alone."""
+    """Weight of the right neighbour for output x in ``cell``; border cells have one neighbour only."""
     if ALIGN:
         under = tl.maximum(out - 1, 1)
         over = x * (into - 1) - cell * under
@@ -44,19 +44,19 @@ def cell_of(x, into, out, ALIGN: tl.constexpr):
 
 
 class Place(NamedTuple):
-    """Where a lane is."""
+    """A lane's position."""
 
-    inside: Any  # the lane has a cell,
-    own: Any  # which no other program writes
+    inside: Any  # the lane has a cell
+    own: Any  # no other program writes that cell
     sample: Any
-    y: Any  # the cell, from -1 (0 with aligned corners)
+    y: Any  # cell index, from -1 (0 with align_corners)
     x: Any
 
 
 class Pixels(NamedTuple):
-    """A part of a cell's label pixels; tuples."""
+    """Label pixels of one part of a cell; tuples."""
 
-    y: Any  # ROWS: places
+    y: Any  # ROWS: positions
     x: Any  # COLUMNS
     down: Any  # ROWS: weight of the logits below
     right: Any  # COLUMNS: weight of the logits to the right
@@ -64,16 +64,15 @@ class Pixels(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A lane's cell, and the part of its label pixels at hand."""
+    """A lane's cell and the current part of its label pixels."""
 
     place: Place
     pixels: Pixels
-    mask: Any  # a label pixel of the part counts
+    mask: Any  # whether any label pixel of the part counts
 
 
 @triton.jit
 def locate(logits, grid, T):
-    """The lanes' cells."""
     border: tl.constexpr = 0 if T.ALIGN else 1
     lane = tl.arange(0, T.CELLS)
     block = (tl.program_id(0) // grid.split).to(tl.int64)
@@ -88,7 +87,7 @@ def locate(logits, grid, T):
 
 @triton.jit
 def locate_apart(logits, grid, T):
-    """:func:`locate` of :func:`kernels.resize.planning.plan_apart`: a program's cells are one sample's."""
+    """:func:`locate` for :func:`kernels.resize.planning.plan_apart`: a program's cells belong to one sample."""
     border: tl.constexpr = 0 if T.ALIGN else 1
     block, blocks = tl.program_id(0) // grid.split, tl.cdiv(grid.cells, T.CELLS)
     at = (block % blocks).to(tl.int64) * T.CELLS + tl.arange(0, T.CELLS)
@@ -101,7 +100,7 @@ def locate_apart(logits, grid, T):
 
 @triton.jit
 def axis(cell, k, into, out, COUNT: tl.constexpr, T):
-    """Outputs k to k + COUNT of a cell along one axis: their places, whether they exist, the neighbour's weight."""
+    """Outputs k to k + COUNT of a cell along one axis: positions, existence, neighbour's weight."""
     start = first_output(cell, into, out, T.ALIGN)
     end = first_output(cell + 1, into, out, T.ALIGN)
     at, exist, weight = nothing(), nothing(), nothing()
@@ -115,7 +114,7 @@ def axis(cell, k, into, out, COUNT: tl.constexpr, T):
 
 @triton.jit
 def part_of(place, logits, grid, part, T):
-    """The label pixels of a part of each lane's cell."""
+    """Label pixels of one part of each lane's cell."""
     y, exist_y, down = axis(place.y, part // grid.column_parts * T.ROWS, logits.height, grid.height, T.ROWS, T)
     x, exist_x, right = axis(place.x, part % grid.column_parts * T.COLUMNS, logits.width, grid.width, T.COLUMNS, T)
     exist = ()
@@ -127,7 +126,7 @@ def part_of(place, logits, grid, part, T):
 
 @triton.jit
 def parts_of(grid):
-    """The parts this program takes: the first, and one past the last. Nothing here is larger than their number."""
+    """First and one-past-last part of this program. No intermediate exceeds the number of parts."""
     which = tl.program_id(0) % grid.split
     share, more = grid.parts // grid.split, grid.parts % grid.split
     first = which * share + tl.minimum(which, more)

@@ -1,4 +1,4 @@
-"""The gradient at logit size: shares of cells in two planes, and the kernel that adds them."""
+"""The gradient at logit size: cells' contributions in two planes, and the kernel that adds them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .tuples import nothing
 
 
 class Shares(NamedTuple):
-    """Where a lane's shares of class 0 go in the planes (split, 2, N, C, h, w), and which lanes have them.
+    """Where a lane's contributions to class 0 go in the planes (split, 2, N, C, h, w), and which lanes write.
 
-    The first plane takes what a logit gets from the cell below it, the second what it gets from the cell above.
+    The first plane holds what a logit gets from the cell below it, the second from the cell above.
     """
 
     upper: Any
     lower: Any
     has_upper: Any
     has_lower: Any
-    from_left: Any  # the lane before is the cell to the left, and gives to this one's logit
-    down: Any  # whether a cell gives to the logit below
+    from_left: Any  # the previous lane holds the cell to the left, which contributes to this lane's logit
+    down: Any  # whether a cell contributes to the logit below
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def shares_of(planes, logits, grid, place, T):
     has = place.own & (place.x >= 0)
     below = place.y + 1
     has_lower = has & (below < logits.height)
-    if T.ALIGN:  # no cell is above the first row: it gets the last row's, which is 0
+    if T.ALIGN:  # no cell is above the first row: its slot takes the last row's, which is 0
         below = tl.where(below < logits.height, below, 0)
         has_lower = has
     upper = at + place.y.to(tl.int64) * logits.width
@@ -55,7 +55,7 @@ def next_class(to, logits):
 
 @triton.jit
 def spread(to, value, pixels, again, T):
-    """Adds one class's gradient at label pixels, transposed to the cell's corners, to what earlier parts left there."""
+    """Adds one class's gradient at label pixels, transposed to the cell's corners, to that of earlier parts."""
     zero = tl.zeros([T.CELLS], T.ACC)
     every, to_right, to_lower, to_lower_right = zero, zero, zero, zero
     for i in tl.static_range(len(pixels.down)):
@@ -74,9 +74,9 @@ def spread(to, value, pixels, again, T):
     before = tl.maximum(tl.arange(0, T.CELLS) - 1, 0)
     upper = upper_left + tl.where(to.from_left, tl.gather(upper_right, before, 0), 0)
     lower = lower_left + tl.where(to.from_left, tl.gather(to_lower_right, before, 0), 0)
-    lower = tl.where(to.down, lower, 0)  # along an axis that is not resized: a weight of 0 times NaN is NaN
-    # One lane alone adds to an address, in its program's order: the sum is the same in every run. A load and a store would
-    # wait for the load in every class.
+    lower = tl.where(to.down, lower, 0)  # not resized along this axis: weight 0 times NaN is NaN
+    # One lane adds to each address, in program order, so sums are reproducible. A load and a store would stall on the
+    # load in every class.
     tl.store(to.upper, upper, mask=to.has_upper & (not again))
     tl.store(to.lower, lower, mask=to.has_lower & (not again))
     tl.atomic_add(to.upper, upper, mask=to.has_upper & again, sem="relaxed")
@@ -88,13 +88,13 @@ def write_gradient(planes, grid, cell, student, teacher, state, kept, FORMULA: t
     """The gradient of each label pixel and class, transposed to logit size.
 
     Args:
-        student: its view. teacher: a tuple of its view, or ().
-        state: what FORMULA(k, class, student's value, teacher's value, kept, state) makes the gradient with, of label
-            pixel k; it returns what it ``kept`` of the pixel too.
-        kept: tuple of a number a label pixel; may be empty.
-        again: whether an earlier part has written its shares.
-        numbers: tuple of pointers to a number a class, at class 0; FORMULA gets those of its class as a tuple, in the place
-            of the teacher's value.
+        student: a view. teacher: a tuple with a view, or ().
+        state: passed to FORMULA(k, class, student's value, teacher's value, kept, state), which returns the gradient
+            and the new ``kept`` of label pixel k.
+        kept: tuple with one number per label pixel, or empty.
+        again: whether an earlier part has written its contributions.
+        numbers: tuple of pointers to one number per class, at class 0. FORMULA gets those of its class, as a tuple, in
+            place of the teacher's value.
 
     Returns:
         kept.
@@ -133,7 +133,7 @@ def write_gradient(planes, grid, cell, student, teacher, state, kept, FORMULA: t
 def _join(
     planes,  # (split, 2, N, C, h * w) ACC
     out,  # (N, C, h, w), any float dtype
-    sums,  # (2, parts) ACC: losses, counts; or None
+    sums,  # (2, parts) ACC: summed losses, counts; or None
     loss,  # () ACC, or None
     count,  # () ACC, or None
     size,  # (split, parts, elements of the map, C, h * w)
@@ -142,7 +142,7 @@ def _join(
     gradient_scale: tl.float64,
     T,  # (ACC, MEAN, BLOCK_PARTS, BLOCK_CLASSES, BLOCK_PIXELS)
 ):
-    """Adds the planes, scales and casts; reduces the loss too."""
+    """Adds the planes, scales and casts; also reduces the loss."""
     ACC: tl.constexpr = T[0]
     factor = finish(sums, size[1], loss, count, tl.full((), scale, tl.float64), T[1], T[2])
     factor *= tl.full((), gradient_scale, tl.float64)
@@ -169,13 +169,13 @@ def _join(
 def _add_planes(
     planes: Tensor, like: Tensor, sums: tuple[Any, ...], split: int, mean: bool, scale: float, gradient_scale: float
 ) -> Tensor:
-    """``sums``: partial sums of loss and count, how many, and where they go; see :func:`_join`."""
+    """``sums``: (partial sums of loss and count, their number, loss, count); see :func:`_join`."""
     _, ACC = accumulator(planes)
     n, c, h, w = like.shape
     out = torch.empty_like(like)
     part, parts, loss, count = sums
     nchw = like.is_contiguous()
-    if nchw:  # every plane of every sample in a row
+    if nchw:  # all planes are contiguous
         rows, classes, pixels, blocks, stride = 1, 1, n * c * h * w, (1, 1024), (0, 0, 1)
     else:
         rows, classes, pixels, blocks, stride = n, c, h * w, (32, 32), (c * h * w, 1, c)
@@ -199,5 +199,5 @@ def join(
 
 
 def join_planes(planes: Tensor, like: Tensor, split: int) -> Tensor:
-    """The gradient alone."""
+    """The gradient only."""
     return _add_planes(planes, like, (None, 1, None, None), split, False, 1.0, 1.0)

@@ -1,4 +1,4 @@
-"""Interpolated values of a cell's label pixels, class by class, and what bounds them."""
+"""Interpolated values of a cell's label pixels, class by class, and their upper bounds."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from .tuples import fill, pick
 
 LN2 = tl.constexpr(0.6931471805599453)
 INV_LN2 = tl.constexpr(1.4426950408889634)
-# A sum of exponentials below this has lost terms: fp32 keeps 2**-126, so that terms of 2**-60 of the largest remain.
+# Below this a sum of exponentials has lost terms: fp32 goes down to 2**-126, so terms down to 2**-60 of the largest
+# survive.
 FAR = tl.constexpr(2.0**-66)
 
 
 class Taps(NamedTuple):
-    """Where label pixels lie in a map of another size than the one whose cells lanes own; tuples."""
+    """Sampling positions in a map of another size than the one whose cells define the lanes; tuples."""
 
     above: Any  # ROWS: offsets of the logits above
     left: Any  # COLUMNS
@@ -27,28 +28,28 @@ class Taps(NamedTuple):
 
 
 class View(NamedTuple):
-    """A map as label pixels see it."""
+    """A map, and how label pixels sample it."""
 
     logits: Any  # Logits
-    taps: Any  # Taps, or () where lanes own the map's cells
+    taps: Any  # or () for the map whose cells define the lanes
 
 
 class Shift(NamedTuple):
-    """What is subtracted from interpolated values."""
+    """Subtracted from interpolated values."""
 
-    lane: Any  # a number a lane
-    each: Any  # tuple: one a label pixel; empty for none
+    lane: Any  # one number per lane
+    each: Any  # tuple with one number per label pixel, or empty
 
 
 @triton.jit
 def plane_of(logits):
-    """Elements from one class to the next."""
+    """Elements between classes."""
     return tl.cast(logits.height + 2, tl.int64) * (logits.width + 2)
 
 
 @triton.jit
 def taps_of(logits, grid, pixels, T):
-    """Where the label pixels of a cell lie in a map of another size."""
+    """Sampling positions of a cell's label pixels in a map of another size."""
     above, down, left, right = (), (), (), ()
     for i in tl.static_range(len(pixels.y)):
         cell = cell_of(pixels.y[i], logits.height, grid.height, T.ALIGN)
@@ -63,11 +64,11 @@ def taps_of(logits, grid, pixels, T):
 
 @triton.jit
 def begin(view, cell):
-    """Pointers to class 0, a tuple that loops over classes carry: of the four logits of each lane's cell, or of the sample
-    where the map has taps.
+    """Pointers to class 0, a tuple that loops over classes carry: to the four logits of each lane's cell, or to the
+    sample if the map has taps.
 
-    Four and not one with three offsets, because Triton's Coalesce pass walks the whole kernel for every pointer that is
-    computed where it is used: most of the time of a compile.
+    Four pointers and not one with three offsets: Triton's Coalesce pass walks the whole kernel for every pointer
+    computed at its use, which took most of the compile time.
     """
     at = view.logits.data + cell.place.sample.to(tl.int64) * view.logits.classes * plane_of(view.logits)
     if len(view.taps) == 0:
@@ -101,8 +102,7 @@ def load_each(at):
 
 @triton.jit
 def corners(at, mask, shift):
-    """Four neighbouring logits less ``shift``: the left one above, the step to the right above, and how much each changes
-    downwards."""
+    """Four neighbouring logits minus ``shift``: upper left, step to the right, and how much each changes downwards."""
     above = tl.load(at[0], mask=mask, other=0) - shift
     right = tl.load(at[1], mask=mask, other=0) - shift
     below = tl.load(at[2], mask=mask, other=0) - shift
@@ -113,7 +113,7 @@ def corners(at, mask, shift):
 
 @triton.jit
 def values(view, at, cell, shift):
-    """One class's interpolated values, row by row, less ``shift``."""
+    """One class's interpolated values, row by row, minus ``shift``."""
     taps, out = view.taps, ()
     if len(taps) == 0:
         corner = corners(at, cell.mask, shift.lane)
@@ -147,8 +147,8 @@ def _largest_corner(logits, at, mask):
 
 @triton.jit
 def bound(view, cell):
-    """The largest corner over all classes, which no interpolated value exceeds: of each lane's cell, or of each label pixel
-    where the map has taps."""
+    """Largest corner over all classes, an upper bound of every interpolated value: per lane's cell, or per label pixel
+    if the map has taps."""
     logits = view.logits
     at = logits.peak + cell.place.sample.to(tl.int64) * plane_of(logits)
     out = ()
@@ -166,14 +166,14 @@ def bound(view, cell):
 
 @triton.jit
 def each(shift, COUNT: tl.constexpr):
-    """A shift, label pixel by label pixel."""
+    """The shift per label pixel."""
     return shift.each if len(shift.each) > 0 else fill(shift.lane, COUNT)
 
 
 @triton.jit
 def far_below(total, counted):
-    """The counted label pixels whose sum of exponentials has lost terms, as bits of an integer a lane: a tuple of masks would
-    keep a register for each while they are done again."""
+    """Counted label pixels whose sum of exponentials has lost terms, as bits of one integer per lane: a tuple of masks
+    would hold a register each."""
     bits = tl.where(counted[0] & (total[0] < FAR), 1, 0)
     for k in tl.static_range(1, len(total)):
         bits |= tl.where(counted[k] & (total[k] < FAR), 1 << k, 0)
@@ -182,7 +182,7 @@ def far_below(total, counted):
 
 @triton.jit
 def has(bits, k):
-    """The mask of the lanes whose bit ``k``, which is known at run time, is set."""
+    """Mask of lanes whose bit ``k`` is set; ``k`` is a runtime value."""
     return ((bits >> k) & 1) != 0
 
 
@@ -193,7 +193,7 @@ def any_lane(mask):
 
 @triton.jit
 def one_pixel(cell, k):
-    """The cell with label pixel ``k`` alone, which is known at run time."""
+    """The cell reduced to label pixel ``k``, a runtime value."""
     pixels = cell.pixels
     across = len(pixels.right)
     y, x = k // across, k % across
@@ -206,13 +206,13 @@ def one_pixel(cell, k):
 
 @triton.jit
 def one_view(view, grid, cell, T):
-    """``view`` of a cell of one label pixel."""
+    """``view`` for a cell of one label pixel."""
     return View(view.logits, () if len(view.taps) == 0 else taps_of(view.logits, grid, cell.pixels, T))
 
 
 @triton.jit
 def largest(view, cell, T):
-    """The largest value of a cell's one label pixel."""
+    """The largest value of a cell's only label pixel."""
     low: tl.constexpr = LOW64 if tl.float64 == T.ACC else LOW32
     peak = tl.zeros([T.CELLS], T.ACC) + low
     at = begin(view, cell)

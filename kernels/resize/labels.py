@@ -1,4 +1,4 @@
-"""What label pixels are worth, and numbers written for each of them."""
+"""Labels and weights of label pixels, and stores at label resolution."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from .tuples import fill
 
 
 class Labels(NamedTuple):
-    """What each label pixel is worth."""
+    """Per-pixel inputs."""
 
     target: Any  # (N, H, W) uint8, int32 or int64, or None
     class_weight: Any  # (C,) ACC, or None
     pixel_weight: Any  # (N, H, W) ACC, or None
-    selected: Any  # (N, H, W) bool, or ACC: the log-sum-exp, NaN where a pixel does not count; or None
+    selected: Any  # (N, H, W) bool, or ACC: log-sum-exp, NaN where a pixel does not count; or None
     ignore_index: Any
 
 
 class Worth(NamedTuple):
-    """What each label pixel is worth: tuples of one entry a label pixel."""
+    """Label and weight of label pixels: tuples with one entry each."""
 
-    # As floats: of integers LLVM would look up class by class whether they count. -1 where a label pixel does not count.
+    # As floats: for integers LLVM would re-evaluate ``counted`` in every class. -1 where a label pixel does not count.
     label: Any
     counted: Any
-    share: Any  # class weight, which the mean counts; 0 where it does not count
-    known: Any  # the log-sum-exp that ``selected`` has, base 2, inf where it does not count; or ()
+    share: Any  # class weight, summed for the mean; 0 where it does not count
+    known: Any  # log-sum-exp from ``selected``, base 2, inf where it does not count; or ()
 
 
 @triton.jit
 def in_row(to, grid, place, pixels):
-    """Pointers to the label pixels of a part's first row: from the first, as places of 64 bits would take two registers each
-    outside the loop over parts."""
+    """Pointers to the label pixels of a part's first row. Offsets from the first pointer: 64-bit positions would hold
+    two registers each outside the loop over parts."""
     out = ()
     first = to + ((place.sample.to(tl.int64) * grid.height + pixels.y[0]) * grid.width + pixels.x[0])
     for j in tl.static_range(len(pixels.x)):
@@ -48,7 +48,7 @@ def in_row(to, grid, place, pixels):
 
 @triton.jit
 def of_row(values, i, j: tl.constexpr, columns: tl.constexpr):
-    """Column ``j`` of row ``i``, which is known at run time."""
+    """Column ``j`` of row ``i``; ``i`` is a runtime value."""
     out = values[j]
     for r in tl.static_range(1, len(values) // columns):
         out = tl.where(i == r, values[r * columns + j], out)
@@ -57,7 +57,7 @@ def of_row(values, i, j: tl.constexpr, columns: tl.constexpr):
 
 @triton.jit
 def put_row(values, i, row):
-    """``values`` with row ``i``, which is known at run time, replaced."""
+    """``values`` with row ``i``, a runtime value, replaced."""
     out = ()
     for k in tl.static_range(len(values)):
         out = out + (tl.where(i == k // len(row), row[k % len(row)], values[k]),)
@@ -66,7 +66,7 @@ def put_row(values, i, row):
 
 @triton.jit
 def read_labels(labels, grid, place, pixels, classes, T):
-    """The :class:`Worth` of a part's label pixels; rows in a loop that carries the pointers, see :func:`begin`."""
+    """The :class:`Worth` of a part's label pixels. The loop over rows carries the pointers, see :func:`begin`."""
     columns: tl.constexpr = len(pixels.x)
     zero = tl.zeros([T.CELLS], T.ACC)
     label = fill(tl.zeros([T.CELLS], tl.float32) - 1, len(pixels.exist))
@@ -113,8 +113,8 @@ def read_labels(labels, grid, place, pixels, classes, T):
 
 @triton.jit
 def weigh(labels, grid, place, pixels, worth):
-    """What each label pixel's term is multiplied by: its share times its pixel weight. Read after the sums over the classes,
-    which need the registers."""
+    """Each label pixel's factor: its share times its pixel weight. Called after the sums over the classes, which need
+    the registers."""
     columns: tl.constexpr = len(pixels.x)
     factor = worth.share
     if labels.pixel_weight is not None:
@@ -134,7 +134,7 @@ def weigh(labels, grid, place, pixels, worth):
 
 @triton.jit
 def write_pixels(to, grid, place, pixels, given):
-    """Stores a number a label pixel of a part in ``to`` (N, H, W)."""
+    """Stores one number per label pixel of a part in ``to`` (N, H, W)."""
     columns: tl.constexpr = len(pixels.x)
     at = in_row(to, grid, place, pixels)
     for i in range(len(pixels.y)):
@@ -150,7 +150,7 @@ def _resize_weight(
     size,  # (elements of out, height, width, H, W)
     T,  # (ALIGN, INT, BLOCK)
 ):
-    """A map of weights at label size. A neighbour of weight 0 is not looked at: 0 * inf would be NaN."""
+    """Resizes pixel weights to label size. Neighbours of weight 0 are not read: 0 * inf would be NaN."""
     ACC: tl.constexpr = out.dtype.element_ty
     at = tl.program_id(0).to(tl.int64) * T[2] + tl.arange(0, T[2])
     inside = at < size[0]

@@ -1,4 +1,4 @@
-"""How the cells of a map and their label pixels are cut into programs, lanes and registers."""
+"""Tiling: a map's cells and their label pixels over programs, lanes and registers."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from torch import Tensor
 
 from ..launch import lanes
 
-# Programs a large GPU holds at a time, three times over. Fewer, and a cell's parts go to several programs.
+# Three times what a large GPU holds at a time. With fewer programs, a cell's parts are split over several.
 PROGRAMS = 4096
 
 
 class Grid(NamedTuple):
-    """The line of cells and the label pixels in them."""
+    """Sizes of the cells' numbering and of the labels."""
 
     samples: Any
-    cells: Any  # in the line
+    cells: Any  # in total
     height: Any  # of the labels
     width: Any
-    column_parts: Any  # of a cell
+    column_parts: Any  # per cell
     parts: Any
     split: Any  # programs that share a cell's parts
 
 
 class Tile(NamedTuple):
-    """What a kernel is compiled for, all ``tl.constexpr``."""
+    """Compile-time constants, all ``tl.constexpr``."""
 
-    ROWS: Any  # label pixels a lane takes at a time, down and across
+    ROWS: Any  # label pixels per lane and iteration
     COLUMNS: Any
     CELLS: Any  # lanes
-    HALO: Any  # 1 where lanes hand shares to their neighbour: each program recomputes one cell
+    HALO: Any  # 1 if lanes pass contributions to their neighbour: each program recomputes one cell
     ALIGN: Any
-    INT: Any  # what taps are computed in: 32 bits where their products fit
+    INT: Any  # integer dtype of sampling positions: 32 bits if their products fit
     ACC: Any
 
 
 class Plan(NamedTuple):
-    """How label pixels are cut for one map."""
+    """The tiling of one map."""
 
     grid: Grid
     tile: Tile
@@ -53,10 +53,10 @@ class Plan(NamedTuple):
 def plan(
     logits: Tensor, size: Sequence[int], align_corners: bool, most: tuple[int, int], halo: int, acc: torch.dtype
 ) -> Plan:
-    """The cut of ``logits`` (N, C, h, w) for labels of ``size``.
+    """Tiles ``logits`` (N, C, h, w) for labels of ``size``.
 
     Args:
-        most: the most label pixels a lane takes at a time, down and across.
+        most: maximum label pixels per lane and iteration: rows, columns.
     """
     return _plan(logits.shape, tuple(size), align_corners, most, halo, acc == torch.float64, lanes())
 
@@ -64,10 +64,10 @@ def plan(
 def plan_apart(
     logits: Tensor, size: Sequence[int], align_corners: bool, most: tuple[int, int], most_parts: int, acc: torch.dtype
 ) -> Plan:
-    """:func:`plan` without a halo, where each sample's cells are a line of their own.
+    """:func:`plan` without a halo, with each sample's cells numbered separately.
 
     Args:
-        most_parts: the most parts of cells that a program takes.
+        most_parts: maximum parts of cells per program.
     """
     one = plan(logits[:1], size, align_corners, most, 0, acc)
     programs = logits.shape[0] * (one.programs // one.split)
@@ -95,7 +95,7 @@ def _plan(
         tile.append(triton.cdiv(count, parts[-1]))
     programs = triton.cdiv(line, cells - halo)
     split = min(parts[0] * parts[1], max(1, PROGRAMS // programs))
-    if halo and n * c * h * w > 2**16:  # each split has planes of its own
+    if halo and n * c * h * w > 2**16:  # each split has its own planes
         split = min(split, 2)
     largest = 4 * (max(size) + 1) * (max(h, w) + 1)
     constants = (*tile, cells, halo, align, tl.int32 if largest < 2**31 else tl.int64)
@@ -105,7 +105,7 @@ def _plan(
 
 
 def _phases(into: int, out: int, align: bool) -> int:
-    """The most outputs that lie in one cell."""
+    """Maximum number of outputs in one cell."""
     if align:
         return out if into == 1 else max(1, triton.cdiv(out - 1, into - 1))
     return triton.cdiv(out, max(into, 2))

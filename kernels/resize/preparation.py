@@ -1,4 +1,4 @@
-"""The copy of logits at their size that every loss at label resolution reads."""
+"""The copy of the logits, at their size, that every loss at label resolution reads."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 from ..launch import accumulator, launch
 
 LOG2E = 1.4426950408889634
-# -inf becomes so low that its exponential is 0 whatever it is blended with, and a weight of 0 removes it.
+# Replaces -inf: its exponential is 0 after any interpolation, and a weight of 0 removes it.
 LOW32 = tl.constexpr(-1e37)
 LOW64 = tl.constexpr(-1e300)
-# Of what is bounded above too: a sum over 4096 classes of finite logits stays below these, and one infinite logit that weighs
+# Bounds if +inf is replaced too: a sum over 4096 classes of finite logits stays below, one infinite logit with weight
 # 1e-11 is above.
 BOUND32 = tl.constexpr(1e25)
 BOUND64 = tl.constexpr(1e288)
 
 
 class Logits(NamedTuple):
-    """A map as :func:`prepare` leaves it."""
+    """Output of :func:`prepare`."""
 
     data: Any  # (N, C, h + 2, w + 2) ACC
-    peak: Any  # (N, h + 2, w + 2) ACC: the largest class
+    peak: Any  # (N, h + 2, w + 2) ACC: maximum over classes
     classes: Any
     height: Any  # of the logits
     width: Any
@@ -34,7 +34,7 @@ class Logits(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A map as it came."""
+    """An input map."""
 
     data: Any  # (N, C, h, w), any float dtype
     stride_n: Any
@@ -100,7 +100,7 @@ def prepare(size: Sequence[int], scale: float, *maps: Tensor, bounded: bool = Fa
     """Copies one or two dense maps (N, C, h, w), times ``scale`` * log2(e), in one launch.
 
     Args:
-        bounded: +inf becomes finite too: a softmax of it is NaN, a sigmoid is 1.
+        bounded: also make +inf finite: its softmax is NaN, but its sigmoid is 1.
     """
     acc, ACC = accumulator(*maps)
     to, sources, blocks = [], [], []

@@ -1,4 +1,4 @@
-"""Tuples of one entry a label pixel: what a lane keeps in registers."""
+"""Tuples with one entry per label pixel, kept in a lane's registers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import triton.language as tl
 
 @triton.jit
 def nothing():
-    """An empty tuple, to be added to."""
+    """An empty tuple."""
     return ()
 
 
 @triton.jit
 def fill(value, COUNT: tl.constexpr):
-    """A tuple of one value."""
     out = nothing()
     for _ in tl.static_range(COUNT):
         out = out + (value,)
@@ -23,7 +22,7 @@ def fill(value, COUNT: tl.constexpr):
 
 @triton.jit
 def sum_of(values):
-    """The sum, by pairs: half as many roundings."""
+    """The sum, in pairs: half as many roundings."""
     out = values[0]
     for i in tl.static_range(1, len(values) - 1, 2):
         out += values[i] + values[i + 1]
@@ -42,7 +41,7 @@ def any_of(masks):
 
 @triton.jit
 def pick(values, k):
-    """Entry ``k``, which is known at run time."""
+    """Entry ``k``, a runtime value."""
     out = values[0]
     for i in tl.static_range(1, len(values)):
         out = tl.where(k == i, values[i], out)
@@ -51,7 +50,7 @@ def pick(values, k):
 
 @triton.jit
 def put(values, k, mask, value):
-    """``values`` with entry ``k``, which is known at run time, replaced where ``mask`` is set."""
+    """Replaces entry ``k``, a runtime value, where ``mask`` is set."""
     out = ()
     for i in tl.static_range(len(values)):
         out = out + (tl.where(mask & (k == i), value, values[i]),)
