@@ -1,6 +1,6 @@
-"""FastKD: knowledge distillation losses for semantic segmentation as fused kernels.
+"""FastKD: fused losses for knowledge distillation and semantic segmentation.
 
-Importing it needs torch only and compiles nothing; kernels are loaded at the first call that uses them.
+Importing it needs only torch and compiles nothing; kernels are loaded by the first call that uses them.
 """
 
 from ._version import __version__ as __version__

@@ -1,4 +1,5 @@
-"""Checks and normal forms of the losses' arguments. Each error names what was given, what was expected and the remedy."""
+"""Validation and normalisation of the losses' arguments. Each error names the value, what was expected and the
+remedy."""
 
 from __future__ import annotations
 
@@ -32,20 +33,20 @@ def check_number(
     below: float = math.inf,
 ) -> None:
     check_constant(name, got)
-    if not (minimum <= got <= maximum and above < got < below):  # also refuses NaN
+    if not (minimum <= got <= maximum and above < got < below):  # False for NaN too
         bounds = [f"> {above}"] if above > -math.inf else [f">= {minimum}"]
         bounds.append(f"<= {maximum}" if maximum < math.inf else f"< {below}" if below < math.inf else "< infinity")
         raise ValueError(f"{name}: got {got}, expected a number {' and '.join(bounds)}")
 
 
 def check_constant(name: str, x: object) -> None:
-    """Kernels compute no gradient for it, so one that requires grad is an error."""
+    """Kernels compute no gradient for constants, so a constant that requires grad is an error."""
     if isinstance(x, Tensor) and x.requires_grad:
         raise ValueError(f"{name}: requires grad, but it is taken as a constant; pass {name}.detach()")
 
 
 def check_float(name: str, x: Tensor, ranks: tuple[int, ...] = (4,)) -> None:
-    """(N, C, H, W) in one of the four floating-point dtypes; with ``ranks`` 3 to 5 any number of spatial axes."""
+    """(N, C, H, W) of a supported floating-point dtype; ``ranks`` 3 to 5 allow 1 to 3 spatial axes."""
     if isinstance(x, Tensor) and x.dtype in _FLOATS and x.dim() in ranks:
         return
     if not isinstance(x, Tensor):
@@ -88,7 +89,7 @@ def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def check_pair(student: Tensor, teacher: Tensor, same_size: bool = True, ranks: tuple[int, ...] = (4,)) -> None:
-    if (  # the usual case, at every call of every loss
+    if (  # fast path of every loss call
         isinstance(student, Tensor)
         and isinstance(teacher, Tensor)
         and student.dtype in _FLOATS
@@ -108,10 +109,11 @@ def check_pair(student: Tensor, teacher: Tensor, same_size: bool = True, ranks: 
 def check_target(
     target: Tensor, logits: Tensor, shape: tuple[int | None, ...], ignore_index: int, classes: int | None = None
 ) -> None:
-    """Labels (N, H, W); a None in ``shape`` is any size. Values are checked on the CPU only, where it needs no synchronisation.
+    """Labels (N, H, W); None in ``shape`` matches any size. Values are checked where that needs no synchronisation: on
+    CPU.
 
     Args:
-        classes: number of classes; by default the number of channels.
+        classes: number of classes; default: the number of channels.
     """
     if not isinstance(target, Tensor):
         raise TypeError(f"target: got {type(target).__name__}, expected a torch.Tensor of labels (N, H, W)")
@@ -136,7 +138,7 @@ def _values_are_checked(target: Tensor) -> bool:
 
 
 def check_elements(target: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
-    """Zeros and ones (N, C, H, W), for one class also (N, H, W), as (N, C, H, W) of a dtype that labels have."""
+    """Returns targets of 0 and 1, (N, C, H, W) or for C = 1 (N, H, W), as (N, C, H, W) of a label dtype."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target: got {type(target).__name__}, expected a torch.Tensor of zeros and ones")
     if target.dtype == torch.bool:
@@ -167,7 +169,7 @@ def check_elements(target: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
 def _first_bad_label(target: Tensor, classes: int, ignore_index: int) -> int:
     if target.is_cpu and backends.why_not("cpu") is None:
         return int(operator("cpu", "first_bad_label")(target.contiguous(), classes, ignore_index))
-    label = target.flatten().long()  # uint8 would wrap the numbers it is compared with
+    label = target.flatten().long()  # comparisons in uint8 would wrap the other operand
     bad = ((label < 0) | (label >= classes)) & (label != ignore_index)
     return int(bad.long().argmax()) if bool(bad.any()) else -1
 
@@ -180,13 +182,13 @@ def _check_map(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
             wrong = wrong or (want is not None and size != want)
     if wrong:
         axes = "N" + AXES[len(shape) + 1]
-        # Formatted on error only: Dynamo cannot format a symbolic size.
+        # Only on error: Dynamo cannot format a symbolic size.
         expected = ", ".join(axis if size is None else str(size) for axis, size in zip(axes, shape, strict=True))
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected ({expected})")
 
 
 def check_pixel_weight(name: str, weight: Tensor, logits: Tensor, shape: tuple[int | None, ...]) -> None:
-    """A constant map (N, H, W); a None in ``shape`` is any size."""
+    """A constant map (N, H, W); None in ``shape`` matches any size."""
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise TypeError(
             f"{name}: got {getattr(weight, 'dtype', type(weight))}, expected a floating-point tensor (N, H, W)"
@@ -206,12 +208,12 @@ def check_class_weight(weight: Tensor, logits: Tensor, name: str = "class_weight
 
 
 def as_map(x: Tensor) -> Tensor:
-    """(N, C, ...) of any rank as (N, C, H, W): a view, where the memory allows one."""
+    """(N, C, ...) of any rank as (N, C, H, W), as a view if possible."""
     return x if x.dim() == 4 else x.unsqueeze(2) if x.dim() == 3 else x.flatten(3)
 
 
 def dense_together(*maps: Tensor) -> tuple[Tensor, ...]:
-    """All in one dense layout (the first's if it has one), and all fp64 if one is; no copy in the usual case."""
+    """All in one dense layout (the first's if dense), and all fp64 if any is; usually without a copy."""
     maps = one_precision(*maps)
     for x in maps:
         if not x.is_contiguous():
@@ -225,14 +227,14 @@ def dense_together(*maps: Tensor) -> tuple[Tensor, ...]:
 
 
 def dense_each(*maps: Tensor) -> tuple[Tensor, ...]:
-    """Each in its own dense layout, NCHW-contiguous or channels_last, and all fp64 if one is."""
+    """Each in its own dense layout, NCHW-contiguous or channels_last, and all fp64 if any is."""
     return tuple(
         [x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous() for x in one_precision(*maps)]
     )
 
 
 def dense(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    """Contiguous, and in ``dtype`` if one is given."""
+    """Contiguous, and in ``dtype`` if given."""
     return None if x is None else (x if dtype is None else x.to(dtype)).contiguous()
 
 

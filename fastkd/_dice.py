@@ -1,5 +1,4 @@
-"""Dice and cross-entropy from sums over label pixels: a few numbers of each sample and class, in fp64, differentiated by
-autograd."""
+"""Dice and cross-entropy from per-sample and per-class sums over label pixels, in fp64, differentiated by autograd."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from .ops.resized_dice import RESIZED_DICE
 
 
 class DiceOptions(NamedTuple):
-    """Which Dice, of the many: see `resized_dice_loss`."""
+    """Variants of Dice, see `resized_dice_loss`."""
 
     batch: bool = True
     smooth: float = 1.0
@@ -26,7 +25,8 @@ class DiceOptions(NamedTuple):
 
 
 def dice_sums(logits: Tensor, labels: Labels, square: bool, columns: int) -> Tensor:
-    """The sums of `fastkd.ops.resized_dice`, (N, C, columns) in fp64; one logit is the second of two classes."""
+    """The sums of `fastkd.ops.resized_dice`, (N, C, columns) in fp64; a single logit becomes the second of two
+    classes."""
     target, _, ignore_index, align_corners = labels
     if logits.shape[1] == 1:
         logits = torch.cat([torch.zeros_like(logits), logits], 1)  # softmax of (0, z) is sigmoid(z)
@@ -42,8 +42,8 @@ def dice_sums(logits: Tensor, labels: Labels, square: bool, columns: int) -> Ten
 
 
 def dice_of(sums: Tensor, classes: int, class_weight: Tensor | None, options: DiceOptions, reduction: str) -> Tensor:
-    """Dice of the sums of `dice_sums`, in fp64."""
-    sums = sums[:, -classes:]  # of one logit's two classes the second
+    """The Dice loss from the sums of `dice_sums`, in fp64."""
+    sums = sums[:, -classes:]  # for a single logit, the second of its two classes
     if options.batch:
         sums = sums.sum(0)
     labelled = sums[..., 2]
@@ -63,7 +63,7 @@ def dice_of(sums: Tensor, classes: int, class_weight: Tensor | None, options: Di
 
 
 def cross_entropy_of(sums: Tensor, class_weight: Tensor | None, label_smoothing: float, reduction: str) -> Tensor:
-    """The "mean" or "sum" of the cross-entropy, of the sums of :func:`dice_sums`, in fp64."""
+    """The "mean" or "sum" of the cross-entropy from the sums of :func:`dice_sums`, in fp64."""
     sums = sums.sum(0)
     if class_weight is not None:
         sums = sums * class_weight.double()[:, None]

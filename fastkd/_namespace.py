@@ -1,7 +1,6 @@
-"""Names of a build: operator namespaces, compiled libraries, the Triton package.
+"""Operator namespaces, compiled libraries and the Triton package of this build.
 
-Builds for the Kernel Hub have a namespace of their own, so that two versions can be loaded into one process: hub/stage.py
-replaces this file.
+Kernel Hub builds use other names, so that two versions can be loaded into one process: hub/stage.py replaces this file.
 """
 
 NAMESPACES = {"cpu": "fastkd_cpu", "triton": "fastkd_triton", "cuda": "fastkd_cuda"}

@@ -1,6 +1,6 @@
-"""The operators on checked arguments: choose a backend, lay the tensors out, call.
+"""The operators on validated arguments: choose a backend, make tensors dense, call.
 
-RDD needs several of them on the same arguments, which are checked once.
+RDD calls several of them with the same arguments, which are validated once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .ops.resized_cross_entropy import RESIZED_CROSS_ENTROPY, RESIZED_SHAPED_CRO
 
 
 class Labels(NamedTuple):
-    """The labels of a loss at their resolution, and how they count."""
+    """The labels of a loss and how they count."""
 
     target: Tensor
     class_weight: Tensor | None
@@ -28,7 +28,7 @@ class Labels(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """The logits RDD compares; an auxiliary head may be missing."""
+    """RDD's logits; auxiliary heads are optional."""
 
     student: Tensor
     teacher: Tensor
@@ -37,7 +37,7 @@ class Heads(NamedTuple):
 
 
 class Hard(NamedTuple):
-    """Which pixels `difficulty_mask` selects."""
+    """Options of `difficulty_mask`."""
 
     threshold: float
     min_kept: int
@@ -46,11 +46,11 @@ class Hard(NamedTuple):
 
 
 def reduction_of(word: str, terms: int, batch: int, *, counted: bool = False, weight: float = 1.0) -> tuple[str, float]:
-    """A reduction in the words of the operators (`fastkd.ops.Loss`): "sum", "mean" or "none", and a scale.
+    """Translates a public reduction to that of the operators (`fastkd.ops.Loss`): "sum", "mean" or "none", and a scale.
 
     Args:
-        word: of `PIXEL_REDUCTIONS`.
-        terms: how many there are. batch: N.
+        word: one of `PIXEL_REDUCTIONS`.
+        terms: number of terms. batch: N.
         counted: whether the labels decide which terms count.
         weight: ``loss_weight`` of a module.
     """
@@ -62,7 +62,7 @@ def reduction_of(word: str, terms: int, batch: int, *, counted: bool = False, we
 
 
 def nothing(logits: Tensor, pixels: tuple[int, ...], reduction: str) -> Tensor:
-    """The loss where there is nothing to count: 0, with a gradient of 0."""
+    """The loss of empty input: 0, with a gradient of 0."""
     zero = (logits * 0).nan_to_num(0).to(accumulator(logits)).sum()
     return zero.expand(pixels) if reduction == "none" else zero
 
@@ -100,8 +100,8 @@ def cross_entropy(
     """`resized_cross_entropy` over the selected pixels, and their number or summed class weights.
 
     Args:
-        selected: bool (N, H, W); or their log-sum-exp, NaN where a pixel is not selected (`difficulty`).
-        shape: label smoothing and focal gamma; with them every pixel is selected.
+        selected: bool (N, H, W); or their log-sum-exp, NaN where not selected (`difficulty`).
+        shape: label smoothing and focal gamma; with either, ``selected`` must be None.
     """
     target, class_weight, ignore_index, align_corners = labels
     n, height, width = target.shape
@@ -135,8 +135,8 @@ def cross_entropy(
 def selected_cross_entropy(
     student: Tensor, teacher: Tensor, labels: Labels, hard: Hard, reduction: str, loss_weight: float
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy over the pixels of relative difficulty, and the share of valid pixels they are."""
-    # The student's log-sum-exp costs the cross-entropy a pass of its own on a GPU, nothing on a CPU.
+    """Cross-entropy over the pixels of relative difficulty, and their share of the valid pixels."""
+    # On a GPU keeping the student's log-sum-exp saves the cross-entropy a pass; on a CPU it saves nothing.
     selected, share = difficulty(student, teacher, labels, hard, keep_lse=student.device.type != "cpu")
     return cross_entropy(student, labels, None, selected, reduction, loss_weight)[0], share
 
@@ -149,7 +149,7 @@ def confidence_of(main: Tensor, aux: Tensor, direction: str) -> Tensor:
 
 
 def kd_and_confidence(heads: Heads, direction: str, temperature: float, loss_weight: float) -> tuple[Tensor, Tensor]:
-    """KD and TFE's map; from one read at temperature 1, the default."""
+    """KD and the TFE map, from one read at temperature 1, the default."""
     student, teacher, _, teacher_aux = heads
     assert teacher_aux is not None
     backend = backends.choose("kd_confidence", student.device)
@@ -163,18 +163,17 @@ def kd_and_confidence(heads: Heads, direction: str, temperature: float, loss_wei
 
 
 def mean_of(logits: Tensor, loss_weight: float) -> tuple[str, float]:
-    """The mean over all pixels of ``logits``."""
+    """The reduction "mean" over all pixels of ``logits``."""
     n, _, h, w = logits.shape
     return reduction_of("mean", n * h * w, n, weight=loss_weight)
 
 
 @torch.no_grad()
 def difficulty(student: Tensor, teacher: Tensor, labels: Labels, hard: Hard, keep_lse: bool) -> tuple[Tensor, Tensor]:
-    """`difficulty_mask`, and the share of valid pixels that are selected.
+    """`difficulty_mask`, and the selected share of the valid pixels.
 
     Args:
-        keep_lse: where the backend can, the student's log-sum-exp is kept as well: the mask is then a map of it, NaN where a
-            pixel is not selected.
+        keep_lse: if the backend can, return the student's log-sum-exp, NaN where not selected, instead of the mask.
     """
     target, _, ignore_index, align_corners = labels
     backend = backends.choose("difficulty_mask", student.device)
@@ -191,7 +190,7 @@ def difficulty(student: Tensor, teacher: Tensor, labels: Labels, hard: Hard, kee
 
 
 def constant(teacher: Tensor) -> Tensor:
-    """Plain autograd cannot save an inference tensor; a copy can be saved."""
+    """A copy of inference tensors, which autograd cannot save."""
     if torch.compiler.is_compiling():  # tracing has no is_inference()
         return teacher
     return teacher.clone() if teacher.is_inference() else teacher

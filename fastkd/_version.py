@@ -1,3 +1,3 @@
-"""The version, kept apart so that a build can read it without importing torch."""
+"""The version, in a file that a build can read without importing torch."""
 
 __version__ = "0.2.0"

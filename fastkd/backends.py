@@ -1,8 +1,9 @@
 """Which backend runs an operator, why, and how to force one.
 
-A backend is chosen per call from the device of the tensors: ``cpu`` (C++) for CPU tensors, ``triton`` for CUDA tensors
-(``cuda``, CUDA C++, where it was measured to be faster), ``reference`` (plain PyTorch, any device) where a kernel is missing.
-``FASTKD_BACKEND`` or `use_backend` forces one. Nothing is loaded or compiled before the first call that needs it.
+The backend is chosen per call from the device of the tensors: ``cpu`` (C++) for CPU tensors, ``triton`` or ``cuda``
+(CUDA C++) for CUDA tensors, whichever is preferred for the operator, ``reference`` (plain PyTorch, any device) if there
+is no kernel. ``FASTKD_BACKEND`` or `use_backend` forces one. Nothing is loaded or compiled before the first call that
+needs it.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from .ops import OPERATORS
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 
-# What is chosen for tensors of a device, the preferred backend first. CUDA C++ for NFD takes calls whose groups are
-# contiguous rows (``fits_cuda`` in ops/nfd.py). At label resolution it goes first because its first call compiles nothing and
-# it takes a third of the host's time; its prototype of KD was 1.2 times slower than Triton's.
+# Backends per device in order of preference. CUDA C++ for NFD takes only groups that are contiguous rows (``fits_cuda``
+# in ops/nfd.py). At label resolution it comes first because it compiles nothing at the first call and takes a third of
+# the host time; its KD prototype was 1.2 times slower than Triton's.
 CHOICE: dict[str, dict[str, tuple[str, ...]]] = {
     "nfd": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
     "kd": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
@@ -40,7 +41,8 @@ CHOICE: dict[str, dict[str, tuple[str, ...]]] = {
     "teacher_confidence": {"cpu": ("cpu",), "cuda": ("triton",)},
     "difficulty_mask": {"cpu": ("cpu",), "cuda": ("cuda", "triton")},
 }
-# What the order of two GPU backends rests on; tests/test_benchmarks.py compares it with benchmarks/results/cuda_kernels.csv.
+# The measurements behind the GPU order; tests/test_benchmarks.py compares them with
+# benchmarks/results/cuda_kernels.csv.
 _H100, _PROTOTYPE = "H100 at 36b6442", "prototypes on an H100; these kernels have not run on a GPU"
 BASIS = {
     "nfd": _H100,
@@ -56,11 +58,11 @@ _CUDA_LIBRARY = LIBRARIES["cuda"]
 
 _T = TypeVar("_T")
 _why_not: dict[str, str | None] = {}
-_libraries: list[torch.library.Library] = []  # operators live as long as the object that defined them
+_libraries: list[torch.library.Library] = []  # operators live as long as their library object
 
 
 class _ThisThread(threading.local):
-    """Dynamo traces and guards its attributes; a class attribute would hold for every thread."""
+    """Instance attributes, because Dynamo traces and guards them; a class attribute would hold for every thread."""
 
     def __init__(self) -> None:
         self.forced: str | None = None
@@ -70,7 +72,7 @@ _this_thread = _ThisThread()
 
 
 def _constant_when_traced(fn: Callable[..., _T]) -> Callable[..., _T]:
-    """``torch.compiler.assume_constant_result`` without its import of the whole compiler."""
+    """``torch.compiler.assume_constant_result`` without importing the compiler."""
     fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return fn
 
@@ -80,7 +82,7 @@ class BackendError(RuntimeError):
 
 
 def define(backend: str) -> torch.library.Library:
-    """Defines the operators that ``backend`` implements, in its namespace; its library registers the kernels."""
+    """Defines the operators of ``backend`` in its namespace; its library registers the kernels."""
     library = torch.library.Library(NAMESPACES[backend], "DEF")
     for operator in OPERATORS:
         if backend in operator.backends:
@@ -118,7 +120,7 @@ def _load_triton() -> str | None:
 
 
 def _load_cuda() -> str | None:
-    # Built by tests: the same kernels, run thread by thread on CPU tensors.
+    # Built by the tests: the same kernels on CPU tensors, emulated thread by thread.
     emulation = os.environ.get("FASTKD_CUDA_EMULATION")
     path = Path(emulation) if emulation else Path(__file__).with_name(_CUDA_LIBRARY)
     if not path.is_file():
@@ -138,7 +140,7 @@ def _load_cuda() -> str | None:
 
 @_constant_when_traced
 def why_not(backend: str) -> str | None:
-    """None if ``backend`` is loaded and can run, otherwise the reason. Loads it at the first call."""
+    """None if ``backend`` is loaded and can run, otherwise the reason. The first call loads it."""
     if backend not in _why_not:
         _why_not[backend] = {
             "cpu": _load_cpu,
@@ -149,7 +151,7 @@ def why_not(backend: str) -> str | None:
 
 
 def requested() -> str:
-    """The backend forced by `use_backend` or, when fastkd was imported, ``FASTKD_BACKEND``; else ``"auto"``."""
+    """The backend forced by `use_backend` or, at import, by ``FASTKD_BACKEND``; else ``"auto"``."""
     name = _this_thread.forced or _FORCED
     if name not in NAMES:
         raise ValueError(f"FASTKD_BACKEND is {name!r}; expected one of {', '.join(NAMES)}")
@@ -157,15 +159,15 @@ def requested() -> str:
 
 
 def choose(op: str, device: torch.device, cuda: bool = True) -> str:
-    """Backend for ``op`` on tensors of ``device``.
+    """The backend for ``op`` on tensors of ``device``.
 
     Args:
         op: a key of `CHOICE`.
-        cuda: whether CUDA C++ is fast for a call of this shape; if not, the next backend does it, unless CUDA C++ is forced.
+        cuda: whether CUDA C++ is fast for this shape; if not, the next backend is chosen unless CUDA C++ is forced.
 
     Raises:
-        BackendError: a backend is forced that cannot run here or not on this device.
-        RuntimeError: a kernel would run inside a transform of torch.func.
+        BackendError: the forced backend cannot run on this machine or device.
+        RuntimeError: a kernel would run inside a torch.func transform.
     """
     name = requested()
     if name == "reference":
@@ -204,7 +206,8 @@ def implementations(op: str) -> tuple[str, ...]:
 
 
 def runs_on(backend: str, device: torch.device) -> bool:
-    """Whether a loaded ``backend`` takes tensors of ``device``; Triton's interpreter and the emulation take CPU tensors."""
+    """Whether a loaded ``backend`` takes tensors of ``device``; Triton's interpreter and the CUDA emulation take CPU
+    tensors."""
     if backend == "triton" and device.type == "cpu":
         return _interpreting()
     if backend == "cuda" and "FASTKD_CUDA_EMULATION" in os.environ:
@@ -233,7 +236,7 @@ def _warn_once(backend: str, device: str) -> None:
 
 
 class use_backend:
-    """Context manager that forces a backend for every call inside it, in this thread.
+    """Context manager that forces a backend for all calls in the current thread.
 
     Args:
         name: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
@@ -259,12 +262,12 @@ class use_backend:
 
 
 def backend_info() -> dict[str, Any]:
-    """What is built, loaded and chosen, and why not.
+    """The backends that are built, loaded and chosen, and why others are not.
 
     Returns:
         ``{"requested": name, "backends": {name: {"available": bool, "reason": str | None, "detail": str}},
         "operators": {op: {"kernels": [...], "cpu": chosen on CPU, "cuda": chosen on CUDA or None without a GPU,
-        "cuda_order": the order of preference on CUDA, "cuda_basis": the measurement it rests on}}}``.
+        "cuda_order": order of preference on CUDA, "cuda_basis": the measurement behind it}}}``.
     """
     backends: dict[str, dict[str, Any]] = {
         "reference": {"available": True, "reason": None, "detail": f"plain PyTorch {torch.__version__}"}

@@ -1,6 +1,6 @@
-"""The command `fastkd`: train, convert, data, eval, predict, export, report, demo, bench, info.
+"""The `fastkd` command: train, convert, data, eval, predict, export, report, demo, bench, info.
 
-`info` and `bench` work without the trainer's packages; the others say how to install them.
+`info` and `bench` need no extra packages; the other commands say how to install theirs.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ EXPORT = ("onnx", "onnxruntime", "onnxscript")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status (0 done, 1 failed, 2 wrong arguments)."""
+    """Runs a command; returns the exit status (0 success, 1 failure, 2 invalid arguments)."""
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not end a run in an error
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not abort a run
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if words else 2
@@ -97,23 +97,21 @@ def _eval(words: list[str]) -> int:
         prog="fastkd eval",
         description="Scores networks on the validation set, all in the same way: by default as the first was in training.",
     )
-    parser.add_argument(
-        "paths", type=Path, nargs="+", metavar="RUN|CHECKPOINT", help="of a run, the network of its last step"
-    )
-    parser.add_argument("--root", help="folder of the data set, if it is not where it was in training")
+    parser.add_argument("paths", type=Path, nargs="+", metavar="RUN|CHECKPOINT", help="for a run, its last checkpoint")
+    parser.add_argument("--root", help="folder of the data set, if it has moved since training")
     parser.add_argument("--split", choices=("val", "test", "train"), default="val")
     parser.add_argument(
         "--size", type=Count, nargs=2, metavar=("H", "W"), help="resize images to this before the network"
     )
     parser.add_argument("--window", type=Count, nargs=2, metavar=("H", "W"), help="slide a window of this size")
     parser.add_argument(
-        "--stride", type=Count, nargs=2, metavar=("H", "W"), help="step of the window (two thirds of it)"
+        "--stride", type=Count, nargs=2, metavar=("H", "W"), help="step of the window; default: two thirds of it"
     )
     parser.add_argument("--scales", type=Positive, nargs="+", metavar="S", help="average over these scales")
     parser.add_argument("--flip", action="store_const", const=True, help="average with the mirror image")
-    parser.add_argument("--limit", type=Count, help="only the first so many images")
+    parser.add_argument("--limit", type=Count, help="only the first N images")
     parser.add_argument("--batch-size", type=Count, help="images at a time")
-    parser.add_argument("--device", help="a torch device; default: an accelerator if there is one")
+    parser.add_argument("--device", help="a torch device; default: an accelerator if available")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything to this file")
     args = parser.parse_args(words)
     import dataclasses
@@ -140,7 +138,7 @@ def _data(words: list[str]) -> int:
         prog="fastkd data",
         usage="%(prog)s [--check] [--recipe NAME] [--config FILE] [--NAME VALUE ...]",
         description="Finds the data set of a run, times its loading, and with --check reads every file. "
-        "The other words are those of fastkd train.",
+        "Other options: see fastkd train --help.",
         allow_abbrev=False,
     )
     parser.add_argument("--check", action="store_true", help="read every file and count the pixels of each class")
@@ -184,7 +182,7 @@ def _data(words: list[str]) -> int:
 
 
 def _predict(words: list[str]) -> int:
-    parser = Numbers(prog="fastkd predict", description="Writes each image with its segmentation laid over it.")
+    parser = Numbers(prog="fastkd predict", description="Writes each image with its segmentation as an overlay.")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE|FOLDER")
     parser.add_argument(
@@ -194,7 +192,7 @@ def _predict(words: list[str]) -> int:
         "--size", type=Count, nargs=2, metavar=("H", "W"), help="resize images to this before the network"
     )
     parser.add_argument("--alpha", type=Share, default=0.55, help="opacity of the colours (default: %(default)s)")
-    parser.add_argument("--device", help="a torch device; default: an accelerator if there is one")
+    parser.add_argument("--device", help="a torch device; default: an accelerator if available")
     args = parser.parse_args(words)
     from fastkd.train.predict import image_files, predict
 
@@ -215,12 +213,16 @@ def _predict(words: list[str]) -> int:
 def _export(words: list[str]) -> int:
     parser = Numbers(
         prog="fastkd export",
-        description="Writes a network as ONNX or safetensors and compares what was written with it.",
+        description="Writes a network as ONNX or safetensors and compares the file's output with it.",
     )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.onnx|FILE.safetensors")
     parser.add_argument(
-        "--size", type=Count, nargs=2, metavar=("H", "W"), help="of ONNX's images; default: the validation's"
+        "--size",
+        type=Count,
+        nargs=2,
+        metavar=("H", "W"),
+        help="image size of the ONNX graph; default: that of the validation",
     )
     args = parser.parse_args(words)
     from fastkd.train.export import export
@@ -237,7 +239,7 @@ def _report(words: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write to (default: %(default)s)")
     parser.add_argument("--title", default="Runs compared")
     parser.add_argument("--notes", help="text for the top of the page")
-    parser.add_argument("--root", help="folder of the data set, if it is not where it was in training")
+    parser.add_argument("--root", help="folder of the data set, if it has moved since training")
     args = parser.parse_args(words)
     from fastkd.train.comparison import compare
 
@@ -261,14 +263,16 @@ def _demo(words: list[str]) -> int:
 def _bench(words: list[str]) -> int:
     parser = Numbers(
         prog="fastkd bench",
-        description="The losses on your shapes beside plain PyTorch and torch.compile: time, memory, error.",
+        description="Time, memory and error of the losses on your shapes, compared with plain PyTorch and torch.compile.",
     )
     parser.add_argument("--shape", type=Shape, required=True, metavar="N,C,h,w", help="of the logits or features")
     parser.add_argument("--size", type=Size, metavar="H,W", help="of the labels (default: 8 times h,w)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default: %(default)s)")
     parser.add_argument("--losses", nargs="+", metavar="LOSS", help="only these (default: all)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: the GPU if there is one)")
-    parser.add_argument("--seconds", type=Positive, help="of timing for each loss (default: 6 on a CPU, 0.8 on a GPU)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: the GPU if available)")
+    parser.add_argument(
+        "--seconds", type=Positive, help="seconds of timing per loss (default: 6 on a CPU, 0.8 on a GPU)"
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="append the rows to this file")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times; needs matplotlib")
     args = parser.parse_args(words)
@@ -303,7 +307,7 @@ def _info(words: list[str]) -> int:
 
 
 def _info_lines() -> Iterator[str]:
-    """What a bug report needs, one line each."""
+    """The lines of a bug report."""
     import importlib.metadata
     import platform
 

@@ -1,10 +1,10 @@
-"""Named taps into any model: run it once, get its output and the tensors that chosen submodules returned.
+"""Named taps into any model: one forward returns its output and the tensors returned by chosen submodules.
 
     tapped = Tapped(model, {"feat": "encoder[-1]", "logits": "segmentation_head.0"})
     output, taps = tapped(images)            # taps["feat"], taps["logits"]
 
-A path is a submodule's name as in `model.named_modules()`; "" is the model itself. A part in square brackets after it picks
-one entry when that module returns several: `encoder[-1]` from a list or tuple, `backbone[out]` from a dict.
+A path is a submodule's name as in `model.named_modules()`; "" is the model itself. A suffix in square brackets selects
+an entry if the module returns several: `encoder[-1]` from a list or tuple, `backbone[out]` from a dict.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _PATH = re.compile(r"(?P<module>[^\[\]]*)(?:\[(?P<entry>[^\[\]]+)\])?")
 
 
 class TappedOutput(NamedTuple):
-    """What a `Tapped` model returns: the model's own `output` and the tapped tensors by name."""
+    """Return value of a `Tapped` model: its own `output`, and the tapped tensors by name."""
 
     output: Any
     taps: dict[str, Tensor]
 
 
 class _Taken(NamedTuple):
-    """What a module returned; version: its write counter, None if it has none; copy: its values then."""
+    """A module's output; version: its write counter, None if it has none; copy: a copy of the values."""
 
     tensor: Tensor
     version: int | None
@@ -43,20 +43,20 @@ class _Taken(NamedTuple):
 class Tapped(nn.Module):
     """Wraps `model`; calling it returns `TappedOutput(output, taps)`. Gradients flow through the taps.
 
-    A tap holds the values that the module returned. A tensor that a later module overwrites, as a ReLU with inplace=True does, is
-    copied; the first forward in training mode and the first in evaluation mode copy all and find out which.
+    A tap holds the values that the module returned. Tensors that a later module overwrites (ReLU with inplace=True) are
+    copied. To find out which, the first forward in training mode and the first in evaluation mode copy all.
 
-    The hooks exist only while a forward runs: the model used directly is untouched, nothing is kept between calls, and
-    the wrapper can be copied, pickled and moved. A module that runs several times in one forward is tapped at its last run.
+    Hooks exist only during a forward: the model itself is unchanged, nothing is kept between calls, and the wrapper can
+    be copied, pickled and moved. A module that runs several times in one forward is tapped at its last run.
 
     Args:
         model: any module.
         taps: name -> path (see the module docstring).
 
     Raises:
-        ValueError: a path is not well formed or names no submodule (close names are suggested).
-        RuntimeError: (on call) a tapped module did not run; or its tensor was overwritten, which it was not in earlier calls.
-        TypeError, LookupError: (on call) the bracket does not fit what the module returned, or the tap is not a tensor.
+        ValueError: a path is malformed or names no submodule (similar names are suggested).
+        RuntimeError: (on call) a tapped module did not run; or its tensor was overwritten, unlike in earlier calls.
+        TypeError, LookupError: (on call) the bracket does not match the module's output, or the tap is not a tensor.
     """
 
     def __init__(self, model: nn.Module, taps: Mapping[str, str]):
@@ -71,7 +71,7 @@ class Tapped(nn.Module):
             _find(model, name, path)
 
     def pin(self) -> Tapped:
-        """Installs the hooks permanently and returns self: torch.compile traces hooks, but cannot install them."""
+        """Installs the hooks permanently and returns self: torch.compile can trace hooks but not install them."""
         if self._pinned is None:
             self._pinned = {}
             self._install(self._pinned)
@@ -175,7 +175,7 @@ def _keep(
             which = "tap a module that returns one"
         raise TypeError(f"{where}: expected a tensor, got a {type(out).__name__}; {which}")
     mode = name, module.training
-    # Compiled models and inference tensors have no write counter: use what is known, and copy the rest.
+    # Compiled models and inference tensors have no write counter: use what is known, else copy.
     counted = not (torch.compiler.is_compiling() or out.is_inference())
     known = overwritten.get(mode)
     copy = out.clone() if known is not False else None

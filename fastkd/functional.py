@@ -1,18 +1,19 @@
 """The losses as functions: check the arguments, call the operator, reduce.
 
-Feature maps and logits are (N, C, H, W), for ``nfd_loss``, ``kd_loss`` and ``cwd_loss`` with 1 to 3 spatial axes, in fp32,
-fp16, bf16 or fp64; student and teacher dtypes may differ. Arithmetic is fp32 (fp64 if an input is), and a loss is
-returned in that dtype; the gradient comes back in the student's dtype and memory format. The teacher is a constant.
-Labels are (N, H, W) of uint8, int32 or int64. The words for ``reduction``: ``"mean"`` (over what is counted),
-``"mean_all"`` (over all pixels), ``"sum"``, ``"batchmean"`` (sum / N) and ``"none"``. Where nothing is counted the loss
-and its gradient are 0.
+Feature maps and logits are (N, C, H, W) in fp32, fp16, bf16 or fp64; ``nfd_loss``, ``kd_loss`` and ``cwd_loss`` take 1
+to 3 spatial axes. Student and teacher dtypes may differ. Losses are computed and returned in fp32 (fp64 if an input is
+fp64); the gradient has the student's dtype and memory format. The teacher is a constant. Labels are (N, H, W) of uint8,
+int32 or int64.
+
+``reduction`` is ``"mean"`` (over counted terms), ``"mean_all"`` (over all pixels), ``"sum"``, ``"batchmean"`` (sum / N)
+or ``"none"``. If nothing counts, the loss and its gradient are 0.
 
 Raises, all functions:
-    ValueError: wrong rank or shape, devices that differ, an unknown word, a bad number, a teacher or
-        another constant that requires grad.
-    TypeError: integer logits, labels that are not integers.
-    IndexError: a label outside [0, C) other than ``ignore_index`` (CPU; on a GPU only with FASTKD_CHECK_LABELS=1, else
-        such a pixel is ignored).
+    ValueError: wrong rank or shape, different devices, an unknown option, a number out of range, or a teacher or other
+        constant that requires grad.
+    TypeError: integer logits, or labels that are not integers.
+    IndexError: a label outside [0, C) other than ``ignore_index`` (on CPU; on a GPU only with FASTKD_CHECK_LABELS=1,
+        else such a pixel is ignored).
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ ACTIVATIONS = ("softmax", "sigmoid")
 class RDDOutput(NamedTuple):
     """The result of one RDD step.
 
-    ``loss`` = ``task`` + kd_weight * ``kd``, all 0-d and differentiable; ``stage`` is ``"tfe"`` or ``"tse"``;
-    ``selected`` is 0-d, the share of valid pixels that carry task loss, without gradient.
+    ``loss`` = ``task`` + kd_weight * ``kd``, all 0-d and differentiable. ``stage`` is ``"tfe"`` or ``"tse"``.
+    ``selected``, 0-d and without gradient, is the share of valid pixels that contribute to the task loss.
     """
 
     loss: Tensor
@@ -84,9 +85,9 @@ class RDDOutput(NamedTuple):
 
 
 class _Preset(NamedTuple):
-    """Where the paper and the released code disagree (docs/rdd.md)."""
+    """Where the paper and the released code differ (docs/rdd.md)."""
 
-    direction: str  # of TFE's divergence
+    direction: str  # of the TFE divergence
     confidence: str
     threshold: float
     min_kept: int
@@ -107,11 +108,11 @@ def nfd_loss(
     """Normalised feature distillation: mean of (z(S) - z(T))^2 (arXiv 2207.05256, NFD as restated by later work).
 
     Args:
-        student: (N, C, H, W), (N, C, L) or (N, C, D, H, W); tokens (B, L, C) as ``x.transpose(1, 2)``, read in place. Below,
-            H, W stand for all spatial axes.
-        teacher: the same shape; another C needs an adapter, another size a resize (`fastkd.NFDLoss` does both).
-        dims: what a z-score is taken over: ``"hw"`` per sample and channel, ``"nhw"`` per channel over the batch,
-            ``"c"`` per pixel over the channels, ``"chw"`` per sample.
+        student: (N, C, H, W), (N, C, L) or (N, C, D, H, W). Tokens (B, L, C) as ``x.transpose(1, 2)``, read in place.
+            H, W below stands for all spatial axes.
+        teacher: same shape. `fastkd.NFDLoss` adapts other channels and sizes.
+        dims: axes of the z-score: ``"hw"`` per sample and channel, ``"nhw"`` per channel over the batch, ``"c"`` per
+            pixel over the channels, ``"chw"`` per sample.
         eps: added to the (biased) variance, >= 0.
         reduction: ``"mean"`` over all elements, ``"sum"``, ``"batchmean"``, or ``"none"``: one mean per group, of shape
             (N, C), (C,), (N, H, W), (N,) in the order of ``dims`` above.
@@ -130,7 +131,7 @@ def _nfd_loss(student: Tensor, teacher: Tensor, dims: str, eps: float, reduction
         return loss.reshape(-1, *spatial) if reduction == "none" and dims == "c" else loss
     n, c, h, w = student.shape
     groups = n * c if dims == "hw" else c if dims == "nhw" else n * h * w if dims == "c" else n
-    if reduction in ("sum", "batchmean"):  # over elements, where a term is the mean of a group
+    if reduction in ("sum", "batchmean"):  # over elements; a term is the mean of a group
         loss_weight = loss_weight * student.numel() / max(groups, 1)
     how = reduction_of(reduction, groups, n, weight=loss_weight)
     backend = backends.choose("nfd", student.device)
@@ -146,7 +147,8 @@ def _nfd_loss(student: Tensor, teacher: Tensor, dims: str, eps: float, reduction
 
 
 def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, reduction: str = "mean") -> Tensor:
-    """Channel-wise distillation: tau^2 / (N C) * sum of KL(softmax_HW(T / tau) || softmax_HW(S / tau)) (arXiv 2011.13256).
+    """Channel-wise distillation: tau^2 / (N C) * sum of KL(softmax_HW(T / tau) || softmax_HW(S / tau)) (arXiv
+    2011.13256).
 
     Args:
         student, teacher: (N, C, H, W), (N, C, L) or (N, C, D, H, W); tokens (B, L, C) as ``x.transpose(1, 2)``.
@@ -184,13 +186,14 @@ def kd_loss(
     """Pixel-wise KL(softmax(T / tau) || softmax(S / tau)) * tau^2 over the classes (Hinton, arXiv 1503.02531).
 
     Args:
-        student, teacher: logits (N, C, H, W), (N, C, L) or (N, C, D, H, W); ``target`` and ``weight`` have the same axes
-            without C. Tokens (B, L, C) as ``x.transpose(1, 2)``, read in place.
+        student, teacher: logits (N, C, H, W), (N, C, L) or (N, C, D, H, W); ``target`` and ``weight`` have the same
+            axes without C. Tokens (B, L, C) as ``x.transpose(1, 2)``, read in place.
         temperature: tau > 0.
         target: labels (N, H, W); pixels labelled ``ignore_index`` do not count. None: every pixel counts.
-        weight: (N, H, W), scales each pixel's term, never the count.
+        weight: (N, H, W), scales each pixel's term but not the count.
         reduction: ``"mean"`` over valid pixels, ``"mean_all"``, ``"sum"``, ``"batchmean"``, ``"none"``: (N, H, W).
-        activation: ``"sigmoid"`` compares each class with the rest, KL of Bernoulli distributions summed over the classes.
+        activation: ``"softmax"``, or ``"sigmoid"``: each class against the rest, KL of Bernoulli distributions summed
+            over the classes.
     """
     options = (temperature, ignore_index, activation)
     return _kd_loss(student, teacher, target, weight, options, reduction, 1.0)
@@ -237,25 +240,26 @@ def resized_cross_entropy(
     label_smoothing: float = 0.0,
     focal_gamma: float = 0.0,
 ) -> Tensor:
-    """Fused bilinear resize of the logits to the labels and cross-entropy.
+    """Cross-entropy fused with a bilinear resize of the logits to the labels.
 
     Args:
         logits: (N, C, h, w).
         target: labels (N, H, W).
         class_weight: (C,); ``"mean"`` then divides by the summed weights of the counted pixels.
-        pixel_weight: (N, H, W), or (N, h', w') of another size, which is resized the same way; scales the terms only.
-        align_corners: the convention of the resize (True in CIRKD and RDD, False in torchvision).
+        pixel_weight: (N, H, W), or (N, h', w') of another size, resized like the logits; scales the terms, not the
+            count.
+        align_corners: of the resize (True in CIRKD and RDD, False in torchvision).
         reduction: ``"mean"`` over valid pixels, ``"mean_all"``, ``"sum"``, ``"batchmean"``, ``"none"``: (N, H, W).
         label_smoothing: in [0, 1), as in `torch.nn.functional.cross_entropy`.
-        focal_gamma: >= 0; a term is multiplied by (1 - p)^gamma, p the probability of its label (focal loss, arXiv
-            1708.02002; ``class_weight`` is its alpha). Not both of them.
+        focal_gamma: >= 0; multiplies each term by (1 - p)^gamma, p the probability of its label (focal loss, arXiv
+            1708.02002; ``class_weight`` is its alpha). Not together with ``label_smoothing``.
     """
     labels = Labels(target, class_weight, ignore_index, align_corners)
     return _resized_cross_entropy(logits, labels, pixel_weight, (label_smoothing, focal_gamma), reduction, 1.0)
 
 
 def check_shape_options(label_smoothing: float, focal_gamma: float) -> None:
-    """Of `resized_cross_entropy`."""
+    """Checks `resized_cross_entropy`'s smoothing and focal options."""
     check_number("label_smoothing", label_smoothing, minimum=0, below=1)
     check_number("focal_gamma", focal_gamma, minimum=0)
     if label_smoothing and focal_gamma:
@@ -297,16 +301,19 @@ def resized_ohem_cross_entropy(
     align_corners: bool = False,
     reduction: str = "mean",
 ) -> Tensor:
-    """`resized_cross_entropy` over the hard pixels alone: online hard example mining (OHEM, arXiv 1604.03540).
+    """Online hard example mining (OHEM, arXiv 1604.03540): `resized_cross_entropy` over the hard pixels.
 
-    Hard is a valid pixel whose labelled class has probability <= max(threshold, the k-th smallest of the batch),
-    k = min(min_kept, pixels), where ignored pixels count as 1: the mask of `difficulty_mask` with
+    A valid pixel is hard if the probability of its label is <= max(threshold, the k-th smallest of the batch),
+    k = min(min_kept, pixels), with 1 for ignored pixels: the mask of `difficulty_mask` with
     ``select="student", confidence="label"``. The mask has no gradient.
 
     Args:
-        logits: (N, C, h, w). target: labels (N, H, W).
-        threshold: in [0, 1]. min_kept: of the batch, >= 0.
+        logits: (N, C, h, w).
+        target: labels (N, H, W).
+        threshold: in [0, 1].
+        min_kept: minimum number of hard pixels in the batch, >= 0.
         class_weight: (C,); ``"mean"`` then divides by the summed weights of the kept pixels.
+        align_corners: of the resize.
         reduction: ``"mean"`` over the kept pixels, ``"mean_all"``, ``"sum"``, ``"batchmean"``, ``"none"``: (N, H, W).
     """
     labels = Labels(target, class_weight, ignore_index, align_corners)
@@ -349,18 +356,22 @@ def resized_dice_loss(
     align_corners: bool = False,
     reduction: str = "mean",
 ) -> Tensor:
-    """Dice loss at label resolution: 1 - (2 sum p_c [y = c] + smooth) / (sum p_c + sum [y = c] + smooth) of each class c.
+    """Dice loss at label resolution: 1 - (2 sum p_c [y = c] + smooth) / (sum p_c + sum [y = c] + smooth) per class c.
 
-    p is the softmax of the resized logits; sums are over the valid pixels. 0 / 0 is a dice of 1.
+    p is the softmax of the resized logits; sums are over the valid pixels; 0 / 0 is a dice of 1.
 
     Args:
-        logits: (N, C, h, w); with C = 1 p is their sigmoid, the labels are 0 and 1, and ``background`` does not apply.
+        logits: (N, C, h, w). With C = 1, p is a sigmoid, labels are 0 and 1, and ``background`` does not apply.
         target: labels (N, H, W).
-        batch: sums over the batch; False: of each image.
-        smooth: >= 0. square: the sum of p_c^2 in the denominator.
-        background: False leaves class 0 out. present: True leaves out the classes without a labelled pixel.
-        class_weight: (C,), multiplies each class's loss; ``"mean"`` then divides by the summed weights of what counts.
-        reduction: ``"mean"`` over the classes that count (and images), ``"sum"``, ``"none"``: (C,), or (N, C) of images.
+        batch: sum over the batch; False: per image.
+        smooth: >= 0.
+        square: sum p_c^2 instead of p_c in the denominator.
+        background: False leaves class 0 out.
+        present: True leaves out classes without a labelled pixel.
+        class_weight: (C,), multiplies each class's loss; ``"mean"`` then divides by the summed weights of the counted
+            classes.
+        align_corners: of the resize.
+        reduction: ``"mean"`` over the counted classes (and images), ``"sum"``, ``"none"``: (C,), or (N, C) per image.
     """
     labels = Labels(target, class_weight, ignore_index, align_corners)
     options = DiceOptions(batch, smooth, square, background, present)
@@ -393,13 +404,13 @@ def resized_cross_entropy_dice_loss(
     ignore_index: int = 255,
     align_corners: bool = False,
 ) -> CEDiceOutput:
-    """`resized_cross_entropy` and `resized_dice_loss`, their means, in shared passes.
+    """The means of `resized_cross_entropy` and `resized_dice_loss`, in shared passes.
 
     Args:
         logits: (N, C, h, w); with C = 1 ``ce`` is the binary cross-entropy.
         target: labels (N, H, W).
         ce_weight, dice_weight: factors of the two.
-        class_weight: (C,), of both; not with C = 1.
+        class_weight: (C,), for both; not with C = 1.
         The rest: as in the two functions.
     """
     labels = Labels(target, class_weight, ignore_index, align_corners)
@@ -462,11 +473,13 @@ def resized_binary_cross_entropy(
 
     Args:
         logits: (N, C, h, w).
-        target: 0 and 1 of any integer dtype or bool, (N, C, H, W), for C = 1 also (N, H, W). Elements that are
+        target: 0 and 1 of any integer dtype or bool, (N, C, H, W), or (N, H, W) for C = 1. Elements equal to
             ``ignore_index`` do not count.
         pos_weight: (C,), multiplies the terms of ones, as in `torch.nn.functional.binary_cross_entropy_with_logits`.
-        pixel_weight: (N, H, W), or (N, h', w') of another size, which is resized the same way; scales the terms only.
-        reduction: ``"mean"`` over the elements that count, ``"mean_all"``, ``"sum"``, ``"batchmean"``, ``"none"``: like
+        pixel_weight: (N, H, W), or (N, h', w') of another size, resized like the logits; scales the terms, not the
+            count.
+        align_corners: of the resize.
+        reduction: ``"mean"`` over counted elements, ``"mean_all"``, ``"sum"``, ``"batchmean"``, ``"none"``: shaped like
             ``target``.
     """
     weights = (pos_weight, pixel_weight)
@@ -527,15 +540,15 @@ def resized_kd_loss(
     reduction: str = "mean",
     activation: str = "softmax",
 ) -> Tensor:
-    """Fused bilinear resize of both sides to ``size`` and `kd_loss`.
+    """`kd_loss` fused with a bilinear resize of student and teacher to ``size``.
 
     Args:
         student: logits (N, C, h, w).
         teacher: logits (N, C, h', w').
         size: (H, W) of the labels.
-        target: labels (N, H, W) or None; pixel_weight: (N, H, W), or of another size, which is resized the same way.
-        temperature, ignore_index, align_corners, reduction, activation: as in `kd_loss` and
-            `resized_cross_entropy`.
+        target: labels (N, H, W) or None.
+        pixel_weight: (N, H, W), or another size, resized like the logits.
+        temperature, ignore_index, align_corners, reduction, activation: as in `kd_loss` and `resized_cross_entropy`.
     """
     options = (temperature, ignore_index, align_corners, activation)
     return _resized_kd_loss(student, teacher, target, pixel_weight, size, options, reduction, 1.0)
@@ -584,7 +597,7 @@ def _resized_kd_loss(
 
 @torch.no_grad()
 def teacher_confidence(main: Tensor, aux: Tensor, *, direction: str = "aux_main") -> Tensor:
-    """RDD's TFE map: exp(-D), D the per-pixel KL between the teacher's own two heads (arXiv 2407.03719).
+    """RDD's TFE map: exp(-D), D the per-pixel KL between the teacher's two heads (arXiv 2407.03719).
 
     Args:
         main, aux: the teacher's logits (N, C, h, w).
@@ -620,11 +633,14 @@ def difficulty_mask(
     Hard means confidence <= max(threshold, the k-th smallest confidence of the batch), k = min(min_kept, pixels).
 
     Args:
-        student, teacher: logits (N, C, h, w), resized to the labels inside.
+        student, teacher: logits (N, C, h, w), resized to the labels.
         target: labels (N, H, W).
-        threshold: in [0, 1]. min_kept: >= 0; 0 leaves the threshold as it is.
+        threshold: in [0, 1].
+        min_kept: >= 0; 0 uses the threshold alone.
         confidence: probability of the largest (``"max"``) or of the labelled class (``"label"``); 1 where ignored.
-        select: ``"xor"``, ``"or"``, ``"and"``, ``"student"`` (plain OHEM), ``"student_only"`` (student hard, teacher easy).
+        select: ``"xor"``, ``"or"``, ``"and"``, ``"student"`` (plain OHEM), ``"student_only"`` (student hard, teacher
+            easy).
+        align_corners: of the resize.
 
     Returns:
         bool (N, H, W), False where ignored, without gradient.
@@ -662,20 +678,21 @@ def rdd_loss(
     """Relative difficulty distillation (arXiv 2407.03719): task loss weighted by relative difficulty, plus KD.
 
     TFE: mean over all pixels of exp(-D) * CE(S), D the KL between the teacher's two heads. TSE: CE(S) over the pixels
-    `difficulty_mask` selects. KD is `kd_loss` at logit size over all pixels.
+    selected by `difficulty_mask`. KD: `kd_loss` at logit size over all pixels.
 
     Args:
         student, teacher: main logits (N, C, h, w).
         target: labels (N, H, W).
         stage: ``"tfe"`` or ``"tse"``.
-        teacher_aux: the teacher's auxiliary logits (N, C, h, w); needed by TFE, by ``blend`` and by ``student_aux`` in TSE.
-        student_aux: the student's auxiliary logits; gets ``aux_weight`` times the same term, with its own mask.
-        preset: ``"paper"`` or ``"official"`` (the released code); gives every argument left at None.
+        teacher_aux: the teacher's auxiliary logits (N, C, h, w); required by TFE, by ``blend`` and by ``student_aux``
+            in TSE.
+        student_aux: the student's auxiliary logits; they add ``aux_weight`` times the same term, with its own mask.
+        preset: ``"paper"`` or ``"official"`` (the released code); provides every argument that is None.
         class_weight: (C,), used in TSE only.
         blend: in TSE, the share of the TFE term: task = (1 - blend) * TSE + blend * TFE.
 
     Raises:
-        ValueError: as in this module, and: TFE without ``teacher_aux``; an auxiliary term without both auxiliary heads.
+        ValueError: see the module; also TFE without ``teacher_aux``, or an auxiliary term without both auxiliary heads.
     """
     options = RDDOptions(preset, kd_weight, temperature, threshold, min_kept, select, aux_weight, align_corners)
     heads = Heads(student, teacher, student_aux, teacher_aux)
@@ -683,7 +700,7 @@ def rdd_loss(
 
 
 class RDDOptions(NamedTuple):
-    """The options of `rdd_loss`; None is the preset's value."""
+    """Options of `rdd_loss`; None: the preset's value."""
 
     preset: str
     kd_weight: float
@@ -724,7 +741,7 @@ def _rdd_loss(
         task, count = cross_entropy(heads.student, plain, confidence, None, "mean_all", share)
         if heads.student_aux is not None and aux_weight > 0:
             task = task + cross_entropy(heads.student_aux, plain, confidence, None, "mean_all", share * aux_weight)[0]
-        return task, count.sign()  # every valid pixel carries task loss
+        return task, count.sign()  # every valid pixel contributes to the task loss
 
     def tse(share: float) -> tuple[Tensor, Tensor]:
         task, selected = selected_cross_entropy(heads.student, heads.teacher, labels, hard, p.tse_reduction, share)
@@ -754,7 +771,7 @@ def _rdd_loss(
         return _rdd_output(*tfe(confidence, weight), kd, options.kd_weight, stage)
     early, _ = tfe(confidence, weight)
     task, selected = tse(weight)
-    # A tensor's factor and not the terms' scale: it is another number at every step, and would be compiled anew.
+    # Multiplies tensors instead of entering the scale: it changes at every step and would recompile each time.
     return _rdd_output((1 - blend) * task + blend * early, selected, kd, options.kd_weight, stage)
 
 
@@ -787,7 +804,7 @@ def _rdd_output(task: Tensor, selected: Tensor, kd: Tensor, kd_weight: float, st
 
 
 def _size(size: tuple[int, int]) -> tuple[int, int]:
-    # int() of a symbolic size would pin compiled code to it.
+    # int() of a symbolic size would specialise compiled code on it.
     whole = [v if isinstance(v, int | torch.SymInt) else int(v) for v in size]
     if len(size) != 2 or any(a != b or a < 0 for a, b in zip(whole, size, strict=True)):
         raise ValueError(f"size: got {size!r}, expected (height, width) of the labels")

@@ -1,6 +1,6 @@
-"""The losses as drop-in ``nn.Module``s: they hold options and adapters and call `fastkd.functional`.
+"""The losses as ``nn.Module``s; they hold options and adapters and call `fastkd.functional`.
 
-Constructor keywords are those of the function of the same name, plus ``loss_weight``, which multiplies the result.
+Constructor keywords are those of the function, plus ``loss_weight``, which multiplies the result.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ CITYSCAPES_CLASS_WEIGHTS = (
     0.8373, 0.918, 0.866, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023, 0.9539, 0.9843, 1.1116, 0.9037, 1.0865,
     1.0955, 1.0865, 1.1529, 1.0507,
 )  # fmt: skip
-"""Weights of the 19 Cityscapes classes as the released RDD code uses them in TSE."""
+"""Weights of the 19 Cityscapes classes that the released RDD code uses in TSE."""
 
 
 class NFDLoss(nn.Module):
-    """`fastkd.nfd_loss` of two feature maps that may differ in channels and size.
+    """`fastkd.nfd_loss` of feature maps that may differ in channels and size.
 
-    With ``in_channels`` and ``teacher_channels`` the student first passes a trained 1x1 convolution (``adapter``, no
-    bias: a constant per channel cancels in the z-score); give its parameters to the optimiser. A teacher of another
-    H, W is resized bilinearly to the student's. Tokens and volumes: as in `fastkd.nfd_loss`.
+    With ``in_channels`` and ``teacher_channels`` the student first goes through a trainable 1x1 convolution,
+    ``adapter``; pass its parameters to the optimiser. It has no bias, which the z-score would cancel. A teacher of
+    another size is resized bilinearly to the student's. Tokens and volumes: as in `fastkd.nfd_loss`.
     """
 
     def __init__(
@@ -351,13 +351,13 @@ class ResizedKDLoss(nn.Module):
 
 
 class RDDLoss(nn.Module):
-    """`fastkd.rdd_loss` over a run: TFE for the first ``tfe_steps`` steps, TSE for the rest.
+    """`fastkd.rdd_loss` over a run: TFE for the first ``tfe_steps`` steps, then TSE.
 
     Args:
         total_steps: optimiser steps of the run, > 0.
         preset: ``"paper"`` or ``"official"`` (the released code).
-        tfe_steps: default 10 % of the run (both presets; the released code's 4000 of 40 000); 0 leaves TFE out, and with
-            it the need for an auxiliary head of the teacher.
+        tfe_steps: default: 10 % of the run (the released code: 4000 of 40 000). 0 skips TFE; the teacher then needs no
+            auxiliary head.
         blend: after TFE, task = (1 - l) * TSE + l * TFE with l = (total - step) / (total - tfe_steps), as in the
             released code. Needs ``teacher_aux`` at every step.
         loss_weight: multiplies ``loss``, ``task`` and ``kd``.
@@ -402,7 +402,7 @@ class RDDLoss(nn.Module):
         self.loss_weight = loss_weight
 
     def stage(self, step: int) -> str:
-        """``"tfe"`` or ``"tse"``: the stage of optimiser step ``step`` (from 0)."""
+        """The stage of optimiser step ``step`` (from 0): ``"tfe"`` or ``"tse"``."""
         return "tfe" if step < self.tfe_steps else "tse"
 
     def forward(

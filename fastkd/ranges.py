@@ -1,9 +1,9 @@
-"""Ranges of numbers, as types: what a configuration, a data set and a command accept, and what their --help shows.
+"""Numeric ranges as types, for configurations, data sets and commands; --help shows them.
 
     clip: Positive | None = None
 
-`check` holds a dataclass, `check_options` the keywords of a function, to the ranges in their annotations; `Numbers` is an
-argparse parser that shows them.
+`check` validates a dataclass and `check_options` keyword arguments against their annotations; `Numbers` is an argparse
+parser that shows the ranges.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 @dataclass(frozen=True, repr=False)
 class Range:
-    """Finite numbers from `low` to `high`; `above` and `below` are exclusive. note: shown with it."""
+    """Finite numbers from `low` to `high`; `above` and `below` are exclusive. `note` is shown with it."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -53,14 +53,15 @@ Count = Annotated[int, Range(low=1)]
 CountOrZero = Annotated[int, Range(low=0)]
 Byte = Annotated[int, Range(0, 255)]
 IgnoredByte = Annotated[int, Range(0, 255, note="files hold a label of -1 as 255")]
-Seed = Annotated[int, Range(0, 2**32 - 1)]  # what NumPy takes
-Side = Annotated[int, Range(low=16)]  # of a painted scene
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # NumPy's range
+Side = Annotated[int, Range(low=16)]  # pixels of a generated scene
 Shape = tuple[Count, Count, Count, Count]
 Size = tuple[Count, Count]
 
 
 def check(config: Any, prefix: str = "") -> None:
-    """ValueError names the first value of a dataclass, or of one inside it, that its annotation does not allow."""
+    """Raises ValueError for the first value of a dataclass, or of one nested in it, that its annotation does not
+    allow."""
     for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
@@ -70,7 +71,7 @@ def check(config: Any, prefix: str = "") -> None:
 
 
 def check_options(function: Callable[..., Any], options: Mapping[str, Any], prefix: str) -> None:
-    """The same for the keywords that a function is about to be called with."""
+    """`check` for the keywords of a function call."""
     hints = _hints(function)
     for name, value in options.items():
         if name in hints:
@@ -78,7 +79,7 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any], pref
 
 
 def option_limits(function: Callable[..., Any]) -> dict[str, str]:
-    """Name of each keyword of a function that holds numbers -> its type and range in words."""
+    """The type and range, in words, of each numeric keyword of a function."""
     return {name: words(hint) for name, hint in _hints(function).items() if name != "return" and _ranges(hint)}
 
 
@@ -112,11 +113,11 @@ def _fits(hint: Any, value: Any) -> bool:
         return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
     if hint in (bool, str):
         return isinstance(value, hint)
-    return True  # mappings and the like: jsonargparse checks them
+    return True  # mappings and the like: checked by jsonargparse
 
 
 def words(hint: Any) -> str:
-    """A type in the words of a message."""
+    """A type in words."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         limits = " and ".join(repr(r) for r in parts[1:] if isinstance(r, Range))
@@ -132,7 +133,7 @@ def words(hint: Any) -> str:
 
 
 def limits(kind: type, prefix: str = "") -> dict[str, str]:
-    """Dotted name of each number in a dataclass, and in those inside it -> its range in words."""
+    """Dotted name -> range in words, for each number in a dataclass and in those nested in it."""
     found: dict[str, str] = {}
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
@@ -148,9 +149,9 @@ def _ranges(hint: Any) -> list[Range]:
 
 
 def number(hint: Any) -> Callable[[str], Any]:
-    """The parser of an option of this type."""
+    """An argparse ``type`` for this annotation."""
     parts = typing.get_args(hint)
-    several = typing.get_origin(hint) is tuple  # written with commas between
+    several = typing.get_origin(hint) is tuple  # comma-separated
     kind = typing.get_args(parts[0])[0] if several else parts[0]
 
     def read(text: str) -> Any:
@@ -166,7 +167,7 @@ def number(hint: Any) -> Callable[[str], Any]:
 
 
 class Numbers(argparse.ArgumentParser):
-    """An argparse parser whose options may have a type of this file, whose range --help then shows."""
+    """An argparse parser whose options accept the types of this file; --help shows the range."""
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:  # type: ignore[override]
         if typing.get_origin(options.get("type")) in (Annotated, tuple):

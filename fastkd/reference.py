@@ -1,8 +1,8 @@
-"""Every operator in plain PyTorch: the specification, and the fallback where there is no kernel.
+"""Every operator in plain PyTorch: the specification, and the fallback without a kernel.
 
-Shapes and words are those of `fastkd.functional`; arguments are taken as checked. Arithmetic is fp32 (fp64 for
-fp64 inputs); everything is differentiable with respect to the student by autograd. Pixel losses come back per pixel,
-with what is counted; `reduce` turns terms into one number.
+Shapes and options are those of `fastkd.functional`, already validated. Arithmetic is fp32 (fp64 for fp64 inputs);
+autograd differentiates with respect to the student. Pixel losses return one term per pixel and what counts; `reduce`
+reduces them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def nfd(student: Tensor, teacher: Tensor, dims: str, eps: float) -> Tensor:
 
 
 def kl(student: Tensor, teacher: Tensor, temperature: float, dim: int) -> Tensor:
-    """tau^2 * KL(softmax(T / tau) || softmax(S / tau)) over ``dim``; a teacher logit of -inf adds 0."""
+    """tau^2 * KL(softmax(T / tau) || softmax(S / tau)) over ``dim``; a teacher logit of -inf contributes 0."""
     acc = accumulator(student, teacher)
     log_s = F.log_softmax(student.to(acc) / temperature, dim)
     log_t = F.log_softmax(teacher.to(acc) / temperature, dim)
@@ -43,11 +43,11 @@ def kd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def kd_sigmoid(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KD of each class against the rest: tau^2 * the KL of Bernoulli distributions, summed over the classes, (N, H, W)."""
+    """KD of each class against the rest: tau^2 * KL of Bernoulli distributions, summed over the classes, (N, H, W)."""
     acc = accumulator(student, teacher)
     s, t = student.to(acc) / temperature, teacher.to(acc) / temperature
     total = torch.zeros_like(s[:, 0])
-    for sign in (1, -1):  # the class, and its complement
+    for sign in (1, -1):  # the class and its complement
         p = torch.sigmoid(sign * t)
         d = F.logsigmoid(sign * t) - F.logsigmoid(sign * s)
         total = total + torch.where(p == 0, 0, p * d).sum(1)
@@ -60,7 +60,7 @@ def cwd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def resize(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-    """Bilinear interpolation of (N, C, h, w) or (N, h, w) to ``size``, without antialiasing; fp32 or better."""
+    """Bilinear interpolation of (N, C, h, w) or (N, h, w) to ``size``, without antialiasing, in fp32 or fp64."""
     x = x.to(accumulator(x))
     if x.shape[-2:] == size:
         return x
@@ -70,8 +70,8 @@ def resize(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
 
 
 def valid_pixels(target: Tensor, classes: int, ignore_index: int) -> Tensor:
-    """True where a label counts: it is not ``ignore_index`` and it is a class."""
-    target = target.long()  # uint8 would wrap the numbers it is compared with
+    """True where the label is a class and not ``ignore_index``."""
+    target = target.long()  # comparisons in uint8 would wrap the other operand
     return (target != ignore_index) & (target >= 0) & (target < classes)
 
 
@@ -83,8 +83,8 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     focal_gamma: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per pixel: the class-weighted cross-entropy (0 where ignored), the valid map, and the class weight (0 where
-    ignored), all (N, H, W) and at the logits' size."""
+    """Per pixel, (N, H, W): the class-weighted cross-entropy, whether it counts, and the class weight; 0 where
+    ignored."""
     classes = logits.shape[1]
     valid = valid_pixels(target, classes, ignore_index)
     label = torch.where(valid, target, 0).long()
@@ -103,7 +103,7 @@ def cross_entropy(
 
 
 def dice_sums(logits: Tensor, target: Tensor, ignore_index: int, square: bool, columns: int) -> Tensor:
-    """What Dice and cross-entropy are made of, (N, C, columns) in fp64: the columns of `fastkd.ops.resized_dice`."""
+    """The sums of `fastkd.ops.resized_dice`, (N, C, columns) in fp64."""
     classes = logits.shape[1]
     valid = valid_pixels(target, classes, ignore_index)
     label = torch.where(valid, target.long(), classes)
@@ -124,7 +124,7 @@ def dice_sums(logits: Tensor, target: Tensor, ignore_index: int, square: bool, c
 def binary_cross_entropy(
     logits: Tensor, target: Tensor, pos_weight: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Per element of (N, C, H, W): the binary cross-entropy of one class against the rest, and whether it counts."""
+    """Per element of (N, C, H, W): binary cross-entropy of one class against the rest, and whether it counts."""
     valid = valid_pixels(target, 2, ignore_index)
     positive = -F.logsigmoid(logits)
     if pos_weight is not None:
@@ -135,7 +135,7 @@ def binary_cross_entropy(
 def count_pixels(
     terms: Tensor, target: Tensor | None, weight: Tensor | None, classes: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Terms (N, H, W) times ``weight``, 0 where the label does not count, and how many pixels count."""
+    """Terms (N, H, W) times ``weight``, 0 where the label does not count, and the number of counted pixels."""
     if target is None:
         return terms if weight is None else terms * weight.to(terms.dtype), terms.new_tensor(terms.numel())
     valid = valid_pixels(target, classes, ignore_index)
@@ -145,7 +145,7 @@ def count_pixels(
 
 
 def reduce(terms: Tensor, reduction: str, scale: float, count: Tensor | None = None) -> Tensor:
-    """Terms of pixels or groups, 0 where ignored, reduced as every operator does it (`fastkd.ops.Loss`)."""
+    """Reduces terms of pixels or groups, 0 where ignored, like the operators (`fastkd.ops.Loss`)."""
     if reduction == "none":
         return terms * scale
     total = terms.sum() * scale
@@ -199,7 +199,7 @@ def difficulty_mask(
     ignore_index: int,
     align_corners: bool,
 ) -> Tensor:
-    """RDD's TSE mask (arXiv 2407.03719): valid pixels, chosen by ``select`` from the hard pixels of both networks."""
+    """RDD's TSE mask (arXiv 2407.03719): valid pixels selected by ``select`` from the hard pixels of both networks."""
     hard = [
         hard_pixels(confidence(z, target, kind, ignore_index, align_corners), threshold, min_kept)
         for z in (student, teacher)

@@ -1,4 +1,4 @@
-"""Classes of other distillation projects, by their names, arguments, defaults and numbers, on these kernels.
+"""Loss classes of other projects, with their names, arguments, defaults and numerical results, on these kernels.
 
-They need torch only. docs/drop-in.md shows the lines to change; where a number differs, the class says by how much.
+They need only torch. docs/drop-in.md shows the lines to change; a class whose numbers differ says by how much.
 """

@@ -1,4 +1,4 @@
-"""`F.kl_div` of two softmaxes with its own words for the reduction, on the KD kernel."""
+"""`F.kl_div` of two softmaxes, with its reductions, on the KD kernel."""
 
 from __future__ import annotations
 
@@ -17,12 +17,10 @@ def kl_div(student: Tensor, teacher: Tensor, temperature: float, reduction: str)
     Args:
         student, teacher: logits (N, C) or (N, C, ...).
         reduction: as in torch: "mean" divides by the number of elements, not of pixels; "batchmean" by N. "none" is
-            elementwise, and has no kernel.
+            elementwise and has no kernel.
     """
     check_word("reduction", reduction, REDUCTIONS)
-    if (
-        reduction == "none" or teacher.requires_grad
-    ):  # no kernel has an elementwise result or a gradient for the teacher
+    if reduction == "none" or teacher.requires_grad:  # no kernel has an elementwise result or a teacher gradient
         log_s = F.log_softmax(student / temperature, 1)
         return F.kl_div(log_s, F.softmax(teacher / temperature, 1), reduction=reduction)
     student, teacher = (_four_dimensions(x) for x in (student, teacher))

@@ -1,6 +1,7 @@
-"""Losses of CIRKD's training scripts, by their names, arguments and numbers.
+"""Losses of CIRKD's training scripts, with their names, arguments and numerical results.
 
-Written from the formulas and compared in numbers with the originals. The memory bank and the adversarial term are not included.
+Implemented from the formulas and compared numerically with the originals. The memory bank and the adversarial loss are
+not included.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fastkd.train.methods.skd import SKDLoss
 
 
 class CriterionKD(nn.Module):
-    """Pixel-wise KD of logits (N, C, h, w): the mean over pixels, times temperature²."""
+    """Pixel-wise KD of logits (N, C, h, w): mean over pixels, times temperature²."""
 
     def __init__(self, temperature: float = 1):
         super().__init__()
@@ -34,15 +35,15 @@ class CriterionCWD(nn.Module):
     """CWD (arXiv 2011.13256) of features or logits (N, C, h, w), times temperature².
 
     Args:
-        s_channels, t_channels: of student and teacher; where they differ the student passes `conv`, a 1x1
+        s_channels, t_channels: channels of student and teacher; if they differ the student goes through `conv`, a 1x1
             convolution without bias.
-        norm_type: "channel", a softmax over the pixels of each channel, divided by N·C; "spatial", a softmax over the channels of
-            each pixel, divided by N·h·w; or "none", the numbers themselves, divided by N·h·w.
-        divergence: "kl" (of a softmax), or "mse", the sum of squared differences.
+        norm_type: "channel": softmax over the pixels of each channel, divided by N·C. "spatial": softmax over the
+            channels of each pixel, divided by N·h·w. "none": the raw values, divided by N·h·w.
+        divergence: "kl" (needs a softmax), or "mse", the sum of squared differences.
         temperature: of the softmax.
 
     Raises:
-        ValueError: "kl" without a softmax, or an unknown word.
+        ValueError: "kl" without a softmax, or an unknown option.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class CriterionCWD(nn.Module):
 
 
 class CriterionAT(nn.Module):
-    """AT (arXiv 1612.03928): the mean of the squared difference of attention maps."""
+    """AT (arXiv 1612.03928): mean squared difference of attention maps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +96,7 @@ class CriterionAT(nn.Module):
 
 
 class CriterionFitNet(nn.Module):
-    """FitNet (arXiv 1412.6550): the mean squared difference, the student behind `conv`, a 1x1 convolution without bias."""
+    """FitNet (arXiv 1412.6550): mean squared difference after `conv`, a 1x1 convolution without bias on the student."""
 
     def __init__(self, s_channels: int, t_channels: int):
         super().__init__()
@@ -107,7 +108,7 @@ class CriterionFitNet(nn.Module):
 
 
 class CriterionStructuralKD(nn.Module):
-    """SKD, pair-wise (arXiv 1903.04197), with max-pooling over 2×2."""
+    """SKD, pair-wise (arXiv 1903.04197), with 2×2 max-pooling."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +119,8 @@ class CriterionStructuralKD(nn.Module):
 
 
 class CriterionDoubleSimKD(nn.Module):
-    """DSD (arXiv 2107.08591): two losses, pixel and category, of lists of layers of one size; the last are the logits."""
+    """DSD (arXiv 2107.08591): a pixel loss and a category loss of lists of layers of one size; the last layers are the
+    logits."""
 
     def forward(self, feat_S_list: Sequence[Tensor], feat_T_list: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         student, teacher = list(feat_S_list), [x.detach() for x in feat_T_list]
@@ -132,7 +134,7 @@ class CriterionDoubleSimKD(nn.Module):
 
 
 class CriterionIFV(nn.Module):
-    """IFVD (ECCV 2020), the mean over all pixels; labels that are not 0 to classes − 1 are ignored."""
+    """IFVD (ECCV 2020), mean over all pixels; labels outside 0 to classes − 1 are ignored."""
 
     def __init__(self, classes: int):
         super().__init__()
@@ -147,7 +149,7 @@ class CriterionMiniBatchCrossImagePair(nn.Module):
 
     Args:
         temperature: of the softmax over similarities.
-        pooling: average the features over 2×2 first.
+        pooling: first average the features over 2×2.
     """
 
     def __init__(self, temperature: float, pooling: bool = False):
@@ -159,10 +161,10 @@ class CriterionMiniBatchCrossImagePair(nn.Module):
 
 
 class SegCrossEntropyLoss(nn.Module):
-    """Cross-entropy, the mean over pixels that are not `ignore_index`.
+    """Cross-entropy, mean over pixels that are not `ignore_index`.
 
-    `inputs` have the labels' size (N, C, H, W), as in CIRKD, or their own (N, C, h, w): these are resized bilinearly with
-    align_corners=True.
+    `inputs` have the labels' size (N, C, H, W), as in CIRKD, or another size (N, C, h, w) and are then resized
+    bilinearly with align_corners=True.
     """
 
     def __init__(self, ignore_index: int = -1):

@@ -13,7 +13,7 @@ from fastkd.functional import cwd_loss, nfd_loss
 
 
 class ChannelWiseDivergence(nn.Module):
-    """CWD of (N, C, H, W): tau² / (N·C) times the sum over channels of the KL of their softmaxes over pixels."""
+    """CWD of (N, C, H, W): tau² / (N·C) times the sum over channels of the KL between softmaxes over pixels."""
 
     def __init__(self, tau: float = 1.0, loss_weight: float = 1.0):
         super().__init__()
@@ -28,9 +28,9 @@ class KLDivergence(nn.Module):
 
     Args:
         tau: temperature.
-        reduction: torch's words: "batchmean" divides by N, "mean" by the number of elements (C·H·W·N, not of pixels).
+        reduction: as in torch: "batchmean" divides by N, "mean" by the number of elements (N·C·H·W, not by pixels).
         loss_weight: factor.
-        teacher_detach: False sends a gradient to the teacher; plain PyTorch computes it.
+        teacher_detach: False propagates a gradient to the teacher, in plain PyTorch.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class KLDivergence(nn.Module):
 class PKDLoss(nn.Module):
     """PKD (arXiv 2207.02039): half the mean squared difference of features normalised per channel over the batch.
 
-    The variance is unbiased. mmrazor adds 1e-6 to the deviation, this class its square to the variance: the loss differs by about
-    1e-6 / deviation, relatively.
+    The variance is unbiased. mmrazor adds 1e-6 to the standard deviation, this class adds its square to the variance:
+    the loss differs by a relative error of about 1e-6 / deviation.
 
     Args:
         loss_weight: factor.
-        resize_stu: where sizes differ, whether the student is resized (bilinearly) to the teacher, or the other way round.
+        resize_stu: if sizes differ, resize (bilinearly) the student to the teacher; False: the teacher to the student.
 
-    forward(preds_S, preds_T): (N, C, H, W), or a sequence of those, whose losses are added.
+    forward(preds_S, preds_T): (N, C, H, W), or a sequence of those, whose losses are summed.
     """
 
     def __init__(self, loss_weight: float = 1.0, resize_stu: bool = True):

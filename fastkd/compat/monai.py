@@ -1,7 +1,7 @@
-"""`DiceLoss` and `DiceCELoss` of MONAI 1.4 to 1.6 with ``softmax=True, to_onehot_y=True``, by their names, arguments and numbers.
+"""`DiceLoss` and `DiceCELoss` of MONAI 1.4 to 1.6 with ``softmax=True, to_onehot_y=True``: same arguments and results.
 
-Maps (N, C, h, w) may be smaller than the labels (N, 1, H, W): they are resized inside. Volumes (N, C, D, H, W) have the size of
-their labels (N, 1, D, H, W).
+Logits (N, C, h, w) may be smaller than the labels (N, 1, H, W): they are resized inside. Volumes (N, C, D, H, W) must
+have the size of their labels (N, 1, D, H, W).
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from fastkd._dice import cross_entropy_of, dice_sums
 from fastkd._operators import Labels
 from fastkd.ops import accumulator
 
-NO_LABEL = -(1 << 31)  # ignore_index where nothing is ignored
+NO_LABEL = -(1 << 31)  # ignore_index that ignores nothing
 
 
 class DiceLoss(nn.Module):
-    """Dice of each image and class, or of the batch, averaged.
+    """Dice per image and class, or per class over the batch, averaged.
 
     Args:
         include_background: False leaves class 0 out.
-        to_onehot_y, softmax: True.
-        squared_pred: sums of squares in the denominator.
+        to_onehot_y, softmax: must be True.
+        squared_pred: squared terms in the denominator.
         jaccard: the Jaccard index instead.
         reduction: "mean" over images and classes, "sum" or "none".
         smooth_nr, smooth_dr: added to the numerator and the denominator.
-        batch: sums over the batch.
-        weight: of the classes (without class 0 if it is left out); it multiplies, the mean is not divided by it.
-        ignore_index: label of the voxels that do not count.
+        batch: sum over the batch.
+        weight: per class (without class 0 if it is left out); a factor that does not enter the mean's denominator.
+        ignore_index: label of voxels that do not count.
     """
 
     class_weight: Tensor | None
@@ -68,7 +68,7 @@ class DiceLoss(nn.Module):
         return terms.reshape(*terms.shape, *[1] * (input.dim() - 2)) if self.reduction == "none" else terms
 
     def of_sums(self, sums: Tensor) -> Tensor:
-        """From the sums of :mod:`fastkd.ops.resized_dice`, in fp64."""
+        """Dice from the sums of :mod:`fastkd.ops.resized_dice`, in fp64."""
         sums = sums if self.include_background else sums[:, 1:]
         if self.batch:
             sums = sums.sum(0)
@@ -85,10 +85,10 @@ class DiceLoss(nn.Module):
 
 
 class DiceCELoss(nn.Module):
-    """lambda_dice · Dice + lambda_ce · torch's cross-entropy, from the same passes over the logits.
+    """lambda_dice · Dice + lambda_ce · torch's cross-entropy, in shared passes over the logits.
 
     Args:
-        weight: class weights of the cross-entropy, and of Dice.
+        weight: class weights of the cross-entropy and of Dice.
         label_smoothing: of the cross-entropy.
         The rest: as in :class:`DiceLoss`; reduction "mean" or "sum".
     """
@@ -156,7 +156,7 @@ def _sums(input: Tensor, target: Tensor, ignore_index: int | None, square: bool,
             "resized"
         )
     input, labels = as_map(input), as_map(target)[:, 0]
-    if labels.is_floating_point():  # MONAI's transforms make them so
+    if labels.is_floating_point():  # MONAI's transforms return floating-point labels
         labels = labels.long()
     ignored = NO_LABEL if ignore_index is None else ignore_index
     check_target(labels, input, (input.shape[0], None, None), ignored)
@@ -164,7 +164,7 @@ def _sums(input: Tensor, target: Tensor, ignore_index: int | None, square: bool,
 
 
 def _reduction(word: Any) -> str:
-    word = getattr(word, "value", word)  # MONAI's enumeration
+    word = getattr(word, "value", word)  # MONAI's enum
     check_word("reduction", word, ("mean", "sum", "none"))
     return word
 

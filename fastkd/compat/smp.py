@@ -1,7 +1,7 @@
-"""Losses of segmentation-models-pytorch 0.5 and 0.6 in mode "multiclass", by their names, arguments and numbers.
+"""Losses of segmentation-models-pytorch 0.5 and 0.6 in mode "multiclass": same names, arguments and results.
 
-Logits (N, C, h, w) may be smaller than the labels (N, H, W): they are resized inside. If no pixel counts the loss
-is 0, where theirs may be NaN.
+Logits (N, C, h, w) may be smaller than the labels (N, H, W): they are resized inside. If no pixel counts the loss is 0,
+where the original may be NaN.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from fastkd.functional import resized_cross_entropy
 from fastkd.ops import accumulator
 from fastkd.reference import resize, valid_pixels
 
-NO_LABEL = -(1 << 31)  # ignore_index where nothing is ignored
+NO_LABEL = -(1 << 31)  # ignore_index that ignores nothing
 
 
 class DiceLoss(nn.Module):
-    """Dice over the batch, of the classes that have a pixel; the mean is over all classes, to which the others add 0.
+    """Dice over the batch; mean over all classes, to which classes without a pixel contribute 0.
 
     Args:
         mode: "multiclass".
         classes: only these.
         log_loss: -log(dice) instead of 1 - dice.
-        smooth: added above and, as often as in the mean of both sums, below. eps: the least denominator.
+        smooth: added to the numerator and, as often as in the mean of both sums, to the denominator.
+        eps: minimum of the denominator.
         ignore_index: label that does not count.
-        class_weights: of all classes; the mean is then weighted.
+        class_weights: for all classes; the mean is then weighted.
     """
 
     class_weights: Tensor | None
@@ -72,18 +73,19 @@ class DiceLoss(nn.Module):
 
 
 class FocalLoss(nn.Module):
-    """Focal loss of each class against the rest, from a sigmoid; the mean over the classes.
+    """Focal loss of each class against the rest, from a sigmoid; mean over the classes.
 
-    It has no kernel: classes are resized and computed one after another, and again in the backward, so that only one at a time is
-    at label size.
+    There is no kernel: classes are resized and computed one after another, and recomputed in the backward, so that only
+    one at a time is at label size.
 
     Args:
         mode: "multiclass".
-        alpha: weight of the class, 1 - alpha that of the rest; None for neither.
+        alpha: weight of the class, 1 - alpha that of the rest; None: no weights.
         gamma: exponent.
-        reduction: of a class: "mean" or "sum" over the pixels that count.
-        normalized: divided by the sum of the focal factors.
-        reduced_threshold: the factor is 1 where the right answer has a lower probability, else ((1 - p) / threshold)^gamma.
+        reduction: per class: "mean" or "sum" over the pixels that count.
+        normalized: divide by the sum of the focal factors.
+        reduced_threshold: the factor is 1 where the probability p of the right answer is below it, else ((1 - p) /
+            threshold)^gamma.
         class_weights: the mean over the classes is then weighted.
     """
 
@@ -126,7 +128,7 @@ class FocalLoss(nn.Module):
     def _one(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         x = resize(logits, (valid.shape[-2], valid.shape[-1]), False)[:, 0]
         loss = -F.logsigmoid(torch.where(target, x, -x))
-        rest = -torch.expm1(-loss)  # 1 - p of the right answer
+        rest = -torch.expm1(-loss)  # 1 - probability of the right answer
         factor = rest.clamp(min=torch.finfo(loss.dtype).tiny) ** self.gamma
         if self.reduced_threshold is not None:
             reduced = factor / self.reduced_threshold**self.gamma
@@ -141,12 +143,12 @@ class FocalLoss(nn.Module):
 
 
 class SoftCrossEntropyLoss(nn.Module):
-    """Cross-entropy of smoothed labels; "mean" is over all pixels, ignored ones too.
+    """Cross-entropy with label smoothing; "mean" is over all pixels, ignored ones too.
 
     Args:
         reduction: "mean", "sum" or "none".
-        smooth_factor: of the labels; None for 0.
-        ignore_index: label that adds 0; None: every pixel counts.
+        smooth_factor: label smoothing; None for 0.
+        ignore_index: label that contributes 0; None: every pixel counts.
         dim: 1.
     """
 

@@ -14,7 +14,7 @@ from fastkd.functional import resized_cross_entropy
 
 
 class KDLoss(nn.Module):
-    """alpha · CE + beta · temperature² · KL; without alpha or without targets the KL alone, not times temperature².
+    """alpha · CE + beta · temperature² · KL; without alpha or targets, KL alone, not times temperature².
 
     Args:
         student_module_path, student_module_io: the student's logits are io_dict[path][io].
@@ -22,8 +22,8 @@ class KDLoss(nn.Module):
         temperature: of both softmaxes.
         alpha: weight of the cross-entropy; None or 0 leaves it out.
         beta: weight of the KL; None: 1 − alpha.
-        reduction: of torch's KLDivLoss ("batchmean" divides by N, "mean" by the number of elements); the cross-entropy has the
-            same, but "mean" where this is "batchmean".
+        reduction: as in torch's KLDivLoss ("batchmean" divides by N, "mean" by the number of elements). The
+            cross-entropy uses the same, but "mean" for "batchmean".
         kwargs: of torch's CrossEntropyLoss (weight, ignore_index, label_smoothing).
     """
 

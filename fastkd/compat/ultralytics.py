@@ -1,7 +1,7 @@
-"""The loss of Ultralytics' semantic segmentation, written from its description.
+"""The loss of Ultralytics' semantic segmentation, implemented from its description.
 
-Cross-entropy with class weights, Dice over the batch with smooth 1, and 0.4 times the cross-entropy of an auxiliary head, times
-the batch size. Nothing of Ultralytics is imported or copied.
+Cross-entropy with class weights, Dice over the batch with smooth 1, and 0.4 times the cross-entropy of an auxiliary
+head, times the batch size. Nothing of Ultralytics is imported or copied.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from fastkd.functional import _resized_cross_entropy_dice_loss, resized_cross_en
 
 
 class SemanticSegmentationLoss(nn.Module):
-    """(cross-entropy + Dice + aux_weight · auxiliary cross-entropy) · N, and its parts to log.
+    """(cross-entropy + Dice + aux_weight · auxiliary cross-entropy) · N, and its parts for logging.
 
     Args:
-        class_weight: (C,), of the two cross-entropies.
-        aux_weight: of the auxiliary head's.
+        class_weight: (C,), for both cross-entropies.
+        aux_weight: weight of the auxiliary head.
         ignore_index: label that does not count.
-        align_corners: convention of the resize.
+        align_corners: of the resize.
     """
 
     class_weight: Tensor | None

@@ -1,6 +1,6 @@
-"""The operators, one file per family: schema, fake and sample inputs of each, in one table that everything enumerates.
+"""The operators: schema, fake and sample inputs, one file per family, in one table.
 
-`evaluate` makes any of the losses differentiable.
+`evaluate` makes the losses differentiable.
 """
 
 from . import (

@@ -1,8 +1,8 @@
 """The autograd Function of every loss.
 
-An early gradient is made by the forward, from the read the loss needs anyway, at the scale that is known by then: the
-reduction's and the module's ``loss_weight``. The backward multiplies it by the upstream gradient on the device, in a
-kernel that returns at once where that is exactly 1. A late gradient is made by the backward.
+The forward computes an early gradient in the read that the loss needs anyway, scaled by the reduction and the module's
+``loss_weight``. The backward multiplies it by the upstream gradient, in a kernel that returns at once if that is
+exactly 1. A late gradient is computed in the backward.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from ._operator import Loss
 
 
 def operator(backend: str, name: str) -> Any:
-    """The callable of an operator: Triton's launcher itself in eager mode, else the operator, which can be traced."""
+    """An operator's callable: in eager mode Triton's launcher itself, otherwise the traceable operator."""
     if backend == "triton" and not torch.compiler.is_compiling():
         return sys.modules[KERNELS].LAUNCHERS[name]
     return getattr(getattr(torch.ops, NAMESPACES[backend]), name).default
 
 
 def evaluate(loss: Loss, backend: str, reduction: str, scale: float, *args: Any) -> Any:
-    """The reduced loss, differentiable with respect to ``args[0]``; if ``loss.returns_kept``, with what it keeps.
+    """The reduced loss, differentiable with respect to ``args[0]``; if ``loss.returns_kept``, also what the forward
+    keeps.
 
     Args:
         reduction, scale: as in `Loss`.
-        args: the loss's arguments, tensors dense and checked.
+        args: the loss's arguments; tensors are dense and validated.
     """
     if torch.compiler.is_compiling() and not isinstance(scale, int):
-        # A scale of symbolic sizes would specialise the graph, so it multiplies the traced operator's result.
+        # A scale made of symbolic sizes would specialise the graph, so it multiplies the result instead.
         out = evaluate(loss, backend, reduction, 1, *args)
         return (out[0] * scale, out[1]) if loss.returns_kept else out * scale
     if args[0].requires_grad and torch.is_grad_enabled():
@@ -49,13 +50,13 @@ class _Loss(torch.autograd.Function):
         half, traced = student.dtype == torch.float16, torch.compiler.is_compiling()
         early = backend in loss.early and reduction != "none" and not (half and loss.any_weight(*args))
         if half and traced and (loss.pixel_weight is not None or backend in loss.late):
-            early = False  # the unit is made of sizes
+            early = False  # the unit depends on symbolic sizes
         if not early:
             value, kept = operator(backend, loss.name + "_forward")(*args, reduction, scale)
         elif not half:
             value, kept, gradient = operator(backend, loss.name + "_gradient")(*args, reduction, scale)
         else:
-            # A gradient divided by the number of pixels underflows in fp16, so it is stored at a scale of about 1.
+            # In fp16 a gradient divided by the number of pixels underflows, so it is stored at a scale of about 1.
             unit = loss.unit(*args)
             value, kept, gradient = operator(backend, loss.name + "_gradient")(*args, "sum", unit)
             rest = value.new_full((), scale / unit)
@@ -63,7 +64,7 @@ class _Loss(torch.autograd.Function):
                 rest = rest / torch.where(kept == 0, 1, kept)
             value = value * rest
         ctx.call = loss, backend, reduction, scale, args[loss.tensors :], early, traced, rest
-        if early and traced:  # a traced graph must not change what it has saved
+        if early and traced:  # a traced graph must not modify saved tensors
             ctx.save_for_backward(gradient)
         else:
             ctx.gradient, ctx.held = gradient, None
@@ -85,12 +86,12 @@ class _Loss(torch.autograd.Function):
                 "fastkd: double backward (create_graph=True) is not implemented by the kernels; use "
                 '`with fastkd.use_backend("reference"):` around the forward of this loss'
             )
-        *tensors, kept = _saved(ctx)  # also where they are not needed: autograd notices that one was overwritten
+        *tensors, kept = _saved(ctx)  # even if unused: autograd detects that one was overwritten
         if not early:
             gradient = _late(loss, backend, (reduction, scale), tensors, options, kept, grad)
         else:
             gradient, ctx.gradient = ctx.gradient, None
-            if gradient is None:  # the first backward over this graph returned it
+            if gradient is None:  # already returned by the first backward over this graph
                 how = (reduction, scale) if rest is None else ("sum", loss.unit(*tensors, *options))
                 gradient = operator(backend, loss.name + "_gradient")(*tensors, *options, *how)[2]
             operator(backend, "rescale_")(gradient, factor)
@@ -106,22 +107,22 @@ def _late(
     kept: Tensor,
     grad: Tensor,
 ) -> Tensor:
-    """A gradient from the upstream one: by the loss's own backward, or with the upstream gradient as pixel weight."""
+    """A late gradient: by the loss's own backward, or with the upstream gradient as pixel weight."""
     if backend in loss.late:
         return operator(backend, loss.name + "_backward")(grad.contiguous(), *tensors, *options, *how, kept)
     assert loss.pixel_weight is not None
     if how[0] == "mean":
         grad = grad / torch.where(kept == 0, 1, kept)
-    if grad.dim() == 0:  # a map of one pixel a sample, or of all pixels
+    if grad.dim() == 0:  # one pixel per sample, or a reduced loss
         grad = grad.expand(_weight_shape(loss, tensors, options))
     own = tensors[loss.pixel_weight]
-    weighted = [*tensors]  # a copy: to the Dynamo of torch 2.10 these are a tuple
+    weighted = [*tensors]  # a copy: in Dynamo of torch 2.10 this is a tuple
     weighted[loss.pixel_weight] = (grad if own is None else grad * own).contiguous()
     return operator(backend, loss.name + "_gradient")(*weighted, *options, "sum", how[1])[2]
 
 
 def _weight_shape(loss: Loss, tensors: list[Tensor | None], options: tuple[Any, ...]) -> tuple[int, ...]:
-    """A shape that a pixel weight of one number can take: that of the given one, else of the loss of each pixel."""
+    """Shape to which a 0-d pixel weight expands: that of the given weight, else of the unreduced loss."""
     assert loss.pixel_weight is not None
     own = tensors[loss.pixel_weight]
     if own is None and loss.one_weight is not None:
@@ -132,8 +133,8 @@ def _weight_shape(loss: Loss, tensors: list[Tensor | None], options: tuple[Any, 
 def _save(ctx, traced: bool, tensors: tuple[Tensor | None, ...]) -> None:
     """Keeps tensors for the backward.
 
-    Autograd refuses to save inference tensors, such as a teacher's under ``torch.inference_mode``. They
-    are constants, so holding them is enough; all others go through ``save_for_backward`` and its checks.
+    Autograd refuses to save inference tensors, such as a teacher's under ``torch.inference_mode``. They are constants
+    and are held directly; all others go through ``save_for_backward`` and its checks.
     """
     if not traced:  # tracing has no is_inference()
         for t in tensors:

@@ -1,8 +1,7 @@
-"""What an operator is: one row with its schema, its fake and its sample inputs, implemented by every backend it names.
+"""An operator is one row: schema, fake, sample inputs, and the backends that implement it.
 
-Each backend registers the rows it implements in a namespace of its own (``fastkd_cpu``, ``fastkd_triton``,
-``fastkd_cuda``), so that a backend can be chosen per call and compared with another in one process. C++ and CUDA files
-implement what is defined here; tests, gates and benchmarks enumerate the rows.
+Each backend registers its rows in its own namespace (``fastkd_cpu``, ``fastkd_triton``, ``fastkd_cuda``), so that one
+process can choose per call and compare them. Tests and benchmarks enumerate the rows.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:
-    """What maps of these dtypes are computed in: fp64 if one is fp64, otherwise fp32."""
+    """Accumulator dtype: fp64 if any map is fp64, otherwise fp32."""
     for t in tensors:
         if t.dtype == torch.float64:
             return torch.float64
@@ -24,7 +23,7 @@ def accumulator(*tensors: Tensor) -> torch.dtype:
 
 
 class Draw(NamedTuple):
-    """How sample inputs are drawn: sizes, dtypes, memory format and device."""
+    """Sample inputs: sizes, dtypes, memory format and device."""
 
     shape: tuple[int, int, int, int] = (2, 5, 4, 6)  # of maps
     size: tuple[int, int] = (9, 13)  # of labels
@@ -40,14 +39,14 @@ class Draw(NamedTuple):
         return x.to(self.device, self.dtype).to(memory_format=self.layout)
 
     def labels(self, spatial: tuple[int, int] | None = None) -> Tensor:
-        """(N, H, W), of ``size`` by default; about one in C + 1 is ignored (255)."""
+        """(N, H, W), ``size`` by default; about one in C + 1 is ignored (255)."""
         n, classes = self.shape[:2]
         g = torch.Generator().manual_seed(2)
         labels = torch.randint(0, classes + 1, (n, *(spatial or self.size)), generator=g)
         return torch.where(labels == classes, 255, labels).to(self.device, self.label_dtype)
 
     def elements(self) -> Tensor:
-        """(N, C, H, W) of 0, 1 and, about one in three, ignored (255)."""
+        """(N, C, H, W) of 0 and 1; about one in three is ignored (255)."""
         g = torch.Generator().manual_seed(5)
         elements = torch.randint(0, 3, (*self.shape[:2], *self.size), generator=g)
         return torch.where(elements == 2, 255, elements).to(self.device, self.label_dtype)
@@ -58,7 +57,7 @@ class Draw(NamedTuple):
         return torch.rand(shape, generator=torch.Generator().manual_seed(3)).to(self.device, acc) + 0.5
 
     def mask(self) -> Tensor:
-        """bool (N, H, W) of ``size``."""
+        """bool (N, H, W), ``size``."""
         g = torch.Generator().manual_seed(4)
         return (torch.rand(self.shape[0], *self.size, generator=g) < 0.6).to(self.device)
 
@@ -87,16 +86,15 @@ def _any_weight(*args: Any) -> bool:
 class Loss:
     """A differentiable loss and the two or three operators that compute it.
 
-    All take ``arguments``, the student's tensor first and every tensor before every option, then ``reduction`` and
-    ``scale``:
+    All take ``arguments`` (the student's tensor first, tensors before options), then ``reduction`` and ``scale``:
 
         "sum"   loss = scale * sum of the terms
         "mean"  loss = scale * sum of the terms / count, 0 where the count is 0
         "none"  loss = scale * term, for each pixel or group
 
-    ``<name>_forward`` gives the loss and what it keeps (statistics of the groups, the count). ``<name>_gradient`` gives
-    the gradient of the reduced loss as well, in the student's dtype and memory format, from the same read: an early
-    gradient. ``<name>_backward`` makes a late one from the upstream gradient and what was kept.
+    ``<name>_forward`` returns the loss and what it keeps (statistics of the groups, or the count). ``<name>_gradient``
+    also returns the gradient of the reduced loss, from the same read and in the student's dtype and memory format: an
+    early gradient. ``<name>_backward`` computes a late gradient from the upstream gradient and what was kept.
     """
 
     name: str
@@ -108,21 +106,21 @@ class Loss:
     late: tuple[str, ...] = ()
     """Backends with ``_backward``."""
     unit: Callable[..., float] = lambda *args: 1.0
-    """The scale at which an fp16 gradient has numbers of about 1."""
+    """The scale at which an fp16 gradient has values of about 1."""
     pixel_weight: int | None = None
-    """Which argument is the weight of each pixel (N, H, W); "none" passes the upstream gradient through it."""
+    """Index of the pixel weight (N, H, W) among the arguments; "none" passes the upstream gradient through it."""
     any_weight: Callable[..., bool] = _any_weight
-    """Whether a weight is given, with which a gradient at ``unit`` may be beyond fp16."""
+    """Whether there is a weight; the gradient at ``unit`` may then overflow fp16."""
     one_weight: Callable[..., tuple[int, ...]] | None = None
-    """The shape in which that argument is one number for each sample; else one of a label pixel each."""
+    """Shape of that argument with one number per sample; default: one per label pixel."""
     reductions: tuple[str, ...] = ("sum", "mean", "none")
     sample_scale: float = 0.7
-    """``scale`` in the sample inputs; 1 where the operator takes no other."""
+    """``scale`` in the sample inputs; 1 if the operator accepts no other."""
     returns_kept: bool = False
     """Whether the caller also gets what the forward keeps."""
 
     tensors: int = field(init=False)
-    """How many of the arguments are tensors."""
+    """Number of tensor arguments."""
 
     def __post_init__(self) -> None:
         kinds = [a.split()[0] for a in self.arguments.split(", ")]

@@ -1,8 +1,8 @@
 """Channel-wise distillation (CWD, arXiv 2011.13256, eq. 2-4).
 
-    loss[n, c] = tau^2 * KL(softmax over H*W of T[n, c] / tau || the same of S[n, c])
+    loss[n, c] = tau^2 * KL(softmax_HW(T[n, c] / tau) || softmax_HW(S[n, c] / tau))
 
-The forward reads S and T once (online softmax) and keeps four numbers a channel; the backward reads each once more.
+The forward reads S and T once (online softmax) and keeps four numbers per channel; the backward reads both again.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The C++ kernels' vector exponential on its own, so that its error bound can be tested; and their instruction set."""
+"""The C++ kernels' vectorised exponential, exposed to test its error bound, and their instruction set."""
 
 import torch
 

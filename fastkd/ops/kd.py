@@ -46,12 +46,12 @@ KD = Loss(
     pixel_weight=3,
     any_weight=lambda student, teacher, target, weight, *options: weight is not None,
 )
-# The same with a sigmoid of each class, one against the rest:
+# KD with a sigmoid per class, each against the rest; t = T / tau, s = S / tau:
 #
-#     loss[p] = weight[p] * tau^2 * sum_c KL(Bernoulli(sigmoid(t_c)) || Bernoulli(sigmoid(s_c))), t = T / tau, s = S / tau
+#     loss[p] = weight[p] * tau^2 * sum_c KL(Bernoulli(sigmoid(t_c)) || Bernoulli(sigmoid(s_c)))
 #     d / dS_c = weight[p] * tau * (sigmoid(s_c) - sigmoid(t_c))
 #
-# Stable by the sign of t: with t' = -|t|, s' = -s if t > 0 else s, p = sigmoid(t'), a class adds
-# p (t' - s') + softplus(s') - softplus(t'); p = 0 leaves out the first term, even at infinity.
+# Stable form: with t' = -|t|, s' = -s if t > 0 else s, p = sigmoid(t'), a class adds
+# p (t' - s') + softplus(s') - softplus(t'); for p = 0 the first term is dropped, even at infinity.
 KD_SIGMOID = replace(KD, name="kd_sigmoid", early=("cpu", "triton", "cuda"))
 OPERATORS = (*KD.operators(), *KD_SIGMOID.operators())

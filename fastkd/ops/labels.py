@@ -1,4 +1,4 @@
-"""The check of labels on a CPU, where it costs one read and no wait."""
+"""Label validation on a CPU, where it costs one read and no synchronisation."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +18,6 @@ def _samples(draw: Draw) -> Iterator[tuple[Any, ...]]:
 
 
 OPERATORS = (
-    # The position of the first label that is neither in [0, classes) nor ignored, -1 if there is none.
+    # Position of the first label that is neither in [0, classes) nor ignored, else -1.
     Operator("first_bad_label(Tensor target, int classes, int ignore_index) -> Tensor", _fake, _samples, ("cpu",)),
 )

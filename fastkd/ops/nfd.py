@@ -2,8 +2,9 @@
 
     loss[g] = mean over group g of (z(S) - z(T))^2,   z(x) = (x - mean) / sqrt(var + eps)
 
-The forward reads S and T once and keeps six numbers a group; the backward reads each once more and writes the gradient.
-CUDA C++ holds a group in the shared memory of a cluster of blocks and writes the gradient in the forward (docs/cuda.md).
+The forward reads S and T once and keeps six numbers per group; the backward reads both again and writes the gradient.
+CUDA C++ holds a group in the shared memory of a cluster of blocks and writes the gradient in the forward
+(docs/cuda.md).
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ DIMS = ("hw", "nhw", "c", "chw")
 
 
 def group_shape(shape: torch.Size, dims: str) -> tuple[int, ...]:
-    """Shape of one number per group for a feature map of ``shape`` (N, C, H, W)."""
+    """Shape of one number per group of a feature map ``shape`` (N, C, H, W)."""
     n, c, h, w = shape
     return {"hw": (n, c), "nhw": (c,), "c": (n, h, w), "chw": (n,)}[dims]
 
@@ -38,15 +39,16 @@ def _unit(student: Tensor, teacher: Tensor, dims: str, eps: float) -> float:
     return 0.5 * student.numel() / max(1, torch.Size(group_shape(student.shape, dims)).numel())
 
 
-# Of a group that is read once: the fewest elements, and the most bytes of each map, what 8 blocks of 227 KiB hold.
+# For groups read once: minimum elements, and maximum bytes per map (8 blocks of 227 KiB).
 _FEWEST, _MOST = 8192, 8 * 28 * 4096
 
 
 def fits_cuda(student: Tensor, teacher: Tensor, dims: str) -> bool:
-    """Whether CUDA C++ reads a group once (csrc/cuda/plan.h): it lies in rows and fits the shared memory of a cluster.
+    """Whether CUDA C++ reads each group once (csrc/cuda/plan.h): it is contiguous and fits the shared memory of a
+    cluster.
 
-    There it was measured to be faster; Triton takes other calls. If forced, CUDA C++ reads them twice, as it does
-    maps that are not aligned to 16 bytes, which a traced call cannot tell.
+    Triton takes other calls, since CUDA C++ was measured to be faster only here. If forced, CUDA C++ reads the other
+    groups twice, and also maps not aligned to 16 bytes, which a traced call cannot detect.
     """
     if student.dtype != teacher.dtype or student.dtype == torch.float64 or not _has_clusters(student.device):
         return False
@@ -63,7 +65,7 @@ def fits_cuda(student: Tensor, teacher: Tensor, dims: str) -> bool:
 
 
 def _has_clusters(device: torch.device) -> bool:
-    """Blocks share memory from sm_90 on; the emulated GPU has CPU tensors."""
+    """Blocks share memory from sm_90 on. The emulated GPU has CPU tensors."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 

@@ -1,8 +1,8 @@
-"""What RDD needs beside cross-entropy (arXiv 2407.03719; docs/rdd.md).
+"""RDD's operators besides cross-entropy (arXiv 2407.03719; docs/rdd.md).
 
-TFE: KD at temperature 1, its gradient and the map of the teacher's confidence from one read of the student's and the
-teacher's two logits. TSE: the mask of relatively difficult pixels, with an exact k-th smallest confidence where
-``min_kept`` asks for it.
+TFE: KD at temperature 1, its gradient, and the teacher's confidence map from one read of the student's and the
+teacher's two logits. TSE: the mask of relatively difficult pixels, with an exact k-th smallest confidence if
+``min_kept`` needs it.
 """
 
 from collections.abc import Iterator
@@ -91,11 +91,11 @@ OPERATORS = (
         _confidence_samples,
         ("cpu", "triton"),
     ),
-    # The mask, and the share of valid pixels that it selects (0 where none is valid).
+    # The mask, and the selected share of valid pixels (0 if none is valid).
     Operator(
         f"difficulty_mask{_MASK} -> (Tensor mask, Tensor share)", _mask_fake, _mask_samples, ("cpu", "triton", "cuda")
     ),
-    # As a map of the student's log-sum-exp, NaN where the mask is False.
+    # The student's log-sum-exp, NaN where the mask is False, instead of the mask.
     Operator(f"difficulty_lse{_MASK} -> (Tensor lse, Tensor share)", _lse_fake, _mask_samples, ("triton", "cuda")),
     # The k-th smallest element of a contiguous fp32 or fp64 tensor; k is clamped to [1, n]; NaN is the largest.
     Operator(

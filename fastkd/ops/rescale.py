@@ -1,4 +1,4 @@
-"""Multiplies an early gradient by the upstream gradient: in place, on the device, a no-op where that is exactly 1."""
+"""Multiplies an early gradient by the upstream gradient in place, on the device; a no-op if that is exactly 1."""
 
 from collections.abc import Iterator
 from typing import Any

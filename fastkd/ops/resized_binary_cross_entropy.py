@@ -5,9 +5,9 @@
                     pixel_weight[p] * softplus(z)                    where it is 0
     d / dz        = pixel_weight[p] * pos_weight[c] * (sigmoid(z) - 1), pixel_weight[p] * sigmoid(z)
 
-``target`` is (N, C, H, W); an element that is ``ignore_index`` or neither 0 nor 1 does not count. The count is that of
-elements. ``pixel_weight`` is (N, 1, h', w') or (N, C, h', w') of any size, resized as the logits are. The loss and its
-gradient at logit size are made together; nothing of N*C*H*W elements exists beside the target.
+``target`` is (N, C, H, W); elements that are ``ignore_index`` or neither 0 nor 1 do not count. The count is of
+elements. ``pixel_weight`` is (N, 1, h', w') or (N, C, h', w') of any size, resized like the logits. Loss and gradient
+(at logit size) are computed together; besides the target, no tensor of N*C*H*W elements exists.
 """
 
 from collections.abc import Iterator

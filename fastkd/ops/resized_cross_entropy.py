@@ -2,7 +2,7 @@
 
     loss[p] = class_weight[y] * pixel_weight[p] * -log softmax(bilinear(logits)[p])[y]
 
-The loss and its gradient at logit size are made together; nothing of N*C*H*W elements exists.
+Loss and gradient (at logit size) are computed together; no tensor of N*C*H*W elements exists.
 """
 
 from collections.abc import Iterator
@@ -43,8 +43,8 @@ def _unit(logits: Tensor, target: Tensor, *rest: Any) -> float:
 
 RESIZED_CROSS_ENTROPY = Loss(
     "resized_cross_entropy",
-    # selected: bool (N, H, W), the pixels that count; for CUDA and Triton also their log-sum-exp where it is known, NaN
-    # where a pixel does not count.
+    # selected: bool (N, H, W), the pixels that count; for CUDA and Triton alternatively their log-sum-exp, NaN where a
+    # pixel does not count.
     "Tensor logits, Tensor target, Tensor? class_weight, Tensor? pixel_weight, Tensor? selected, int ignore_index, "
     "bool align_corners",
     _fake,
@@ -82,7 +82,7 @@ def _shaped_samples(draw: Draw) -> Iterator[tuple[Any, ...]]:
                 yield draw.map(0), draw.labels(), class_weight, pixel_weight, 255, align_corners, smoothing, gamma
 
 
-# The same with label smoothing or a focal factor, at most one of which is not 0. With w = class_weight (else 1),
+# With label smoothing or a focal factor; at most one is nonzero. With w = class_weight (else 1),
 # W = sum_c w_c, l_c = -log p_c, m = pixel_weight, a counted pixel p with label y has
 #
 #     smoothing e:  loss = m ((1 - e) w_y l_y + e / C sum_c w_c l_c)
@@ -90,8 +90,8 @@ def _shaped_samples(draw: Draw) -> Iterator[tuple[Any, ...]]:
 #     focal g:      loss = m w_y (1 - p_y)^g l_y
 #                   d loss / d z_c = m w_y f (p_c - [c = y]),  f = q^g (1 + g p_y l_y / q), q = 1 - p_y
 #
-# l_y / q goes to 1 where q goes to 0. The count is the sum of w_y over the counted pixels in both. sum_c w_c z_c is linear
-# in the logits, so it is interpolated as one more channel.
+# l_y / q goes to 1 as q goes to 0. Both count the sum of w_y over the counted pixels. sum_c w_c z_c is linear in the
+# logits, so it is interpolated as one more channel.
 RESIZED_SHAPED_CROSS_ENTROPY = Loss(
     "resized_shaped_cross_entropy",
     "Tensor logits, Tensor target, Tensor? class_weight, Tensor? pixel_weight, int ignore_index, bool align_corners, "

@@ -1,4 +1,4 @@
-"""The sums over label pixels that Dice and cross-entropy need, fused with the bilinear resize of the logits.
+"""The sums over label pixels for Dice and cross-entropy, fused with the bilinear resize of the logits.
 
 With p = softmax(bilinear(logits)) and y the label, over the counted pixels of each sample and for each class c:
 
@@ -8,22 +8,22 @@ With p = softmax(bilinear(logits)) and y the label, over the counted pixels of e
     sums[n, c, 3] = sum of -log p_c [y = c]       if columns >= 4: cross-entropy
     sums[n, c, 4] = sum of -log p_c               if columns >= 5: label smoothing
 
-in fp64, pairwise or in fp64 from some tens of terms on: an image of 4096x8192 keeps 1e-6. Dice, cross-entropy, their
-weights and their reductions are a few operations on these (N, C) numbers (`fastkd._dice`), differentiated by
-autograd. So the operator is a late loss with "none" as its only reduction and 1 as its scale; ``sums`` is its loss:
+The result is fp64. Partial sums are pairwise, or fp64 beyond some tens of terms: an image of 4096x8192 keeps 1e-6.
+`fastkd._dice` computes Dice, cross-entropy, their weights and reductions from these (N, C) numbers with autograd. The
+operator is therefore a late loss with ``sums`` as its loss, "none" as its only reduction and 1 as its scale:
 
     resized_dice_forward(logits, target, ..., "none", 1.0) -> (sums, kept)
     resized_dice_backward(grad, logits, target, ..., "none", 1.0, kept) -> gradient, as the logits
 
-``grad`` is (N, C, columns) in fp64, the upstream gradient of ``sums``: i, b, -, a, s below, of the pixel's sample (column 2
-has no gradient). At a counted pixel with label y and p its probabilities, B_c = b_c, or 2 b_c p_c if square:
+``grad`` is (N, C, columns) in fp64, the upstream gradient of ``sums``; i, b, a, s below are columns 0, 1, 3, 4 of the
+pixel's sample (column 2 has no gradient). At a counted pixel with label y and probabilities p, B_c = b_c, or 2 b_c p_c
+if square:
 
     dot     = i_y p_y + sum_c B_c p_c
     d / dz_c = p_c (B_c - dot + a_y + sum_k s_k) + [c = y] (i_y p_y - a_y) - s_c
 
-``kept`` is what a backend keeps between the two (the log-sum-exp of the label pixels, say); it is empty if the softmax is
-recomputed. ``target`` holds classes of [0, C) or what does not count; one logit (C = 1) comes as two, the
-first of them 0.
+``kept`` is what a backend keeps for the backward (such as the log-sum-exp of label pixels), empty if it recomputes.
+Labels outside [0, C) do not count. One logit (C = 1) is passed as two, the first of them 0.
 """
 
 from collections.abc import Iterator

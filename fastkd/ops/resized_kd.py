@@ -2,7 +2,7 @@
 
     loss[p] = pixel_weight[p] * tau^2 * KL(softmax(bilinear(T)[p] / tau) || softmax(bilinear(S)[p] / tau))
 
-Student and teacher may differ in size; nothing of N*C*H*W elements exists.
+Student and teacher may differ in size; no tensor of N*C*H*W elements exists.
 """
 
 from collections.abc import Iterator
@@ -55,6 +55,6 @@ RESIZED_KD = Loss(
     pixel_weight=3,
     any_weight=lambda student, teacher, target, pixel_weight, *rest: pixel_weight is not None,
 )
-# The same with a sigmoid of each class: the formula of fastkd/ops/kd.py at label pixels.
+# With a sigmoid per class: the formula of fastkd/ops/kd.py at label pixels.
 RESIZED_KD_SIGMOID = replace(RESIZED_KD, name="resized_kd_sigmoid", early=("cpu", "triton", "cuda"))
 OPERATORS = (*RESIZED_KD.operators(), *RESIZED_KD_SIGMOID.operators())
