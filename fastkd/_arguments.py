@@ -1,5 +1,4 @@
-"""Validation and normalisation of the losses' arguments. Each error names the value, what was expected and the
-remedy."""
+"""Validation and normalisation of the losses' arguments. Errors name the value, what was expected and the remedy."""
 
 from __future__ import annotations
 
@@ -109,8 +108,7 @@ def check_pair(student: Tensor, teacher: Tensor, same_size: bool = True, ranks: 
 def check_target(
     target: Tensor, logits: Tensor, shape: tuple[int | None, ...], ignore_index: int, classes: int | None = None
 ) -> None:
-    """Labels (N, H, W); None in ``shape`` matches any size. Values are checked where that needs no synchronisation: on
-    CPU.
+    """Labels (N, H, W); None in ``shape`` matches any size. Values are checked on CPU, where it does not synchronise.
 
     Args:
         classes: number of classes; default: the number of channels.

@@ -25,8 +25,7 @@ class DiceOptions(NamedTuple):
 
 
 def dice_sums(logits: Tensor, labels: Labels, square: bool, columns: int) -> Tensor:
-    """The sums of `fastkd.ops.resized_dice`, (N, C, columns) in fp64; a single logit becomes the second of two
-    classes."""
+    """The sums of `fastkd.ops.resized_dice`, (N, C, columns) in fp64; a single logit becomes class 1 of two."""
     target, _, ignore_index, align_corners = labels
     if logits.shape[1] == 1:
         logits = torch.cat([torch.zeros_like(logits), logits], 1)  # softmax of (0, z) is sigmoid(z)

@@ -206,8 +206,7 @@ def implementations(op: str) -> tuple[str, ...]:
 
 
 def runs_on(backend: str, device: torch.device) -> bool:
-    """Whether a loaded ``backend`` takes tensors of ``device``; Triton's interpreter and the CUDA emulation take CPU
-    tensors."""
+    """Whether a loaded ``backend`` takes tensors of ``device``; the interpreter and the emulation take CPU tensors."""
     if backend == "triton" and device.type == "cpu":
         return _interpreting()
     if backend == "cuda" and "FASTKD_CUDA_EMULATION" in os.environ:

@@ -147,8 +147,7 @@ def _nfd_loss(student: Tensor, teacher: Tensor, dims: str, eps: float, reduction
 
 
 def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, reduction: str = "mean") -> Tensor:
-    """Channel-wise distillation: tau^2 / (N C) * sum of KL(softmax_HW(T / tau) || softmax_HW(S / tau)) (arXiv
-    2011.13256).
+    """Channel-wise distillation (arXiv 2011.13256): tau^2 / (N C) * sum of KL(softmax_HW(T / tau) || softmax_HW(S / tau)).
 
     Args:
         student, teacher: (N, C, H, W), (N, C, L) or (N, C, D, H, W); tokens (B, L, C) as ``x.transpose(1, 2)``.

@@ -60,8 +60,7 @@ Size = tuple[Count, Count]
 
 
 def check(config: Any, prefix: str = "") -> None:
-    """Raises ValueError for the first value of a dataclass, or of one nested in it, that its annotation does not
-    allow."""
+    """Raises ValueError for the first value in a dataclass, nested ones included, that its annotation does not allow."""
     for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):

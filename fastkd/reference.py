@@ -83,8 +83,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     focal_gamma: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per pixel, (N, H, W): the class-weighted cross-entropy, whether it counts, and the class weight; 0 where
-    ignored."""
+    """Per pixel, (N, H, W): class-weighted cross-entropy, whether it counts, and the class weight; 0 where ignored."""
     classes = logits.shape[1]
     valid = valid_pixels(target, classes, ignore_index)
     label = torch.where(valid, target, 0).long()

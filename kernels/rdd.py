@@ -62,8 +62,7 @@ def _heads(
     AUX_MAIN: tl.constexpr,
     g,  # tiles.Tiles
 ):
-    """One tile of pixels: online softmaxes over the classes; the gradient reads student and main head again from
-    cache."""
+    """One tile of pixels: online softmaxes over the classes; the gradient reads student and main again from cache."""
     at = locate_tile(g)
     zero = tl.zeros([g.BLOCK_INNER], g.ACC)
     total_m, total_a, total_s, heads, cross = zero, zero, zero, zero, zero

@@ -97,8 +97,7 @@ def sums(view, cell, shift, label, T):
 
 @triton.jit
 def softmax(view, grid, cell, counted, label, T):
-    """Per label pixel: the log-sum-exp, base 2, and its distance to the value that ``label`` selects (see
-    :func:`sums`).
+    """Per label pixel: the log-sum-exp, base 2, and its distance to the value that ``label`` selects in :func:`sums`.
 
     ``counted`` pixels whose sum about the bound has lost terms are recomputed about the true maximum. This is rare, so
     they are done in a loop: unrolled, this code would double the compile time.
@@ -127,8 +126,7 @@ def softmax(view, grid, cell, counted, label, T):
 
 @triton.jit
 def _gradient(k: tl.constexpr, c, value, _, own, state):
-    """factor * (p - onehot), and the label's value if wanted. ``state``: label, log-sum-exp, and the factor unless it
-    is 1."""
+    """factor * (p - onehot), and the label's value if wanted. ``state``: label, log-sum-exp, and the factor if not 1."""
     mine = state[0][k] == c
     out = tl.exp2(value - state[1][k]) - tl.where(mine, 1.0, 0.0)
     if len(state) == 3:

@@ -1,5 +1,4 @@
-"""KD at label resolution: loss[p] = weight * tau^2 * KL(softmax(T[p] / tau) || softmax(S[p] / tau)) of interpolated S
-and T.
+"""KD at label resolution: loss[p] = weight * tau^2 * KL(softmax(T[p] / tau) || softmax(S[p] / tau)), interpolated.
 
 One kernel computes loss and gradient, tiled as in :mod:`kernels.resize`. A teacher of another size has other cells: its
 four corners are loaded per label pixel, from cache. Student and teacher go through identical operations, and the

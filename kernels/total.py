@@ -18,8 +18,7 @@ PARTS = 1024
 
 @triton.jit
 def add(total, lost, more):
-    """Kahan summation: ``total`` + ``more`` and the rounding error ``lost``, so sums of many equal terms do not
-    drift."""
+    """Kahan summation: ``total`` + ``more`` and the rounding error ``lost``; sums of equal terms do not drift."""
     more -= lost
     higher = total + more
     lost = (higher - total) - more
@@ -59,8 +58,7 @@ def gather_parts(part: Tensor) -> Tensor:
 
 @triton.jit
 def finish(part, parts, loss, count, scale, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """The first program stores the reduced loss and the count. Returns the factor that a mean applies to the sum's
-    gradient.
+    """The first program stores the reduced loss and the count. Returns a mean's factor for the sum's gradient.
 
     Args:
         part: (2, parts), or (1, parts) without ``count``.

@@ -119,8 +119,7 @@ class CriterionStructuralKD(nn.Module):
 
 
 class CriterionDoubleSimKD(nn.Module):
-    """DSD (arXiv 2107.08591): a pixel loss and a category loss of lists of layers of one size; the last layers are the
-    logits."""
+    """DSD (arXiv 2107.08591): pixel loss and category loss of lists of layers of one size; the last are the logits."""
 
     def forward(self, feat_S_list: Sequence[Tensor], feat_T_list: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         student, teacher = list(feat_S_list), [x.detach() for x in feat_T_list]

@@ -25,8 +25,7 @@ def operator(backend: str, name: str) -> Any:
 
 
 def evaluate(loss: Loss, backend: str, reduction: str, scale: float, *args: Any) -> Any:
-    """The reduced loss, differentiable with respect to ``args[0]``; if ``loss.returns_kept``, also what the forward
-    keeps.
+    """The reduced loss, differentiable with respect to ``args[0]``; if ``loss.returns_kept``, also what is kept.
 
     Args:
         reduction, scale: as in `Loss`.

@@ -44,8 +44,7 @@ _FEWEST, _MOST = 8192, 8 * 28 * 4096
 
 
 def fits_cuda(student: Tensor, teacher: Tensor, dims: str) -> bool:
-    """Whether CUDA C++ reads each group once (csrc/cuda/plan.h): it is contiguous and fits the shared memory of a
-    cluster.
+    """Whether CUDA C++ reads each group once (csrc/cuda/plan.h): contiguous, and fits a cluster's shared memory.
 
     Triton takes other calls, since CUDA C++ was measured to be faster only here. If forced, CUDA C++ reads the other
     groups twice, and also maps not aligned to 16 bytes, which a traced call cannot detect.

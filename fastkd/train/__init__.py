@@ -1,1 +1,1 @@
-"""The thin trainer: `fastkd train`, or `fastkd.train.engine.train(config)`. Needs `pip install "fastkd[train]"`."""
+"""The trainer: `fastkd train`, or `fastkd.train.engine.train(config)`. Needs `pip install "fastkd[train]"`."""

@@ -1,7 +1,8 @@
-"""Checkpoints: one file, written whole or not at all, read without running code from it.
+"""Checkpoints: a single file, written atomically and read without executing code from it.
 
-A checkpoint is a dict of plain values and tensors: `format`, `config` (see `config.to_dict`), `classes`, `palette`, `step`,
-`model` (state of the network), and in `last.pt` what a run needs to go on. `load_network` rebuilds the network from it alone.
+A checkpoint is a dict of plain values and tensors: `format`, `config` (see `config.to_dict`), `classes`, `palette`,
+`step`, `model` (the network's state dict), and in `last.pt` the state needed to resume. `load_network` rebuilds the
+network from it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ LAST, PREVIOUS = "last.pt", "last.prev.pt"
 
 
 class CheckpointError(ValueError):
-    """A file that is no checkpoint of this trainer, or not of this run, or cannot be written. The message names it."""
+    """A checkpoint that cannot be read or written, or belongs to another run or program. The message names the file."""
 
 
 def save(
@@ -35,15 +36,15 @@ def save(
     previous: Path | None = None,
     writer: Callable[[Any, Path], object] = torch.save,
 ) -> None:
-    """Writes `state` to `path`, whole or not at all; `previous` keeps the checkpoint that was there.
+    """Writes `state` to `path` atomically; `previous` keeps the checkpoint that was there.
 
-    CheckpointError: it cannot be written; what was at `path` still is.
+    Raises CheckpointError if it cannot be written; `path` is then unchanged.
     """
     try:
         write_whole(path, lambda beside: writer({"format": FORMAT, **state}, beside), previous=previous)
     except (OSError, RuntimeError) as error:
         free = shutil.disk_usage(path.parent).free / 2**30
-        # torch.save turns an error of the system into one of its own about positions in the file.
+        # torch.save replaces an OSError with its own error about file positions.
         reason = error.strerror if isinstance(error, OSError) else "the disk or a limit on file sizes cuts it short"
         raise CheckpointError(
             f"cannot write {path}, {free:.2f} GiB are free there: {reason}. What was saved before is whole: make room and go on "
@@ -58,12 +59,12 @@ def load(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no checkpoint {path}")
     try:
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch.load does not compare the checksums
+            if damaged := archive.testzip():  # torch.load does not verify checksums
                 raise ValueError(f"the checksum of {damaged} in it is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a truncated or foreign file
+    except Exception as error:  # torch raises many types for a truncated or foreign file
         raise CheckpointError(
-            f"cannot read checkpoint {path}: {_first_line(error)}; delete it, or name another"
+            f"cannot read checkpoint {path}: {_first_line(error)}; delete it or pass another"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT or "model" not in state:
         found = sorted(map(str, state))[:6] if isinstance(state, dict) else type(state).__name__
@@ -72,14 +73,15 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def exists(out: Path) -> bool:
-    """Whether a run's folder has a checkpoint to resume from."""
+    """Whether a run directory has a checkpoint to resume from."""
     return (out / LAST).exists() or (out / PREVIOUS).exists()
 
 
 def load_last(out: Path) -> tuple[dict[str, Any], bool]:
-    """The state a run resumes from, and whether it is of the last checkpoint.
+    """The state to resume from, and whether it is from the last checkpoint.
 
-    Where that one is gone or damaged it is the one before, with a warning. FileNotFoundError, CheckpointError: neither is there.
+    If the last is missing or damaged, falls back to the previous one with a warning. Raises FileNotFoundError or
+    CheckpointError if neither can be read.
     """
     try:
         return load(out / LAST), True
@@ -93,17 +95,17 @@ def load_last(out: Path) -> tuple[dict[str, Any], bool]:
 
 
 def load_network(path: str | Path, state: dict[str, Any] | None = None) -> tuple[SegmentationModel, dict[str, Any]]:
-    """The network of a checkpoint, on the CPU, in eval mode, and the checkpoint's dict."""
+    """The network of a checkpoint, on the CPU and in eval mode, and the checkpoint's dict."""
     state = load(path) if state is None else state
     classes, palette = state.get("classes"), state.get("palette")
     if not (isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)):
         raise CheckpointError(f"checkpoint {path}: expected a list of class names, got {classes!r:.100}")
     if not (isinstance(palette, list) and len(palette) >= len(classes) and all(map(_is_colour, palette))):
-        raise CheckpointError(f"checkpoint {path}: expected a colour (R, G, B) a class, got {palette!r:.100}")
+        raise CheckpointError(f"checkpoint {path}: expected one colour (R, G, B) per class, got {palette!r:.100}")
     try:
         config = from_dict(ModelConfig, state["config"]["model"])
         network = build_model(config, len(classes), from_checkpoint=True)
-    except Exception as error:  # whatever a foreign configuration makes the libraries raise
+    except Exception as error:  # a foreign configuration can make the libraries raise anything
         raise CheckpointError(
             f"checkpoint {path}: its configuration builds no network: {type(error).__name__}: {error}"
         ) from error
@@ -117,7 +119,7 @@ def load_network(path: str | Path, state: dict[str, Any] | None = None) -> tuple
 
 
 def config_of(state: dict[str, Any], path: str | Path) -> Config:
-    """The configuration a checkpoint was trained with; CheckpointError: this version has no such values."""
+    """The configuration a checkpoint was trained with; CheckpointError if this version does not support its values."""
     try:
         return from_dict(Config, state["config"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -131,7 +133,7 @@ def _is_colour(value: Any) -> bool:
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of a network's state: identifies the teacher a student began with."""
+    """SHA-256 of a network's state; identifies the teacher that a student started with."""
     sha = hashlib.sha256()
     for name in sorted(state):
         sha.update(name.encode())

@@ -1,4 +1,4 @@
-"""A page that compares runs: numbers, curves, and predictions for the same images."""
+"""A page that compares runs: numbers, curves, and predictions on the same images."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def compare(
     """Writes `<out>/report.html`, `table.md`, `curves.png` and two panels; returns the page.
 
     Args:
-        runs: directories of runs on one data set, in the order of the page. Runs that differ in their seed alone are one row; the
-            pictures show the first of them. The TFE and TSE maps are drawn for the first teacher among them (a run with an
-            auxiliary head) and the last student distilled, if there are such.
-        root: folder of the data set, if it is not where it was in training.
-        count: validation images in a panel, evenly spread.
+        runs: directories of runs on one data set, in the order of the page. Runs that differ only in the seed share a
+            row; the panels show the first of them. TFE and TSE maps are drawn for the first teacher (a run with an
+            auxiliary head) and the last distilled student, if both exist.
+        root: folder of the data set, if it has moved since training.
+        count: validation images per panel, evenly spaced.
 
     Raises:
-        CheckpointError: neither last.pt of a run nor the one before can be read.
-        ValueError: the runs are on different classes.
+        CheckpointError: neither last.pt of a run nor the previous checkpoint can be read.
+        ValueError: the runs have different classes.
     """
     shown = _shown(runs)
     pictures = []
@@ -45,7 +45,7 @@ def compare(
         scenes = evaluation_set(data, root=root)
         samples = sample(scenes, count)
         seen = predictions({name: network for name, _, network in shown}, samples, scenes, how)
-        pictures.append(("predictions", "What the networks see in validation images.", seen))
+        pictures.append(("predictions", "Predictions on validation images.", seen))
         teachers = [network for _, _, network in shown if network.has_aux]
         students = [(name, network) for name, config, network in shown if config.teacher]
         if teachers and students:
@@ -58,7 +58,7 @@ def compare(
 
 
 def _shown(runs: Sequence[Path]) -> list[tuple[str, Config, SegmentationModel]]:
-    """The first run of each group that has a checkpoint, under names that differ."""
+    """The first run of each group that has a checkpoint, under unique names."""
     found: dict[str, tuple[str, Config, SegmentationModel]] = {}
     classes: dict[str, Path] = {}
     for group in grouped(load_runs(runs)):

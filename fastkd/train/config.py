@@ -2,7 +2,7 @@
 
     fastkd train --recipe rdd-paper --config mine.yaml --optim.lr 0.01
 
-A recipe comes first (recipe.py); later arguments win. Every value of the resolved configuration is written to
+A recipe is applied first (recipe.py); later arguments override it. The resolved configuration is written to
 `<out>/config.yaml`, which is itself a valid `--config`.
 """
 
@@ -45,22 +45,23 @@ class DataConfig:
     """Data set and augmentation.
 
     Args:
-        name: data set: "street_scenes" (generated), "cityscapes", "camvid", "voc", "ade20k", or "folders" for any other.
+        name: data set: "street_scenes" (generated), "cityscapes", "camvid", "voc", "ade20k", or "folders" for any
+            other.
         root: folder of the data set; None for generated data.
-        options: further keywords of the data set, e.g. {"length": 800} for street_scenes (docs/training.md lists them).
-        val_options: the same for the validation split, over `options`.
-        crop: height and width of a training crop.
+        options: more arguments of the data set, e.g. {"length": 800} for street_scenes (listed in docs/training.md).
+        val_options: overrides of `options` for the validation split.
+        crop: height and width of training crops.
         scale: range of the random resize before the crop.
-        scale_step: factors are low, low + scale_step, ... high; 0 for any between them.
-        cat_max_ratio: share of the labelled pixels of a crop that one class may have; 1 for no limit.
+        scale_step: factors are low, low + scale_step, ... high; 0: continuous.
+        cat_max_ratio: maximum share of one class in the labelled pixels of a crop; 1 for no limit.
         flip: probability of a horizontal flip.
         jitter: strength of the colour jitter, 0 for none.
         workers: loader processes; 0 loads in the training process.
         labelled: share of the training images whose labels are used, e.g. 1/8.
-        labelled_seed: which images those are; the same for every seed of a run.
-        unlabelled: images for the distillation losses alone: "rest" for the training images whose labels are not used, or a
-            folder; None for none.
-        unlabelled_share: of each batch.
+        labelled_seed: selects those images, independently of the run's seed.
+        unlabelled: images used by the distillation losses only: "rest" for the training images whose labels are not
+            used, or a folder; None for none.
+        unlabelled_share: share of unlabelled images in each batch.
     """
 
     name: str = "street_scenes"
@@ -91,9 +92,9 @@ class OptimConfig:
         weight_decay: of every parameter.
         schedule: "poly", lr · (1 − step/steps)^power, or "cosine", lr · (1 + cos(π · step/steps)) / 2.
         power: of "poly".
-        warmup: steps in which the learning rate grows linearly to its value.
-        min_lr: the learning rate does not fall below this after the warm-up.
-        clip: bound of the gradient's norm, None for none.
+        warmup: steps of linear warm-up.
+        min_lr: minimum of the learning rate after the warm-up.
+        clip: maximum norm of the gradient, None for none.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -113,19 +114,19 @@ class TrainConfig:
 
     Args:
         steps: optimiser steps.
-        batch_size: images of an optimiser step, over all processes and parts.
-        accumulate: parts a process does its share in, one after the other, to save memory.
-        precision: "no" (fp32), "bf16" or "fp16" (GPU only, with loss scaling) of the networks.
-        device: "auto" takes an accelerator if there is one.
+        batch_size: images per optimiser step, over all processes and accumulation steps.
+        accumulate: gradient accumulation steps, to save memory.
+        precision: of the networks: "no" (fp32), "bf16" or "fp16" (GPU only, with loss scaling).
+        device: "auto" uses an accelerator if available.
         channels_last: memory format of networks and images.
         compile: torch.compile student and teacher.
-        batch_norm: statistics of the student's batch norms: "sync" over all processes (on GPUs; with one process as
-            "local"), "local" to a process, or "frozen" as they were loaded.
-        ema: decay of an exponential moving average of the student's weights, which is then what is scored and saved as the
-            network (e.g. 0.999); None for none.
-        log_every: steps between lines of the log; only these steps wait for the device.
-        checkpoint_every: steps between checkpoints, the most a crash can cost.
-        panels: validation images that are drawn at evaluations, 0 for none.
+        batch_norm: statistics of the student's batch norms: "sync" over all processes (on GPUs; same as "local" with
+            one process), "local" to a process, or "frozen" as loaded.
+        ema: decay of an exponential moving average of the student's weights (e.g. 0.999), which is then evaluated and
+            saved as the network; None for none.
+        log_every: steps between log lines; only these steps synchronise with the device.
+        checkpoint_every: steps between checkpoints, the most a crash can lose.
+        panels: validation images drawn at each evaluation, 0 for none.
     """
 
     steps: Count = 1000
@@ -148,15 +149,15 @@ class EvalConfig:
 
     Args:
         every: steps between validations.
-        batch_size: images at a time; images of other sizes are evaluated apart.
-        size: images are resized to this height and width before the model.
-        limit: only the first so many images.
+        batch_size: images per batch; images of different sizes are evaluated separately.
+        size: resize images to this height and width before the model.
+        limit: evaluate only the first N images.
         window: height and width of a sliding window; None evaluates whole images.
-        stride: step of the window, down and across; None for two thirds of it.
-        scales: factors an image is evaluated at; the class probabilities are averaged.
-        flip: also evaluate the mirror image.
-        size_divisor: images are padded to sides that this divides (32 suits every encoder, 8 a dilated one).
-        align_corners: convention of the bilinear resize of logits to labels, as in training.
+        stride: vertical and horizontal step of the window; None for two thirds of it.
+        scales: scale factors of multi-scale evaluation; class probabilities are averaged.
+        flip: also evaluate the mirrored image.
+        size_divisor: pad images to multiples of this (32 suits every encoder, 8 a dilated one).
+        align_corners: of the bilinear resize of logits to labels, as in training.
     """
 
     every: Count = 200
@@ -171,7 +172,7 @@ class EvalConfig:
     align_corners: bool = False
 
     def check(self) -> None:
-        """ValueError where values do not fit each other."""
+        """Raises ValueError if values are inconsistent."""
         ranges.check(self, "eval.")
         if not self.scales:
             raise ValueError("eval.scales must be at least one factor, got none")
@@ -190,12 +191,12 @@ class Config:
 
     Args:
         out: run directory.
-        name: name in reports; None: the directory's.
+        name: name in reports; None: that of the directory.
         method: "none" or a sum of kd, nfd, cwd, rdd, at, fitnet, skd, ifvd, dsd and cirkd, e.g. "nfd+rdd".
         teacher: checkpoint of a run of this trainer (best.pt or last.pt); None only with method "none".
-        seed: of everything; runs that differ in their method alone start from the same student and see the same crops.
+        seed: of everything; runs that differ only in the method start from the same student and see the same crops.
         data: data set and augmentation.
-        model: the network that is trained.
+        model: the network to train.
         loss: weights and options of the losses.
         optim: optimiser and schedule.
         train: length and mechanics.
@@ -216,7 +217,7 @@ class Config:
 
 
 def check(config: Config) -> None:
-    """ValueError where a value is out of its range, or values do not fit each other."""
+    """Raises ValueError if a value is out of range or values are inconsistent."""
     ranges.check(config)
     if parse_method(config.method) and config.teacher is None:
         raise ValueError(
@@ -225,7 +226,7 @@ def check(config: Config) -> None:
     if "rdd" in parse_method(config.method) and config.loss.task != "ce":
         raise ValueError(
             f"loss.task {config.loss.task!r}: the method rdd weights the cross-entropy of the labels itself; leave loss.task "
-            "out, or take a method without rdd"
+            "out, or use a method without rdd"
         )
     config.eval.check()
     low, high = config.data.scale
@@ -238,9 +239,7 @@ def check(config: Config) -> None:
     labelled_share(config.data)
     if config.data.unlabelled is not None:
         if not parse_method(config.method):
-            raise ValueError(
-                "data.unlabelled: method none has no loss that could learn from an image without a label; leave it out"
-            )
+            raise ValueError("data.unlabelled: method none has no loss for images without labels; leave it out")
         if not 0 < unlabelled_size(config) < config.train.batch_size:
             raise ValueError(
                 f"data.unlabelled_share {config.data.unlabelled_share} of train.batch_size {config.train.batch_size} must leave "
@@ -249,7 +248,7 @@ def check(config: Config) -> None:
 
 
 def labelled_share(data: DataConfig) -> Fraction:
-    """data.labelled, "1/8" or 0.125, as a number in (0, 1]; ValueError for any other."""
+    """data.labelled, "1/8" or 0.125, as a number in (0, 1]; otherwise ValueError."""
     try:
         share = Fraction(str(data.labelled))
     except (ValueError, ZeroDivisionError):
@@ -262,13 +261,13 @@ def labelled_share(data: DataConfig) -> Fraction:
 
 
 def unlabelled_size(config: Config) -> int:
-    """Images of a batch that have no label."""
+    """Unlabelled images per batch."""
     data = config.data
     return 0 if data.unlabelled is None else round(data.unlabelled_share * config.train.batch_size)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain dicts, lists, strings and numbers: what YAML and a checkpoint hold."""
+    """Plain dicts, lists, strings and numbers, for YAML and checkpoints."""
     return _plain(dataclasses.asdict(config))
 
 
@@ -281,7 +280,7 @@ def _plain(value: Any) -> Any:
 
 
 def from_dict(kind: type, values: dict[str, Any]) -> Any:
-    """The dataclass `kind` from `to_dict`'s output; values that are not given keep their default."""
+    """The dataclass `kind` from `to_dict`'s output; missing values keep their default."""
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     if unknown:
@@ -309,7 +308,7 @@ def write_yaml(config: Config, path: Path) -> None:
     write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
-# Values that do not change what a run computes; a teacher is identified by its digest, not its path.
+# Values that do not change what a run computes. A teacher is identified by its digest, not its path.
 COSMETIC = (
     *("out", "name", "teacher", "data.root", "data.workers"),
     *("train.log_every", "train.checkpoint_every", "train.panels"),
@@ -317,7 +316,7 @@ COSMETIC = (
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the values in which two `to_dict` outputs differ, those of `COSMETIC` left out."""
+    """Dotted names of the values in which two `to_dict` outputs differ, except those of `COSMETIC`."""
     found = []
     for key in sorted(set(a) | set(b), key=str):
         if f"{prefix}{key}" in COSMETIC:
@@ -331,12 +330,12 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[
 
 
 def seeds_apart(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two `to_dict` outputs are two seeds of one configuration."""
+    """Whether two `to_dict` outputs are seeds of one configuration."""
     return differences(a, b) == ["seed"]
 
 
 def parse(argv: list[str], *, prog: str = "fastkd train") -> tuple[Config, dict[str, Any]]:
-    """Configuration and flags (resume, overwrite) from command-line words; exits with a message where they are wrong."""
+    """Configuration and flags (resume, overwrite) from command-line words; exits with a message on errors."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(
@@ -345,7 +344,7 @@ def parse(argv: list[str], *, prog: str = "fastkd train") -> tuple[Config, dict[
         description="Train a segmentation network, with or without a teacher.",
         exit_on_error=False,
     )
-    # Taken from the words before parsing, since it comes first wherever it stands.
+    # Taken out before parsing, since it is applied first wherever it stands.
     parser.add_argument("--recipe", help=f"values to start from: {', '.join(recipe.names())}")
     parser.add_argument("--config", action="config", help="YAML file")
     parser.add_argument("--resume", action="store_true", help="go on from <out>/last.pt")
@@ -389,12 +388,12 @@ def _data_limits() -> str:
 
 
 def _refuse_unfolding(path: Path, most: int = 100_000) -> None:
-    """ValueError for a YAML file whose aliases unfold into more than `most` values: a few lines can ask for all memory."""
+    """Raises ValueError if a YAML file's aliases expand to more than `most` values, which can exhaust memory."""
     sizes: dict[int, int] = {}
 
     def size(node: Any) -> int:
         if id(node) not in sizes:
-            sizes[id(node)] = most  # the size of an alias inside its own anchor
+            sizes[id(node)] = most  # for an alias inside its own anchor
             parts = itertools.chain.from_iterable(n if isinstance(n, tuple) else (n,) for n in node.value)
             sizes[id(node)] = 1 if isinstance(node, yaml.ScalarNode) else 1 + sum(map(size, parts))
         return sizes[id(node)]
@@ -402,13 +401,13 @@ def _refuse_unfolding(path: Path, most: int = 100_000) -> None:
     try:
         root = yaml.compose(path.read_text(encoding="utf-8", errors="replace"), Loader=yaml.SafeLoader)
     except yaml.YAMLError:
-        return  # the parser says what is wrong with it
+        return  # reported by the parser
     if root is not None and size(root) > most:
         raise ValueError(f"{path}: its aliases (*name) unfold into more than {most} values; write them out")
 
 
 def _keys(kind: type, prefix: str = "") -> dict[str, bool]:
-    """Dotted name of every value of a configuration -> whether it is a group of others."""
+    """Dotted name of every value of a configuration -> whether it is a group."""
     found = {}
     for name, hint in typing.get_type_hints(kind).items():
         group = isinstance(hint, type) and dataclasses.is_dataclass(hint)
@@ -421,14 +420,14 @@ YAML_WORDS = {"True": "on", "False": "no"}
 
 
 def _hint(kind: type, name: str) -> Any:
-    """The annotation of a value by its dotted name; None for a group, or a name that is not there."""
+    """The annotation of a value by its dotted name; None for groups and unknown names."""
     for part in name.split("."):
         kind = typing.get_type_hints(kind, include_extras=True).get(part) if dataclasses.is_dataclass(kind) else None  # type: ignore[assignment]
     return None if isinstance(kind, type) and dataclasses.is_dataclass(kind) else kind
 
 
 def _with_hint(message: str) -> str:
-    """jsonargparse's message about a name it does not know, with the closest ones that exist."""
+    """Adds the closest existing names to jsonargparse's message about an unknown name."""
     if path := re.search(r"File does not exist: '(.+)'", message):
         stem = Path(path[1]).stem
         return f"no file {path[1]}" + (f"; the recipe is given by --recipe {stem}" if stem in recipe.names() else "")

@@ -1,4 +1,4 @@
-"""A network with weights from elsewhere as a checkpoint of this trainer, to teach, score or predict with."""
+"""Converts a network with weights from elsewhere to a checkpoint of this trainer: to teach, evaluate or predict."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fastkd.train.models import build_model
 
 
 def convert(config: Config, *, overwrite: bool = False) -> Path:
-    """Writes `<out>/best.pt`: the network of `config.model` with the weights file it names, the classes and colours of the data.
+    """Writes `<out>/best.pt`: the network of `config.model` with its weights file, and the data's classes and colours.
 
     Raises:
-        ValueError: no weights file is named, or it does not fit the network.
-        FileExistsError: `<out>` holds a checkpoint and overwrite is not given.
+        ValueError: no weights file is given, or it does not fit the network.
+        FileExistsError: `<out>` holds a checkpoint and `overwrite` is False.
     """
     if config.model.weights is None:
         raise ValueError("there is nothing to convert: give --model.weights FILE, the state dict of the whole network")

@@ -1,4 +1,4 @@
-"""Curves of runs, drawn with Matplotlib: as SVG for a page, and side by side in a PNG."""
+"""Curves of runs, drawn with Matplotlib: as SVG for a page, and in one PNG."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Line(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """name: for ids; legend: a legend of its own, else the page has one for all."""
+    """name: prefix of ids; legend: whether the chart has its own legend."""
 
     name: str
     ylabel: str
@@ -39,7 +39,7 @@ class Chart(NamedTuple):
 
 
 def charts(groups: Sequence[Group]) -> list[Chart]:
-    """Validation mIoU and training loss; and, where the runs logged it, the cosine of task and distillation gradients."""
+    """Validation mIoU, training loss and, if logged, the cosine of task and distillation gradients."""
     found = []
     for name, curve, ylabel in (
         ("miou", "val/miou", "validation mIoU"),
@@ -57,7 +57,7 @@ def charts(groups: Sequence[Group]) -> list[Chart]:
 
 
 def charts_of_terms(group: Group) -> list[Chart]:
-    """Each loss, and the norm of its gradient, over the steps of one run."""
+    """Each loss and the norm of its gradient over the steps of one run."""
     found = []
     for name, ylabel in (("loss", "weighted loss"), ("grad", "norm of the gradient at the outputs")):
         terms = sorted({key for run in group.runs for key in run.curves if key.startswith(f"train/{name}/")})
@@ -71,7 +71,7 @@ def charts_of_terms(group: Group) -> list[Chart]:
 
 
 def as_svg(chart: Chart) -> str:
-    """Self-contained, without a size of its own, and the same text in every writing."""
+    """Self-contained SVG without a fixed size, deterministic."""
     from matplotlib import rc_context
 
     buffer = io.StringIO()
@@ -82,7 +82,7 @@ def as_svg(chart: Chart) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    # Glyphs and markers are named by what they are, so the same id would stand in two pictures of one page.
+    # Ids of glyphs and markers depend on their content only and would collide between charts of one page.
     text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{chart.name}-", text)
     return re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
 
@@ -112,14 +112,14 @@ def _figure(found: Sequence[Chart]) -> Any:
             x, mean, low, high = _thin(line.points)
             values += list(mean)
             style: Any = {"linestyle": (0, (4, 2)) if line.dashed else "-", "linewidth": 1.7, "label": line.label}
-            if chart.name == "miou" or len(x) == 1:  # few points, each worth a dot
+            if chart.name == "miou" or len(x) == 1:  # few points: mark each
                 style |= {"marker": "o", "markersize": 3.2}
             axes.plot(x, mean, color=line.colour, **style)
             if (low < high).any():
                 axes.fill_between(x, low, high, color=line.colour, alpha=0.15, linewidth=0)
         axes.set(xlabel="step", ylabel=chart.ylabel)
         if chart.name == "miou":
-            axes.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))  # whole percents
+            axes.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))  # integer percents
             axes.yaxis.set_major_formatter("{x:.0%}")
         elif chart.name == "cosine":
             axes.axhline(0, color="#8b939d", linewidth=0.8)
@@ -131,6 +131,6 @@ def _figure(found: Sequence[Chart]) -> Any:
 
 
 def _thin(points: list[tuple[float, float, float, float]]) -> np.ndarray:
-    """Step, mean, lowest and highest of at most MOST_POINTS points: means over equal spans of neighbours."""
+    """Step, mean, minimum and maximum of at most MOST_POINTS points, averaged over equal spans."""
     spans = np.array_split(np.array(points), min(len(points), MOST_POINTS))
     return np.stack([span.mean(0) for span in spans], axis=1)

@@ -1,11 +1,11 @@
 """The training loop, on Hugging Face Accelerate.
 
-Every random number of a step is a function of (seed, step): the step seeds torch, and each sample is drawn under its own
-seed (`loader.py`). So a resumed run is bitwise the run that was not interrupted, whatever the number of loader processes, and
-runs that differ only in their method see the same crops.
+Every random number of a step is a function of (seed, step): the step seeds torch, and each sample is drawn under its
+own seed (`loader.py`). A resumed run is therefore bitwise equal to an uninterrupted one, for any number of loader
+processes, and runs that differ only in the method see the same crops.
 
-A step's batch is shared by processes and by the parts that a process does one after the other. Means over valid pixels are
-taken over the whole batch, whatever the shares: see `Run._shares`.
+A batch is split over processes and, within a process, over accumulation steps ("parts"). Means over valid pixels are
+those of the whole batch, however it is split: see `Run._shares`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from fastkd.train.schedule import build_optimizer, build_schedule
 from fastkd.train.student import Average, freeze_unused, set_batch_norm, train_mode
 
 RESULT = "result.json"
-PICTURES = 20  # the most panels that a run draws
+PICTURES = 20  # maximum number of panels per run
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -61,24 +61,24 @@ def train(
     show: bool = True,
     datasets: tuple[SegmentationSet, SegmentationSet] | None = None,
 ) -> dict[str, Any]:
-    """Trains and validates a run; returns what it wrote to `<out>/result.json`.
+    """Trains and validates a run; returns the contents of `<out>/result.json`.
 
     Args:
         config: the run.
-        resume: go on from `<out>/last.pt`, or from `last.prev.pt` where that one is damaged; a run that is finished returns its
+        resume: continue from `<out>/last.pt`, or from `last.prev.pt` if that is damaged; a finished run returns its
             result at once.
-        overwrite: discard what `<out>` holds of an earlier run.
-        show: say how it goes.
-        datasets: training and validation set, where several runs share them; None builds them (`build_datasets`).
+        overwrite: discard an earlier run in `<out>`.
+        show: print progress.
+        datasets: training and validation set, to share between runs; None builds them (`build_datasets`).
 
     Raises:
         FileExistsError: `<out>` holds a run and neither flag is given.
-        CheckpointError, FileNotFoundError: `last.pt` or the teacher cannot be read or belongs to another configuration, or a
-            checkpoint cannot be written.
-        ValueError: parts of the configuration do not fit.
+        CheckpointError, FileNotFoundError: `last.pt` or the teacher cannot be read or belongs to another configuration,
+            or a checkpoint cannot be written.
+        ValueError: inconsistent configuration.
         FloatingPointError: the loss is no longer finite.
-        MemoryError: the device, or the machine, has too little memory.
-        OSError: something cannot be written.
+        MemoryError: out of memory on the device or the host.
+        OSError: a file cannot be written.
     """
     check(config)
     out = Path(config.out)
@@ -106,8 +106,8 @@ class Step(NamedTuple):
 
     Args:
         rate: its learning rate.
-        info: 0-d values to log, beside the losses.
-        given: what the losses of its last part were given, if it was asked for.
+        info: 0-d values to log besides the losses.
+        given: inputs of the losses in its last part, if requested.
     """
 
     rate: float
@@ -116,7 +116,7 @@ class Step(NamedTuple):
 
 
 class Run:
-    """One run: builds everything from the configuration; `run` does the steps."""
+    """One run: builds everything from the configuration; `run` trains."""
 
     def __init__(
         self, config: Config, *, show: bool = True, datasets: tuple[SegmentationSet, SegmentationSet] | None = None
@@ -148,11 +148,11 @@ class Run:
         ).to(self.device)
         self._prepare(student)
         self.step, self.best = 0, -1.0
-        self.whole = True  # last.pt, if there is one, can be read
+        self.whole = True  # whether last.pt, if it exists, can be read
         self.totals: dict[str, float] | None = None
         self.losses: Latest | None = None
         self.seen = Seen(self.classes, len(self.labelled))
-        self.shapes: Shapes | None = None  # of the losses' inputs, from the first step on
+        self.shapes: Shapes | None = None  # of the losses' inputs, set by the first step
 
     def _teacher(self) -> tuple[SegmentationModel | None, str | None]:
         config = self.config
@@ -169,7 +169,7 @@ class Run:
         return teacher, checkpoint.digest(state["model"])
 
     def _prepare(self, student: Student) -> None:
-        """The student as it is trained: batch norms, average, compiler, optimiser, processes."""
+        """Sets up batch norms, moving average, compilation, optimiser and processes."""
         options = self.config.train
         student = set_batch_norm(student, options.batch_norm, processes=self.world, device=self.device).to(self.device)
         if options.channels_last:
@@ -185,14 +185,14 @@ class Run:
                 self.teacher.tapped.pin()
                 self.teach = torch.compile(self.teacher)  # the teacher itself stays eager, for pictures of any size
         self.student = student
-        # Called in a step: averages the gradients over processes, or is the student itself with one process.
+        # For training steps: averages gradients over processes, or is the student itself with one process.
         self.called, self.optimizer = self.accelerator.prepare(student, build_optimizer(self.config.optim, student))
-        # Drops Accelerate's autocast, which would cast the outputs to fp32: the losses take half precision.
+        # Removes Accelerate's autocast wrapper, which casts outputs to fp32: the losses take half precision.
         self.accelerator.unwrap_model(self.called, keep_fp32_wrapper=False)
 
     @property
     def network(self) -> SegmentationModel:
-        """The network that is scored and saved: the student's, or its moving average."""
+        """The network to evaluate and save: the student's, or its moving average."""
         return self.student.model if self.average is None else self.average.network
 
     def run(self, *, resume: bool) -> dict[str, Any]:
@@ -201,7 +201,7 @@ class Run:
         if self.step == steps and (self.out / RESULT).exists():
             return json.loads((self.out / RESULT).read_text(encoding="utf-8"))
         self.schedule = build_schedule(self.optimizer.optimizer, config.optim, steps, done=self.step)
-        self.accelerator.wait_for_everyone()  # from here on the first process writes what the others have read
+        self.accelerator.wait_for_everyone()  # after this the first process overwrites files that the others have read
         self.log = RunLog(self.out, enabled=self.main)
         progress = Progress(config.name or self.out.name, total=steps, done=self.step, show=self.show)
         watch = Stopwatch(self.device, self.totals)
@@ -232,8 +232,8 @@ class Run:
                 counts = self.accelerator.reduce(self.seen.counts.to(self.device), "sum")
                 if (message := self.seen.missing(counts)) and self.main:
                     warnings.warn(message, stacklevel=2)
-            values = self._values(done) if log or save else {}  # waits for the device
-            del done  # and the step's tensors with it
+            values = self._values(done) if log or save else {}  # synchronises
+            del done  # frees the step's tensors
             progress.step(self.step, values.get("loss"))
             if log:
                 self.log.write(self.step, time.perf_counter() - started, "train", values | watch.means())
@@ -304,16 +304,15 @@ class Run:
         return images, labels
 
     def _shares(self, labels: list[Tensor]) -> list[Tensor | None]:
-        """What a mean over the valid pixels of each part counts for in the whole batch's, times the number of processes.
+        """Weights that turn the parts' means over valid pixels into the batch's mean, times the number of processes.
 
-        Gradients are averaged over processes and added up over parts. A loss that is a mean over all pixels or elements, the
-        same number everywhere, then only needs a factor 1 / parts; one over valid pixels needs that of its part among those of
-        all parts and processes.
+        Gradients are averaged over processes and summed over parts. A mean over all pixels or elements needs only a
+        factor 1 / parts; a mean over valid pixels needs its part's share of the valid pixels in the batch.
         """
         if self.world * len(labels) == 1:
             return [None]
         valid = torch.stack([(label != self.train_set.ignore_index).sum() for label in labels]).float()
-        total = self.accelerator.reduce(valid.sum(), "sum")  # waits for no device
+        total = self.accelerator.reduce(valid.sum(), "sum")  # does not synchronise with the host
         return list(valid * self.world / total.clamp(min=1))
 
     def _part(
@@ -326,7 +325,7 @@ class Run:
                 teacher = None if self.teach is None else teacher_forward(self.teach, images)
                 network = self.student.model
                 student = self.called(images)
-        except (RuntimeError, AssertionError, ValueError) as error:  # of the libraries that made the networks
+        except (RuntimeError, AssertionError, ValueError) as error:  # raised by the networks' libraries
             raise refused(network or self.student.model, size, error, value="data.crop") from error
         leaves, pairs = cut(student)
         self.shapes = self.shapes or shapes_of(leaves, teacher, labels)
@@ -344,7 +343,7 @@ class Run:
         return (leaves, teacher, labels), terms
 
     def _values(self, done: Step) -> dict[str, float]:
-        """The logged values of a step over all processes, with one wait for the device. FloatingPointError names a loss."""
+        """The logged values of a step over all processes, with one synchronisation. FloatingPointError names a loss."""
         assert self.losses is not None
         found = dict(done.info)
         if done.given is not None:
@@ -394,7 +393,7 @@ class Run:
         self.log.picture(self.step, picture)
 
     def _save(self, name: str, *, watch: Stopwatch | None = None, seconds: float = 0.0) -> None:
-        """best.pt holds the network alone; last.pt (with `watch`) also what is needed to resume."""
+        """best.pt holds only the network; last.pt (with `watch`) also the state needed to resume."""
         if not self.main:
             return
         state: dict[str, Any] = {
@@ -424,7 +423,7 @@ class Run:
         self.whole = self.whole or watch is not None
 
     def _restore(self) -> float:
-        """Loads the last readable checkpoint; returns the seconds the run had taken."""
+        """Loads the last readable checkpoint; returns the training time so far in seconds."""
         state, self.whole = checkpoint.load_last(self.out)
         if changed := differences(state["config"], to_dict(self.config)):
             raise checkpoint.CheckpointError(
@@ -433,7 +432,7 @@ class Run:
             )
         if state["teacher_digest"] != self.teacher_digest:
             raise checkpoint.CheckpointError(
-                f"{self.out} was distilled from another teacher than {self.config.teacher} holds now; "
+                f"{self.out} was distilled from another teacher than {self.config.teacher} now holds; "
                 "start again with --overwrite"
             )
         if self.average is None:
@@ -472,7 +471,7 @@ class Run:
         }
 
     def _images(self) -> dict[str, dict[str, int]]:
-        """How many images of each kind there were, and how many crops of them the run saw."""
+        """Number of images of each kind, and of crops taken from them."""
         without = unlabelled_size(self.config)
         sizes = {"labelled": self.config.train.batch_size - without, "unlabelled": without}
         counts = {"labelled": len(self.labelled), "unlabelled": len(self.unlabelled or ())}
@@ -484,7 +483,7 @@ class Run:
         return loss_cost(self.objective, self.shapes, step=self.config.train.steps - 1, device=self.device)
 
     def _report(self) -> None:
-        about = "What the networks see in validation images, at the last step."
+        about = "Predictions on validation images, at the last step."
         if self.teacher is not None:
             about += f" {MAPS.format('this student')}"
         panels = [(about, panel) for panel in sorted((self.out / PANELS).glob("*.jpg"))[-1:]]
@@ -519,20 +518,20 @@ def _accelerator(options: TrainConfig) -> Accelerator:
         )  # an earlier run in this process may have had other options
     cpu = options.device == "cpu"
     if options.precision == "fp16" and (cpu or not torch.accelerator.is_available()):
-        raise ValueError("train.precision fp16 needs a GPU; on a CPU take --train.precision bf16 or no")
-    # A process's own statistics would otherwise drift apart.
+        raise ValueError("train.precision fp16 needs a GPU; on a CPU use --train.precision bf16 or no")
+    # Otherwise the processes' statistics would drift apart.
     processes = DistributedDataParallelKwargs(
         broadcast_buffers=options.batch_norm == "local", gradient_as_bucket_view=True
     )
     accelerator = Accelerator(cpu=cpu, mixed_precision=options.precision, kwargs_handlers=[processes])
     kind = accelerator.distributed_type.value
     if kind != "NO" and not kind.startswith("MULTI_"):
-        raise ValueError(f"the trainer shares a batch among processes and does nothing else; {kind} was asked for")
+        raise ValueError(f"the trainer only supports data parallelism (DDP); {kind} was requested")
     return accelerator
 
 
 def _too_little_memory(options: TrainConfig, error: str) -> str:
     return (
         f"too little memory: {error.splitlines()[0]}. Lower --train.batch_size ({options.batch_size}) or --data.crop, raise "
-        f"--train.accumulate ({options.accumulate}), or take --train.precision bf16 ({options.precision})"
+        f"--train.accumulate ({options.accumulate}), or use --train.precision bf16 ({options.precision})"
     )

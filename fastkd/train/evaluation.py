@@ -1,4 +1,4 @@
-"""Scores of a segmentation network: everything comes from one confusion matrix."""
+"""Scores of a segmentation network, all from one confusion matrix."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastkd.train.models import SegmentationModel, refused
 
 
 class SegmentationSet(Protocol):
-    """Items (image uint8 (3, H, W), label uint8 (H, W)); `palette` (K, 3) gives each of the K classes a colour."""
+    """Items (image uint8 (3, H, W), label uint8 (H, W)); `palette` (K, 3) has the colours of the K classes."""
 
     classes: Sequence[str]
     palette: Any
@@ -39,8 +39,8 @@ class Scores(NamedTuple):
 def scores(matrix: Tensor, classes: Sequence[str]) -> Scores:
     """Scores of a confusion matrix (K, K), rows = labels, columns = predictions, over valid pixels.
 
-    IoU of a class = diagonal / (row + column − diagonal). A class that is absent (a sum of 0) is None and left out of the
-    mean. Without any valid pixel both means are 0.
+    IoU = diagonal / (row + column − diagonal). An absent class (denominator 0) is None and left out of the mean.
+    Without valid pixels both means are 0.
     """
     matrix = matrix.double().cpu()
     hits = matrix.diagonal()
@@ -61,10 +61,10 @@ def predict_logits(
     size_divisor: int = 32,
     align_corners: bool = False,
 ) -> Tensor:
-    """Logits (N, K, *size) of uint8 or [0, 1] float images (N, 3, H, W), from one look at the whole images.
+    """Logits (N, K, *size) of uint8 or [0, 1] float images (N, 3, H, W), from one forward of the whole images.
 
-    The images are first resized to `input_size`, if given, and padded at the bottom and the right, by repeating the edge, to
-    sides that `size_divisor` divides, which most encoders need.
+    Images are first resized to `input_size`, if given, and padded at the bottom and right by edge replication to
+    multiples of `size_divisor`, which most encoders need.
     """
     images = _resized(images, input_size)
     height, width = images.shape[-2:]
@@ -84,7 +84,7 @@ def predict_logits(
 def _logits(model: nn.Module, images: Tensor, size_divisor: int) -> Tensor:
     try:
         return model(images).logits.float()
-    except (RuntimeError, AssertionError, ValueError) as error:  # of the library that made the network
+    except (RuntimeError, AssertionError, ValueError) as error:  # raised by the network's library
         if not isinstance(model, SegmentationModel):
             raise
         value = f"eval.size_divisor {size_divisor}: an image of"
@@ -93,9 +93,9 @@ def _logits(model: nn.Module, images: Tensor, size_divisor: int) -> Tensor:
 
 @torch.no_grad()
 def predict_scores(model: nn.Module, images: Tensor, size: tuple[int, int], how: EvalConfig) -> Tensor:
-    """Scores (N, K, *size), whose largest is the predicted class, of images (N, 3, H, W) evaluated as `how` says.
+    """Scores (N, K, *size) of images (N, 3, H, W), whose argmax is the predicted class; `how`: the evaluation options.
 
-    One view (one scale, no flip): its logits. Several: the mean of their class probabilities.
+    For one view (one scale, no flip) its logits, otherwise the mean of the views' class probabilities.
     """
     views = [(scale, flip) for scale in how.scales for flip in ((False, True) if how.flip else (False,))]
     total: Tensor | None = None
@@ -109,7 +109,7 @@ def predict_scores(model: nn.Module, images: Tensor, size: tuple[int, int], how:
             return logits
         shares = logits.softmax(1) / len(views)
         total = shares if total is None else total.add_(shares)
-    assert total is not None  # config.check: at least one scale
+    assert total is not None  # ensured by config.check
     return total
 
 
@@ -118,7 +118,7 @@ def _whole(model: nn.Module, images: Tensor, size: tuple[int, int], how: EvalCon
 
 
 def _slide(model: nn.Module, images: Tensor, size: tuple[int, int], how: EvalConfig) -> Tensor:
-    """Mean, pixel by pixel, of the logits of the windows that cover a pixel; the last window of a row ends at the border."""
+    """Per-pixel mean of the logits of all windows that cover a pixel; the last window of a row ends at the border."""
     assert how.window is not None
     height, width = images.shape[-2:]
     high, wide = min(how.window[0], height), min(how.window[1], width)
@@ -155,23 +155,23 @@ def _unit(images: Tensor) -> Tensor:
 
 
 class ConfusionMatrix:
-    """Counts (K, K) of pixels, rows = labels, columns = predictions, on `device`; nothing waits for the device but `compute`.
+    """Counts (K, K) of pixels, rows = labels, columns = predictions, on `device`; only `compute` synchronises.
 
-    Not torchmetrics': it drops ignored pixels by a boolean index, whose size the host must wait for at every batch.
+    torchmetrics drops ignored pixels with a boolean index, which synchronises at every batch.
     """
 
     def __init__(self, classes: int, ignore_index: int, device: torch.device) -> None:
         self.classes, self.ignore_index = classes, ignore_index
-        self.counts = torch.zeros(classes * classes + 1, dtype=torch.int64, device=device)  # the last: ignored pixels
+        self.counts = torch.zeros(classes * classes + 1, dtype=torch.int64, device=device)  # last: ignored pixels
 
     def update(self, predicted: Tensor, labels: Tensor) -> None:
-        """predicted, labels: integers of one shape; labels in [0, K) or `ignore_index`."""
+        """predicted, labels: integers of the same shape; labels in [0, K) or `ignore_index`."""
         cells = labels.long() * self.classes + predicted
         cells = torch.where(labels == self.ignore_index, self.classes**2, cells).flatten()
         self.counts.index_add_(0, cells, torch.ones_like(cells))
 
     def compute(self, *, world: int = 1) -> Tensor:
-        """The matrix over all `world` processes."""
+        """The matrix summed over all `world` processes."""
         if world > 1:
             torch.distributed.all_reduce(self.counts)
         return self.counts[:-1].view(self.classes, self.classes)
@@ -188,18 +188,18 @@ def evaluate(
     world: int = 1,
     progress: Any = None,
 ) -> Scores:
-    """Scores of `model` on `dataset` at the labels' resolution.
+    """Scores of `model` on `dataset` at label resolution.
 
     Args:
-        model: takes images, returns an `Output`; left in the mode it was found in.
-        dataset: images and labels; pictures of other sizes are evaluated apart.
+        model: takes images, returns an `Output`; its training mode is restored.
+        dataset: images and labels; images of different sizes are evaluated separately.
         how: size, windows, scales, flip, batch size and limit (`config.EvalConfig`).
         workers: loader processes.
-        rank, world: this process and their number; each takes its share, and all get the scores of the whole.
+        rank, world: this process and the number of processes; each evaluates a share, all return the total scores.
         progress: text of a progress bar, None for no bar.
 
     Raises:
-        ValueError: the model's classes are not as many as the data set's.
+        ValueError: model and data set differ in the number of classes.
     """
     how = how or EvalConfig()
     classes = dataset.classes
@@ -231,6 +231,6 @@ def evaluate(
 
 
 def _by_size(items: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """A batch as batches of neighbours of one size."""
+    """Splits a batch into runs of the same size."""
     groups = [list(group) for _, group in groupby(items, lambda item: (item[0].shape, item[1].shape))]
     return [(torch.stack([image for image, _ in g]), torch.stack([label for _, label in g])) for g in groups]

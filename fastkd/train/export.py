@@ -1,4 +1,4 @@
-"""A network as a file for other programs: ONNX, or its weights as safetensors. What was written is read and compared."""
+"""Exports a network to ONNX or its weights to safetensors, and verifies the file."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from fastkd.train import checkpoint
 from fastkd.train.files import write_whole
 
-SIDE = 32  # sides of the ONNX input are multiples of this, which every encoder takes
-TOLERANCE = 1e-3  # of an ONNX logit, relative to the largest: onnxruntime's kernels add in another order
+SIDE = 32  # sides of the ONNX input must be multiples, as encoders require
+TOLERANCE = 1e-3  # relative to the largest logit: onnxruntime's kernels sum in another order
 
 
 class ExportError(ValueError):
-    """A file that would not be what the network is. Nothing is left at its place."""
+    """The file would differ from the network. Nothing is left at its path."""
 
 
 class Segmenter(nn.Module):
@@ -34,18 +34,18 @@ class Segmenter(nn.Module):
 
 
 def export(path: Path, out: Path, *, size: tuple[int, int] | None = None) -> str:
-    """Writes `out`, whose ending says what: .onnx or .safetensors; returns a sentence about it.
+    """Writes `out` in the format of its ending, .onnx or .safetensors; returns a description.
 
-    An ONNX file takes any number of images of one size and holds normalisation and up-sampling; its metadata and that of a
-    safetensors file hold the classes, the palette and the model's configuration.
+    ONNX files take any number of images of one size and include normalisation and up-sampling. The metadata of both
+    formats holds classes, palette and model configuration.
 
     Args:
         path: a checkpoint of the trainer.
-        size: (height, width) of ONNX's images; None: those of the validation, or of a training crop.
+        size: (height, width) of the ONNX input; None: that of the validation, or of a training crop.
 
     Raises:
-        ValueError: another ending, or sides that 32 does not divide.
-        ExportError: what was written differs from the network.
+        ValueError: another ending, or sides not divisible by 32.
+        ExportError: the file's output differs from the network's.
         ModuleNotFoundError: onnx, onnxscript or onnxruntime is missing for ONNX.
     """
     if out.suffix not in (".onnx", ".safetensors"):
@@ -77,8 +77,8 @@ def _safetensors(network: nn.Module, path: Path, notes: dict[str, str]) -> str:
     path.write_bytes(save(state, notes))
     read = load_file(path)
     if read.keys() != state.keys() or not all(torch.equal(read[name], value) for name, value in state.items()):
-        raise ExportError(f"{path} does not hold the tensors that were written; is the disk sound?")
-    return f"{len(state)} tensors, read back bit by bit"
+        raise ExportError(f"{path} does not hold the tensors that were written; check the disk")
+    return f"{len(state)} tensors, read back and bitwise equal"
 
 
 def _onnx(model: nn.Module, path: Path, size: tuple[int, int], notes: dict[str, str]) -> str:
@@ -104,13 +104,13 @@ def _onnx(model: nn.Module, path: Path, size: tuple[int, int], notes: dict[str, 
     )
     proto = program.model_proto
     for node in proto.graph.node:
-        del node.metadata_props[:]  # stack traces, with the paths of this machine
+        del node.metadata_props[:]  # stack traces with local paths
     onnx.helper.set_model_props(proto, notes)
     onnx.save(proto, path)
     onnx.checker.check_model(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     worst = 0.0
-    for images in (example, example[:1]):  # another number of images than it was traced with
+    for images in (example, example[:1]):  # also with another batch size than traced
         with torch.no_grad():
             expected = model(images).numpy()
         (found,) = session.run(None, {"images": images.numpy()})

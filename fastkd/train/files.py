@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, flushed to the disk, then renamed."""
+"""Atomic file writes: written to a temporary file, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 
 def write_whole(path: Path, write: Callable[[Path], object], *, previous: Path | None = None) -> None:
-    """`write(beside)` makes the file, which then takes the place of `path`: at any moment `path` is the old file or the new.
+    """`write(beside)` creates the new file, which then replaces `path` atomically.
 
-    previous: keeps what `path` was before under this name.
+    previous: name under which the old file is kept.
     """
     beside = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,19 +43,19 @@ def _keep(path: Path, previous: Path) -> None:
     try:
         link.unlink(missing_ok=True)
         os.link(path, link)
-    except OSError:  # a file system without links: for an instant there is only `previous`
+    except OSError:  # no hard links: briefly only `previous` exists
         os.replace(path, previous)
     else:
         os.replace(link, previous)
 
 
 def _flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk: a rename may reach it before what it names."""
+    """Flushes a file, or the entries of a folder, to disk: a rename may otherwise reach it before the data."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError:
-        if not path.is_dir():  # some file systems cannot flush a folder; a failed flush of a file is a failed write
+        if not path.is_dir():  # some file systems cannot flush folders; a failed flush of a file is an error
             raise
     finally:
         os.close(handle)

@@ -1,7 +1,7 @@
-"""The backward pass in two parts, norms and cosines of the losses' gradients, and which loss failed first.
+"""The backward pass in two parts, norms and cosines of the losses' gradients, and the first loss that is not finite.
 
-The losses see leaves cut off from the network, so that their own forward and backward can be timed and their gradients be
-compared; what they leave there is then sent through the network. The result is that of one backward pass.
+The losses see leaves detached from the network, so that their forward and backward can be timed and their gradients
+compared. Their gradients are then propagated through the network. The result equals one backward pass.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fastkd.train.models import Output
 
-HALF_SCALE = 2.0**16  # keeps the gradients of half-precision logits, about 1 / pixels, off zero
+HALF_SCALE = 2.0**16  # keeps half-precision gradients of about 1 / pixels from underflowing
 
 
 def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` (an Output, a dict, None, ...) with every tensor in it changed."""
+    """Applies `change` to every tensor in `value` (an Output, a dict, None, ...)."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
@@ -40,7 +40,7 @@ def cut(student: Output) -> tuple[Output, list[tuple[Tensor, Tensor]]]:
 
 
 def send_back(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Backpropagates the gradients that the losses left in the leaves of `cut`."""
+    """Backpropagates the gradients of `cut`'s leaves through the network."""
     used = [(x, leaf.grad) for x, leaf in pairs if leaf.grad is not None]
     torch.autograd.backward([x for x, _ in used], [grad for _, grad in used])
 
@@ -51,12 +51,12 @@ def gradient_statistics(parts: Mapping[str, Tensor], student: Output, task: froz
     Args:
         parts: the weighted losses, with their graph down to the leaves of `student`.
         student: leaves from `cut`.
-        task: names of the parts that compare with labels; the others compare with the teacher.
+        task: names of the parts that use labels; the others use the teacher.
 
     Returns:
-        0-d tensors. "grad/<part>": norm of the part's gradient at what it reads of the student (logits, auxiliary logits,
-        features). "grad_cosine": cosine at the logits between the summed gradients of task and distillation, the conflict that
-        RDD (arXiv 2407.03719) describes; absent unless both have a gradient there.
+        0-d tensors. "grad/<part>": norm of the part's gradient at its inputs from the student (logits, auxiliary
+        logits, features). "grad_cosine": cosine at the logits between the summed gradients of task and distillation,
+        the conflict that RDD (arXiv 2407.03719) describes; absent unless both have a gradient there.
     """
     leaves: list[Tensor] = []
     each_tensor(student, lambda x: leaves.append(x) or x)  # type: ignore[func-returns-value]
@@ -80,9 +80,9 @@ def gradient_statistics(parts: Mapping[str, Tensor], student: Output, task: froz
 
 
 class Latest:
-    """The weighted losses of the latest step, or of the first one in which a loss was not finite.
+    """The weighted losses of the latest step, or of the first step in which one is not finite.
 
-    Kept on the device and read when it is due: by then one loss that is not finite has made all of them so.
+    They stay on the device until logged; by then a single loss that is not finite has spread to all.
     """
 
     def __init__(self, names: Iterable[str], values: Tensor, step: int):

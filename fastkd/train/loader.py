@@ -1,7 +1,6 @@
-"""Batches of an endless, shuffled pass over a data set, each sample drawn under its own seed.
+"""Batches of endless shuffled passes over a data set; each sample is drawn under its own seed.
 
-Where there are images without labels, each batch, and each share of it, has the same number of them: they stand last, and the
-labels are fewer than the images.
+With unlabelled images, every batch and every share of it has the same number of them. They come last, without labels.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from fastkd.train.evaluation import SegmentationSet
 
 
 class Part(NamedTuple):
-    """Which process of how many, and in how many parts a process does its share of a batch."""
+    """Process index, number of processes, and accumulation steps per process."""
 
     rank: int = 0
     world: int = 1
@@ -28,11 +27,11 @@ ALONE = Part()
 
 
 class StepSampler(Sampler):
-    """For each step, this process's share of the batch in `parts` lists of (index, number of the sample in the run).
+    """For each step, this process's share of the batch in `parts` lists of (index, sample number in the run).
 
-    Sample k of a pass is item k mod n of the permutation of epoch k div n; a batch may span two epochs. The order depends on the
-    seed alone, not on where the run starts or how many processes and parts share a batch. Images without labels have a pass
-    of their own; their indices follow those of the labelled ones.
+    Sample k of a pass is item k mod n of the permutation of epoch k div n; a batch may span two epochs. The order
+    depends only on the seed, not on the first step or the number of processes and parts. Unlabelled images have a
+    separate pass; their indices follow those of the labelled ones.
     """
 
     def __init__(
@@ -48,10 +47,10 @@ class StepSampler(Sampler):
         unlabelled: int = 0,
         unlabelled_size: int = 0,
     ):
-        """batch_size counts all images of a step, `unlabelled_size` those of them that come from `unlabelled` others."""
+        """batch_size: images per step; `unlabelled_size` of them come from the `unlabelled` other images."""
         if length < 1:
             raise ValueError("the training set is empty")
-        # Items in a pass, how many of them a step takes, and the index and the place in a batch of the first.
+        # Items in a pass, items per step, index of the first item, and its position in the batch.
         labelled = batch_size - unlabelled_size
         self.passes = [(length, labelled, 0, 0), (unlabelled, unlabelled_size, length, labelled)]
         for what, size in (("train.batch_size", batch_size), ("the unlabelled share of a batch,", unlabelled_size)):
@@ -84,7 +83,7 @@ class StepSampler(Sampler):
 
 
 class Seeded(Dataset):
-    """Gives item (index, number) with torch's CPU generator seeded by (seed, number), and restores the generator."""
+    """Returns item (index, number) under torch's CPU generator seeded by (seed, number), and restores the generator."""
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset, self.seed = dataset, seed
@@ -92,9 +91,7 @@ class Seeded(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Any:
         index, number = key
         state = torch.get_rng_state()
-        torch.default_generator.manual_seed(
-            self.seed * 1_000_000_007 + number
-        )  # not manual_seed: it would reseed the GPU
+        torch.default_generator.manual_seed(self.seed * 1_000_000_007 + number)  # manual_seed would reseed the GPU too
         try:
             return self.dataset[index]
         finally:
@@ -113,9 +110,9 @@ def train_loader(
     unlabelled: Unlabelled | None = None,
     unlabelled_size: int = 0,
 ) -> DataLoader:
-    """Batches (images, labels of the first of them) for `steps` of a run, `part.parts` for each step.
+    """Batches (images, labels of the first of them) for `steps` of a run, `part.parts` per step.
 
-    batch_size counts the images of all processes and parts, `unlabelled_size` those of them from `unlabelled`.
+    batch_size: images over all processes and parts; `unlabelled_size` of them are unlabelled.
     """
     others = 0 if unlabelled is None else len(unlabelled)
     sampler = StepSampler(
@@ -128,7 +125,7 @@ def train_loader(
 
 
 def _batch(items: list[Any]) -> list[torch.Tensor]:
-    """Images (N, 3, H, W) and the labels (L, H, W) of the first L of them; the others are images alone."""
+    """Images (N, 3, H, W), and labels (L, H, W) of the first L; the others are unlabelled."""
     pairs = [item for item in items if isinstance(item, (tuple, list))]
     return [
         default_collate([*(pair[0] for pair in pairs), *items[len(pairs) :]]),

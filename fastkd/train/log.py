@@ -28,7 +28,7 @@ STALE = ("result.json", "report.html", "table.md", "curves.png", LAST, PREVIOUS,
 
 
 class RunLog:
-    """`log.jsonl`, one object a line {"step", "time", "split", ...}, and the same values as TensorBoard scalars; pictures."""
+    """`log.jsonl`, one object {"step", "time", "split", ...} per line; also TensorBoard scalars and pictures."""
 
     def __init__(self, out: Path, *, enabled: bool = True):
         self.out, self.enabled = out, enabled
@@ -36,7 +36,7 @@ class RunLog:
         self.board: Any = None
 
     def open(self, *, keep_to: int) -> None:
-        """Keeps the lines of steps up to `keep_to` (0: none) and appends after them."""
+        """Keeps lines of steps up to `keep_to` (0: none) and appends after them."""
         if not self.enabled:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -64,7 +64,7 @@ class RunLog:
             self.board.add_scalar(f"{split}/{name}", value, step)
 
     def picture(self, step: int, image: Image.Image) -> None:
-        """`panels/<step>.jpg`, and the same in TensorBoard."""
+        """Writes `panels/<step>.jpg` and the same to TensorBoard."""
         if not self.enabled:
             return
         path = self.out / PANELS / f"{step:06d}.jpg"
@@ -78,7 +78,7 @@ class RunLog:
 
 
 class Progress:
-    """A bar on a terminal, occasional lines in a file; both with the time left."""
+    """A bar on a terminal, otherwise occasional lines; both with the remaining time."""
 
     def __init__(self, name: str, *, total: int, done: int, show: bool):
         self.name, self.total, self.first, self.show = name, total, done, show
@@ -88,7 +88,7 @@ class Progress:
         self.spoke = self.begun - LINE_SECONDS
 
     def step(self, done: int, loss: float | None) -> None:
-        """After each step; `loss` if it was read."""
+        """Called after each step; `loss` if it was read."""
         self.bar.update()
         if loss is None or not self.show:
             return
@@ -110,7 +110,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """In words, to two places: "42 s", "3 min 20 s", "5 h 12 min", "2 d 4 h"."""
+    """In words, with two units: "42 s", "3 min 20 s", "5 h 12 min", "2 d 4 h"."""
     seconds = round(seconds)
     for size, unit, part, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if seconds >= size:
@@ -122,7 +122,7 @@ def duration(seconds: float) -> str:
 def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # a line cut short by a crash
+    except (ValueError, KeyError, TypeError):  # a line truncated by a crash
         return float("inf")
 
 
@@ -131,9 +131,9 @@ def _round(value: float) -> float:
 
 
 class Stopwatch:
-    """Seconds of a step, of waiting for its data, and of the losses (their forward and backward).
+    """Seconds per step, waiting for data, and in the losses (forward and backward).
 
-    On a GPU the losses are timed by events that are read when `means` is called, so no step waits for the device.
+    On a GPU the losses are timed with events that `means` reads, so that no step synchronises.
     """
 
     def __init__(self, device: torch.device, totals: dict[str, float] | None = None):
@@ -196,7 +196,7 @@ class Stopwatch:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what a run's numbers depend on; "git" is the commit of the working directory, if it is a repository."""
+    """Versions that a run's numbers depend on; "git" is the commit of the working directory, if it is a repository."""
     import fastkd
 
     found: dict[str, str | None] = {"python": platform.python_version(), "fastkd": getattr(fastkd, "__version__", None)}

@@ -1,6 +1,6 @@
-"""What the losses of a run cost at its own shapes: memory and time, with the kernels and in plain PyTorch.
+"""Memory and time of a run's losses at its own shapes, with the kernels and in plain PyTorch.
 
-Measured once, after the last step, on random numbers of the shapes, dtypes and strides that the losses of the run were given.
+Measured once after the last step, on random inputs with the shapes, dtypes and strides of the run.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from fastkd.train.gradients import each_tensor
 from fastkd.train.methods import Objective
 from fastkd.train.models import Output
 
-TENSORS_OF_EAGER = 12  # more of label size than plain PyTorch keeps alive at once in any loss here
-SECONDS = 5.0  # a call in plain PyTorch that would take longer is measured on one image and scaled
+TENSORS_OF_EAGER = 12  # upper bound of the label-size tensors that plain PyTorch keeps alive in any loss here
+SECONDS = 5.0  # slower calls in plain PyTorch are measured on one image and scaled
 
 
 class Shapes(NamedTuple):
@@ -37,18 +37,18 @@ def shapes_of(student: Output, teacher: Output | None, labels: Tensor) -> Shapes
 
 
 def loss_cost(objective: Objective, shapes: Shapes, *, step: int, device: torch.device) -> dict[str, Any]:
-    """Memory and time of one forward and backward of the losses alone.
+    """Memory and time of one forward and backward of the losses.
 
     Args:
         objective: the losses of the run; its buffers may change (a method may keep a memory bank).
         shapes: from `shapes_of`.
         step: of the run; RDD's stages differ.
-        device: where the run was.
+        device: that of the run.
 
     Returns:
-        {"backends": names, "ours": cost, "eager": cost, "note": text or None}. A cost is {"bytes": peak beyond the inputs and
-        the gradients, "seconds": of one call, "images": of the batch it was measured on}; or None, and the note says why. A
-        cost that was measured on one image is scaled to the batch. Never raises.
+        {"backends": names, "ours": cost, "eager": cost, "note": text or None}. A cost is {"bytes": peak beyond the
+        inputs and the gradients, "seconds": per call, "images": batch size of the measurement}, scaled to the batch if
+        measured on one image; or None, with the reason in the note. Never raises.
     """
     operators = fastkd.backend_info()["operators"].values()
     found: dict[str, Any] = {
@@ -105,7 +105,7 @@ def _measure(objective: Objective, shapes: Shapes, images: int, step: int, devic
 
     call()
     gradients = sum(leaf.grad.nbytes for leaf in leaves if leaf.grad is not None)
-    for leaf in leaves:  # else freed memory would hide new allocations
+    for leaf in leaves:  # otherwise freed memory would hide new allocations
         leaf.grad = None
     peak = _peak_memory(call, device) - gradients
     _synchronise(device)
@@ -121,7 +121,7 @@ def _synchronise(device: torch.device) -> None:
 
 
 def _peak_memory(call: Callable[[], None], device: torch.device) -> int:
-    """Bytes by which memory peaks during `call`: the allocator's on a GPU, the process's resident memory on a CPU (Linux)."""
+    """Peak memory of `call` in bytes: of the allocator on a GPU, resident memory of the process on a CPU (Linux)."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -134,7 +134,7 @@ def _peak_memory(call: Callable[[], None], device: torch.device) -> int:
     def kib(key: str) -> int:
         return int(status.read_text().partition(f"{key}:")[2].split()[0])
 
-    ctypes.CDLL(None).malloc_trim(0)  # held but unused memory would hide new allocations
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise unused heap would hide new allocations
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     resident = kib("VmRSS")
     call()
@@ -142,7 +142,7 @@ def _peak_memory(call: Callable[[], None], device: torch.device) -> int:
 
 
 def _free(device: torch.device) -> int:
-    """Bytes of memory that are free: on the device, or in the system (Linux)."""
+    """Free bytes, on the device or in the system (Linux)."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]

@@ -1,8 +1,8 @@
-"""Segmentation networks with the taps that distillation needs.
+"""Segmentation networks with taps for distillation.
 
-`SegmentationModel` takes images as they are loaded and returns the raw logits at their own resolution, the tapped features
-and, where the network has one, the logits of an auxiliary head. `Student` adds the 1x1 adapters of the feature losses.
-Nothing here downloads anything: weights come from a file the user names (`weights.py`).
+`SegmentationModel` takes images as loaded and returns raw logits at their own resolution, the tapped features and, if
+there is an auxiliary head, its logits. `Student` adds the 1x1 adapters of the feature losses. Nothing here downloads
+anything: weights come from files that the user names (`weights.py`).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from fastkd.features import Tapped
 from fastkd.ranges import Finite, Positive
 from fastkd.train.weights import load_encoder_weights, load_network_weights
 
-PROBE = (2, 3, 128, 128)  # images of the dummy forward that sizes heads and adapters
-TRUSTED = "FASTKD_FACTORIES"  # environment variable: factories that a checkpoint may name, separated by commas
+PROBE = (2, 3, 128, 128)  # images of the dummy forward that determines the channels of heads and adapters
+TRUSTED = "FASTKD_FACTORIES"  # environment variable: comma-separated factories that a checkpoint may name
 
 
 @dataclass
@@ -36,18 +36,20 @@ class ModelConfig:
     Args:
         library: "smp" (segmentation-models-pytorch) or "torchvision".
         arch: class of smp (DeepLabV3, PSPNet, Segformer, FPN, ...), function of torchvision.models.segmentation, or
-            "package.module:factory", a callable that is given classes=... and `options` and returns the network.
-        encoder: smp encoder (resnet18, resnet101, mobilenet_v2, mit_b0, ...); "tu-<name>" is any timm model. Only for smp.
-        encoder_weights: file with the encoder's state dict (.safetensors, or a torch file); None: random start. Only for smp.
-        weights: file with the whole network's state dict, under its own names or those of CIRKD; None: random start.
-        options: further keywords of the architecture; with smp, encoder_output_stride: 8 gives dilated features.
-        logits: path of the module that returns the raw logits; None: the architecture's known one (of a factory: the network).
-        features: name -> path of the features that feature losses compare (see fastkd.features); None: {encoder: the encoder's
-            last} for a library's network, none for a factory's.
-        aux: path of the feature map that feeds an FCN auxiliary head, e.g. "encoder[-2]"; None: no such head.
-        aux_logits: path of the module that returns the logits of an auxiliary head that the network has itself.
-        channels: order in which the network takes the channels of an image.
-        max_value: of white in the images the network takes, 1 or 255; mean and std are in the same units and channel order.
+            "package.module:factory", a callable that takes classes=... and `options` and returns the network.
+        encoder: smp encoder (resnet18, resnet101, mobilenet_v2, mit_b0, ...); "tu-<name>" is any timm model. Only for
+            smp.
+        encoder_weights: file with the encoder's state dict (.safetensors, or a torch file); None: random. Only for smp.
+        weights: file with the whole network's state dict, with its own names or CIRKD's; None: random.
+        options: more arguments of the architecture; for smp, encoder_output_stride: 8 gives dilated features.
+        logits: path of the module that returns the raw logits; None: known for the architectures (for a factory: the
+            network).
+        features: name -> path of the features that feature losses compare (see fastkd.features); None: {encoder: the
+            encoder's last} for library networks, none for a factory's.
+        aux: path of the feature map that feeds a new FCN auxiliary head, e.g. "encoder[-2]"; None: no such head.
+        aux_logits: path of the module that returns the logits of the network's own auxiliary head.
+        channels: channel order of the network's input.
+        max_value: of white in the network's input, 1 or 255; mean and std have the same units and channel order.
         mean: input mean.
         std: input standard deviation.
     """
@@ -77,7 +79,7 @@ class Output(NamedTuple):
 
 
 class Feature(NamedTuple):
-    """What a method needs of the student: a tapped feature, as it is (channels None) or adapted to so many channels."""
+    """A tapped feature that a method needs from the student: as is (channels None) or adapted to this many channels."""
 
     source: str
     channels: int | None
@@ -103,10 +105,10 @@ class SegmentationModel(nn.Module):
     Args:
         network: any module that maps (N, 3, H, W) floats to a segmentation.
         classes: K.
-        config: paths of the taps (`logits` and `features` are not None), and what the network takes as an image.
+        config: paths of the taps (`logits` and `features` are not None), and the input format.
 
-    forward(images): RGB, uint8 in [0, 255] or floats in [0, 1], (N, 3, H, W). The auxiliary logits are resized bilinearly to
-    the main logits, so that the two heads can be compared pixel by pixel.
+    forward(images): RGB, uint8 in [0, 255] or floats in [0, 1], (N, 3, H, W). Auxiliary logits are resized bilinearly
+    to the main logits.
     """
 
     mean: Tensor
@@ -127,7 +129,7 @@ class SegmentationModel(nn.Module):
             )
         self.classes, self.feature_names = classes, tuple(features)
         self.bgr, self.max_value = config.channels == "bgr", config.max_value
-        # Named as in the configuration, for messages.
+        # Configuration names, for messages.
         paths = {f"model.features.{name}": path for name, path in features.items()} | {"model.logits": logits}
         if aux is not None:
             paths["model.aux"] = aux
@@ -185,7 +187,7 @@ class SegmentationModel(nn.Module):
 
 
 def _token_owner(network: nn.Module, path: str) -> str | None:
-    """Where the timm vision transformer is that a tapped module belongs to: around it, or the only one of the network."""
+    """The timm vision transformer of a tapped module: the one that contains it, or the network's only one."""
     path = path.partition("[")[0]
     found = [
         name for name, m in network.named_modules() if hasattr(m, "num_prefix_tokens") and hasattr(m, "patch_embed")
@@ -198,8 +200,8 @@ def token_map(tokens: Tensor, transformer: Any, size: Sequence[int], name: str) 
     """Tokens (N, L, C) of a timm vision transformer as a map (N, C, h, w): class and register tokens dropped, no copy.
 
     Args:
-        transformer: what has `num_prefix_tokens` and `patch_embed`.
-        size: of the images, of which the patches are the grid.
+        transformer: has `num_prefix_tokens` and `patch_embed`.
+        size: of the images; determines the grid.
         name: of the tap, for the message.
     """
     prefix, patches = transformer.num_prefix_tokens, transformer.patch_embed
@@ -216,11 +218,11 @@ def token_map(tokens: Tensor, transformer: Any, size: Sequence[int], name: str) 
 
 
 class Student(nn.Module):
-    """The trained module: a model and a 1x1 adapter for each feature that is compared in the teacher's channels.
+    """The trained module: a model, and a 1x1 adapter for each feature that is compared in the teacher's channels.
 
     Args:
         model: the network.
-        features: what its output holds; no other feature is returned.
+        features: the features to return; others are dropped.
     """
 
     def __init__(self, model: SegmentationModel, features: Mapping[str, Feature] | None = None):
@@ -242,10 +244,11 @@ class Student(nn.Module):
 
 
 def build_model(config: ModelConfig, classes: int, *, from_checkpoint: bool = False) -> SegmentationModel:
-    """The network of `config` for `classes` classes, randomly started but for the weights files it names.
+    """The network of `config` for `classes` classes, randomly initialised except for the weights files it names.
 
-    from_checkpoint: the whole state is loaded next, so the files are left out; and the configuration comes from a file, so a
-    factory is called only if the environment variable FASTKD_FACTORIES lists it. ValueError names what does not fit.
+    from_checkpoint: skip weights files, since the whole state is loaded next, and call a factory only if the
+    environment variable FASTKD_FACTORIES lists it, since the configuration comes from a file. ValueError names what
+    does not fit.
     """
     try:
         return _build(config, classes, from_checkpoint)
@@ -264,15 +267,14 @@ def first_line(error: BaseException) -> str:
 
 
 def is_memory(error: BaseException) -> bool:
-    """Whether an error means too little memory, which is a RuntimeError in torch."""
+    """Whether an error means out of memory (a RuntimeError in torch)."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def refused(network: SegmentationModel, size: Sequence[int], error: Exception, *, value: str) -> Exception:
-    """A sentence for what a forward of images of `size` raised; `value` of the configuration gives it.
+    """Explains an exception raised by a forward of images of `size`, which the configuration value `value` sets.
 
-    Says which sizes near it the network takes, tried on images of zeros. An error that has nothing to do with the size comes back
-    as it is.
+    Tries nearby sizes on zero images and names those that work. Errors unrelated to the size are returned unchanged.
     """
     if is_memory(error):
         return error
@@ -296,7 +298,7 @@ def _takes(network: SegmentationModel, size: Sequence[int]) -> bool:
     try:
         network(torch.zeros(1, 3, *size, device=network.mean.device))
         return True
-    except Exception:  # whatever a library raises means no
+    except Exception:  # any exception means no
         return False
     finally:
         for module, training in modes:
@@ -329,7 +331,7 @@ def _build(config: ModelConfig, classes: int, from_checkpoint: bool) -> Segmenta
     model = SegmentationModel(network, classes, dataclasses.replace(config, **taps))
     head = getattr(network, "segmentation_head", None)
     if kind == "smp" and config.logits is None and isinstance(head, nn.Sequential):
-        head[1] = nn.Identity()  # the up-sampling after the tapped logits would be thrown away
+        head[1] = nn.Identity()  # the up-sampling after the tapped logits is not needed
     if config.weights and not from_checkpoint:
         load_network_weights(model, Path(config.weights))
     return model
@@ -350,7 +352,7 @@ def _smp(config: ModelConfig, classes: int) -> nn.Module:
         )
     options = dict(config.options)
     if config.arch == "PSPNet" and "encoder_output_stride" in options:
-        # smp's own PSPNet stops at the third stage; the published one dilates the last two.
+        # smp's PSPNet stops at the third stage; the published one dilates the last two.
         options = {"encoder_depth": 5, "output_stride": options.pop("encoder_output_stride")} | options
     try:
         network = known[config.arch](config.encoder, encoder_weights=None, classes=classes, **options)
@@ -371,9 +373,9 @@ def _smp(config: ModelConfig, classes: int) -> nn.Module:
 
 
 def _keep_first_dilation(encoder: nn.Module) -> None:
-    """In a dilated ResNet, the convolution that lost its stride keeps the dilation of the stage before.
+    """In a dilated ResNet, lets the convolution that lost its stride keep the dilation of the previous stage.
 
-    So it is in torchvision and in the published networks, and so weights trained there expect it; smp dilates it further.
+    torchvision and the published networks do so, and their weights expect it; smp dilates it further.
     """
     for stage in (getattr(encoder, "layer3", None), getattr(encoder, "layer4", None)):
         if isinstance(stage, nn.Sequential):

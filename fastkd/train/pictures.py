@@ -1,4 +1,4 @@
-"""What networks see: predictions, and the two maps of relative difficulty, in the same few validation images."""
+"""Pictures of predictions and of the two maps of relative difficulty, on the same validation images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Samples = Sequence[tuple[Tensor, Tensor]]
 
 
 def overlay(image: Any, label: Any, palette: Any, alpha: float = 0.55) -> np.ndarray:
-    """The coloured label (H, W) over the image (3, H, W) or (H, W, 3), uint8 (H, W, 3); ignored pixels show the image."""
+    """The image (3, H, W) or (H, W, 3) with the coloured label (H, W) blended in where not ignored; uint8 (H, W, 3)."""
     image, label = torch.as_tensor(image).cpu(), torch.as_tensor(label).cpu()
     image = image.permute(2, 0, 1) if image.shape[0] != 3 else image
     if image.shape[1:] != label.shape:
@@ -43,13 +43,13 @@ def overlay(image: Any, label: Any, palette: Any, alpha: float = 0.55) -> np.nda
 
 
 def colourise(label: Any, palette: Any) -> np.ndarray:
-    """A label map (H, W) as uint8 (H, W, 3); ignored pixels black."""
+    """A label map (H, W) as uint8 (H, W, 3); ignored pixels are black."""
     label = torch.as_tensor(label)
     return overlay(torch.zeros(3, *label.shape, dtype=torch.uint8), label, palette, alpha=1.0)
 
 
 def heatmap(values: Tensor) -> np.ndarray:
-    """A map (H, W) of values in [0, 1] (or bool) as uint8 (H, W, 3): even steps of lightness, dark 0 to bright 1; NaN is grey."""
+    """A map (H, W) in [0, 1] (or bool) as uint8 (H, W, 3): uniform lightness from dark 0 to bright 1; NaN is grey."""
     from matplotlib import colormaps
 
     colours = colormaps["magma"].with_extremes(bad=(0.5, 0.5, 0.5))
@@ -59,7 +59,7 @@ def heatmap(values: Tensor) -> np.ndarray:
 def panel(
     titles: Sequence[str], rows: Sequence[Sequence[Any]], *, legend: Sequence[str] = (), palette: Any = ()
 ) -> Image.Image:
-    """A grid of pictures, (H, W, 3) or tensors (3, H, W), under `titles`, and class names with their colours."""
+    """A grid of pictures, (H, W, 3) or tensors (3, H, W), under `titles`, with a colour legend of the classes."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.patches import Patch
@@ -89,7 +89,7 @@ def panel(
 
 
 def sample(dataset: SegmentationSet, count: int) -> Samples:
-    """`count` items, evenly spread; all of them if there are not so many."""
+    """`count` evenly spaced items, or all of them if there are fewer."""
     count = min(count, len(dataset))
     return [dataset[int((i + 0.5) * len(dataset) / count)] for i in range(count)]
 
@@ -97,7 +97,7 @@ def sample(dataset: SegmentationSet, count: int) -> Samples:
 def predictions(
     networks: Mapping[str, SegmentationModel], samples: Samples, dataset: SegmentationSet, how: EvalConfig
 ) -> Image.Image:
-    """Rows of image, label and each network's prediction, under its name, evaluated as `how` says; all are in eval mode."""
+    """Rows of image, label and each network's prediction, by name, evaluated as `how`; networks are in eval mode."""
     palette = np.asarray(dataset.palette)
     rows = [
         [image, colourise(label, palette), *(_seen(network, image, palette, how) for network in networks.values())]
@@ -116,7 +116,7 @@ def difficulty(
     *,
     name: str = "student",
 ) -> Image.Image:
-    """Rows of image, label, what both see, and RDD's maps; TFE's only if the teacher has an auxiliary head."""
+    """Rows of image, label, both predictions, and RDD's maps; TFE's only if the teacher has an auxiliary head."""
     palette = np.asarray(dataset.palette)
     titles = ["image", "label", "teacher", name, *(["TFE confidence"] if teacher.has_aux else []), "TSE mask"]
     rows = []

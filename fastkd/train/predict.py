@@ -31,16 +31,16 @@ def predict(
     alpha: float = 0.55,
     device: torch.device | None = None,
 ) -> tuple[list[Path], list[str]]:
-    """Writes `<out>/<image name>.png` for each image; returns the files written, and a message for each image that failed.
+    """Writes `<out>/<image name>.png` for each image; returns the written files, and a message per failed image.
 
     Args:
         path: a checkpoint of the trainer.
-        images: files, which may be anybody's; one that cannot be used does not stop the others.
-        size: (height, width) the network sees; None: that of its validation, or the image's own.
+        images: untrusted files; a bad one does not stop the others.
+        size: (height, width) of the network's input; None: that of its validation, or the image's own.
         alpha: opacity of the colours.
 
     Raises:
-        ValueError: two images would be written to one name, or over an image.
+        ValueError: two images have the same output name, or an image would be overwritten.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is an opacity between 0 and 1, got {alpha}")
@@ -53,7 +53,7 @@ def predict(
     targets = [out / f"{image.stem}.png" for image in images]
     if len(set(targets)) != len(targets):
         twice = next(t.name for t in targets if targets.count(t) > 1)
-        raise ValueError(f"two of the images would be written to {twice}; predict their folders one by one")
+        raise ValueError(f"two of the images would be written to {twice}; predict their folders separately")
     if over := {t.resolve() for t in targets} & {i.resolve() for i in images}:
         raise ValueError(f"{min(over)} would be overwritten; choose another --out")
     written, failed = [], []
@@ -83,7 +83,7 @@ def _label(network: nn.Module, image: Path, pixels: np.ndarray, how: EvalConfig,
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
-    """The files named, and the images in the folders named. FileNotFoundError: there is none."""
+    """The given files, and the images in the given folders. FileNotFoundError: there is none."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():

@@ -1,8 +1,8 @@
-"""Recipes: the YAML files in `recipes/`, each what a published run differs in from the defaults.
+"""Recipes: YAML files in `recipes/`, each with a published run's differences from the defaults.
 
-Two keys are the recipes' own. `base` names the recipe this one is written over; `sets` holds, for each data set, what differs
-there. For the data set asked for, the layers are: the base, its `sets`, the recipe, its `sets`, each over the last. A value
-that is null in the end is left to the default.
+Two keys are special. `base` names the recipe that this one extends; `sets` holds overrides per data set. For a data
+set, the layers are: the base, its `sets`, the recipe, its `sets`; later ones win. A final value of null means the
+default.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def names() -> list[str]:
 
 
 def load(name: str, data: str | None = None) -> dict[str, Any]:
-    """The values of recipe `name` for the data set `data`; None: the recipe's own. ValueError: there is no such recipe."""
+    """The values of recipe `name` for data set `data`; None: the recipe's own. ValueError for an unknown recipe."""
     values = _read(name)
     chain = [values]
     while base := values.pop("base", None):
@@ -39,7 +39,7 @@ def load(name: str, data: str | None = None) -> dict[str, Any]:
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
-    """Without what is null."""
+    """Drops null values."""
     return {k: _given(v) if isinstance(v, dict) else v for k, v in values.items() if v is not None}
 
 
@@ -54,6 +54,6 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` over `base`, mapping by mapping; neither is changed."""
+    """`over` merged into `base` recursively; neither is changed."""
     both = {k: merge(base[k], v) for k, v in over.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
     return base | over | both

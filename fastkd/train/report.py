@@ -1,7 +1,7 @@
-"""One self-contained page about a set of runs: numbers, curves, pictures, configurations, and the conclusions they allow.
+"""A self-contained page about runs: numbers, curves, pictures, configurations, and conclusions.
 
-`report.html` needs nothing beside it (template: `report.html.j2`). Runs that differ in their seed alone are one row, mean ±
-standard deviation. A run that was cut short, or whose files are damaged, is shown as that.
+`report.html` is a single file (template: `report.html.j2`). Runs that differ only in the seed share a row, mean ±
+standard deviation. Truncated and damaged runs are shown as such.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from fastkd.train.runs import Group, as_number, grouped, load_runs, verdict
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 MISSING = "\N{EN DASH}"  # for a missing number
-MOST_BYTES = 300_000  # of a picture in the page as PNG; a larger one becomes a JPEG
+MOST_BYTES = 300_000  # of a PNG picture in the page; larger ones become JPEG
 
-Panel = Any  # a Pillow picture, a path of one, or (caption, either)
+Panel = Any  # a Pillow picture, its path, or (caption, either)
 
 
 class Row(NamedTuple):
-    """group: whose colour stands before it. best: indices of the cells to mark."""
+    """group: determines the colour mark. best: indices of the cells to mark."""
 
     cells: Sequence[str]
     group: Group | None = None
@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """words: how many of the first columns hold text."""
+    """words: number of leading text columns."""
 
     title: str
     columns: Sequence[str]
@@ -55,12 +55,13 @@ def write_report(
     notes: str | None = None,
     panels: Sequence[Panel] = (),
 ) -> Path:
-    """Write `report.html`, `table.md` and `curves.png` into `out_dir`; returns the page's path.
+    """Writes `report.html`, `table.md` and `curves.png` into `out_dir`; returns the page's path.
 
-    runs: run directories with `log.jsonl`, `result.json` and `config.yaml`, any of them missing or cut short.
-    notes: plain text shown under the title, empty lines between paragraphs.
-    panels: pictures to show: Pillow images or files, each alone or as (caption, picture).
-    `ValueError`: no runs.
+    runs: run directories with `log.jsonl`, `result.json` and `config.yaml`; any may be missing or truncated.
+    notes: plain text under the title, with empty lines between paragraphs.
+    panels: Pillow images or files, each alone or as (caption, picture).
+
+    Raises ValueError without runs.
     """
     from jinja2 import Environment
     from markupsafe import Markup
@@ -90,7 +91,7 @@ def _number(value: float | None, form: str = ".1f", factor: float = 1.0) -> str:
 
 
 def _scaled(value: float | None, units: dict[str, float], form: str = ".3g") -> str:
-    """A number in the first unit that it fills, or the last."""
+    """A number in the largest unit in which it is at least 1, or the last."""
     if value is None:
         return MISSING
     unit = next((unit for unit, size in units.items() if value >= size), list(units)[-1])
@@ -99,7 +100,7 @@ def _scaled(value: float | None, units: dict[str, float], form: str = ".3g") -> 
 
 COLUMNS = ("run", "method", "mIoU %", "pixel acc. %", "s / step", "losses %", "parameters", "steps", "images", "time")
 CAPTION = (
-    "mIoU and pixel accuracy on the validation split. “s / step”: seconds of a training step; “losses %”: the share of it spent "
+    "mIoU and pixel accuracy on the validation split. “s / step”: seconds per training step; “losses %”: the share of it spent "
     "in the losses, forward and backward; “images”: training images with a label + without; “time”: of the whole run, "
     "validation included."
 )
@@ -149,7 +150,7 @@ COST_CAPTION = (
 
 
 def _costs(groups: Sequence[Group]) -> Table:
-    """Cost of the losses in each group's first run, if it was measured."""
+    """Cost of the losses in each group's first run, if measured."""
     rows, captions = [], [COST_CAPTION]
     for group in groups:
         if not (losses := group.first.result.get("losses")):
@@ -175,7 +176,7 @@ def _costs(groups: Sequence[Group]) -> Table:
 
 
 def _classes(groups: Sequence[Group]) -> Table:
-    """IoU of each class, mean of a group's runs; the best students as they are printed are marked."""
+    """IoU of each class, averaged over a group's runs; the best students, as printed, are marked."""
     having = [(g, found) for g in groups if any(found := [run.result.get("class_iou", {}) for run in g.runs])]
     rows = []
     for name in dict.fromkeys(name for _, found in having for table in found for name in table):
@@ -207,7 +208,7 @@ def _markdown(tables: Sequence[Table], groups: Sequence[Group], title: str, line
 
 
 def _picture(panel: Panel) -> tuple[str, str]:
-    """Caption and data URL, or a sentence on why there is none; PNG, or JPEG if that is large."""
+    """Caption and data URL, or the reason why there is none; PNG, or JPEG if that is large."""
     caption, picture = panel if isinstance(panel, (tuple, list)) else ("", panel)
     try:
         picture = (picture if isinstance(picture, Image.Image) else Image.open(picture)).convert("RGB")

@@ -1,6 +1,6 @@
-"""Finished and unfinished runs read from disk, grouped over the seeds of a configuration, and the conclusions they allow.
+"""Reads runs from disk, groups them over seeds, and draws conclusions.
 
-A run that was cut short, or whose files are damaged, is shown as that; it never stops a report.
+Truncated or damaged runs are shown as such and never stop a report.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import yaml
 
 from fastkd.train.config import seeds_apart
 
-NO_CLEAR_CHANGE = 0.5  # points of mIoU: a smaller difference is noise
+NO_CLEAR_CHANGE = 0.5  # points of mIoU: smaller differences are noise
 TEACHER_COLOUR, PLAIN_COLOUR = "#2b3138", "#8b939d"
 COLOURS = ("#0b6bb3", "#d1580b", "#12876a", "#b14a8b", "#b98a00", "#4aa3d6", "#7a5cc0", "#8c5a3c")
-PLAIN = ("none", "plain")  # words for "no distillation"
+PLAIN = ("none", "plain")  # names for "no distillation"
 TEXTS, TABLES = (
     ("name", "method", "model"),
     ("class_iou", "images", "losses", "versions"),
-)  # in result.json; else numbers
+)  # text in result.json; others are numbers
 
 Points = list[tuple[float, float]]  # (step, value)
 
@@ -36,7 +36,7 @@ class Run:
 
     path: Path
     name: str
-    result: dict[str, Any] = field(default_factory=dict)  # values of the wrong kind are left out
+    result: dict[str, Any] = field(default_factory=dict)  # without values of the wrong type
     curves: dict[str, Points] = field(default_factory=dict)  # "train/loss", "val/miou", ...
     config: str = ""
     settings: dict[str, Any] = field(default_factory=dict)  # the parsed `config`
@@ -57,18 +57,18 @@ class Run:
 
     @property
     def step(self) -> int | None:
-        """The last one in the log."""
+        """The last logged step."""
         return max((int(points[-1][0]) for points in self.curves.values()), default=None)
 
     def counts(self, what: str) -> str:
-        """Training "images" or "crops" with a label and, where there are some, + without; "" if the run does not say."""
+        """Number of labelled + unlabelled training "images" or "crops"; "" if unknown."""
         kinds = [self.result.get("images", {}).get(kind) for kind in ("labelled", "unlabelled")]
         numbers = [as_number(kind.get(what)) for kind in kinds if isinstance(kind, dict)]
         return " + ".join(f"{n:.0f}" for i, n in enumerate(numbers) if n is not None and (n or i == 0))
 
     @property
     def about(self) -> str:
-        """Seed, network, images of one run."""
+        """Seed, network and images of one run."""
         kinds = zip(self.counts("images").split(" + "), ("labelled", "unlabelled"), strict=False)
         images = " + ".join(f"{count} {kind}" for count, kind in kinds if count)
         images = images and f"{images} images, {self.counts('crops')} crops"
@@ -79,16 +79,16 @@ class Run:
         return ", ".join(f"{k} {v}" for k, v in self.result.get("versions", {}).items())
 
     def number(self, key: str) -> float | None:
-        """A number of result.json; for scores, else that of the last validation in the log."""
+        """A number of result.json; for scores, falls back to the last validation in the log."""
         logged: Points = self.curves.get(f"val/{key}", [(0, math.nan)])
         return as_number(self.result.get(key, logged[-1][1]))
 
 
 @dataclass
 class Group:
-    """Runs that differ in their seed alone; most are one run.
+    """Runs that differ only in the seed; usually one.
 
-    role: "teacher", "plain" (a student without distillation), "distilled", or "student" when nothing tells.
+    role: "teacher", "plain" (a student without distillation), "distilled", or "student" if unknown.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Group:
 
     @property
     def model(self) -> str:
-        """The network, its options and the share of the labels it saw: what a plain student must share with a distilled one."""
+        """Network, options and label share: what a plain and a distilled student must have in common to be compared."""
         run = next((run for run in self.runs if "model" in run.result), None)
         if run is None:
             return "?"
@@ -124,15 +124,15 @@ class Group:
         return statistics.fmean(values) if (values := self.numbers(key)) else None
 
     def spread(self, key: str) -> float | None:
-        """Standard deviation over the seeds (n − 1); None for one."""
+        """Standard deviation over the seeds (n − 1); None for one seed."""
         return statistics.stdev(values) if len(values := self.numbers(key)) > 1 else None
 
     def scores(self) -> dict[Any, float]:
-        """mIoU in per cent of the finished runs, by seed."""
+        """mIoU in percent of the finished runs, by seed."""
         return {run.seed: 100 * run.result["miou"] for run in self.runs if "miou" in run.result}
 
     def curve(self, name: str) -> list[tuple[float, float, float, float]]:
-        """(step, mean, lowest, highest) over the runs, at the steps that all of them have."""
+        """(step, mean, minimum, maximum) over the runs, at their common steps."""
         having = [dict(run.curves[name]) for run in self.runs if run.curves.get(name)]
         steps = sorted(set(having[0]).intersection(*having[1:])) if having else []
         columns = [(step, [values[step] for values in having]) for step in steps]
@@ -179,7 +179,7 @@ def read_run(path: Path) -> Run:
             entry = json.loads(line)
             step, split = int(entry.pop("step")), entry.pop("split", None)
         except (ValueError, KeyError, TypeError, OverflowError, AttributeError):
-            damaged += bool(line.strip()) and number < len(lines)  # the last line may be cut short
+            damaged += bool(line.strip()) and number < len(lines)  # the last line may be truncated
             continue
         for key, value in entry.items():
             if as_number(value) is not None:
@@ -202,9 +202,9 @@ def as_number(value: Any) -> float | None:
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
-    """Runs that differ in their seed alone, together; with their roles and colours.
+    """Groups runs that differ only in the seed, and assigns roles and colours.
 
-    A group without distillation is the plain student if a distilled one has its model, else a teacher.
+    A group without distillation is the plain student if a distilled one has its model, otherwise a teacher.
     """
     found: list[list[Run]] = []
     for run in runs:
@@ -221,7 +221,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
             group.role = "distilled"
         elif group.method != "?" and students and any(run.finished for run in group.runs):
             group.role = "plain" if group.model in students else "teacher"
-        group.colour = fixed.pop(group.role, None) or next(colours)  # a second plain student has a colour of its own
+        group.colour = fixed.pop(group.role, None) or next(colours)  # a second plain student gets its own colour
     return groups
 
 
@@ -231,7 +231,7 @@ def _seeds_apart(a: Run, b: Run) -> bool:
 
 
 def _common_name(runs: Sequence[Run]) -> str:
-    """The names of a group less the number of the seed at their end, where that leaves one name; else the method."""
+    """The common name of a group without trailing seed numbers, if unique; otherwise the method."""
     if len(runs) == 1:
         return runs[0].name
     names = {re.sub(r"[-_. ]*(seed|s)?[-_. ]*\d+$", "", run.name) for run in runs}
@@ -274,7 +274,7 @@ def verdict(groups: Sequence[Group]) -> list[str]:
     if plain and distilled and all(len(group.scores()) > 1 for group in [*plain.values(), *distilled]):
         lines.append(
             "± is the standard deviation over seeds. A difference counts as clear if it is larger than "
-            f"{NO_CLEAR_CHANGE} points and than twice its standard error over the seeds that both have."
+            f"{NO_CLEAR_CHANGE} points and than twice its standard error over the common seeds."
         )
     else:
         lines.append("Not every method has several seeds: a difference of this size can change with another seed.")
@@ -290,7 +290,7 @@ def _alone(group: Group) -> str:
 
 
 def _changes(base: Group, distilled: Sequence[Group], against: str, gap: float) -> list[str]:
-    """How the distilled groups differ from a plain student, sorted by certainty."""
+    """Differences of the distilled groups from a plain student, sorted by certainty."""
     titles = {
         f"Gained over {against}, in points of mIoU": lambda change, clear: clear and change > 0,
         f"Lost against {against}": lambda change, clear: clear and change < 0,
@@ -324,9 +324,9 @@ def _changes(base: Group, distilled: Sequence[Group], against: str, gap: float) 
 
 
 def _difference(group: Group, base: Group) -> tuple[list[Any], float, float]:
-    """The seeds that both have, the change in points seed by seed, and its standard error (0: unknown).
+    """The common seeds, the mean change in points over them, and its standard error (0: unknown).
 
-    Where they share none it is that of the means.
+    Without common seeds, the change of the means.
     """
     ours, theirs = group.scores(), base.scores()
     shared = [seed for seed in ours if seed in theirs]

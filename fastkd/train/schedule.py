@@ -1,4 +1,4 @@
-"""Optimiser and learning rate. The rate is a function of the step alone, so a resumed run needs no state of a scheduler."""
+"""Optimiser and learning rate. The rate depends only on the step, so resuming needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fastkd.train.config import OptimConfig
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, steps: int, *, done: int = 0) -> LambdaLR:
-    """The learning rates of a run of `steps` from step `done` on."""
+    """The learning-rate schedule of a run of `steps`, from step `done` on."""
     for group in optimizer.param_groups:
         group["initial_lr"] = optim.lr
     return LambdaLR(optimizer, partial(_factor, optim, steps), last_epoch=done - 1)
 
 
 def _factor(optim: OptimConfig, steps: int, step: int) -> float:
-    """The rate of step `step` (from 0) over `optim.lr`."""
+    """The rate of step `step` (from 0) divided by `optim.lr`."""
     if step < optim.warmup:
         return (step + 1) / optim.warmup
     done = min(step / steps, 1.0)

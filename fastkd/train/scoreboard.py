@@ -1,4 +1,4 @@
-"""Runs and checkpoints scored under one evaluation, with mean and deviation over runs that differ in their seed alone."""
+"""Scores runs and checkpoints under one evaluation, with mean and deviation over runs that differ only in the seed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCORES = ("miou", "pixel_accuracy")
 
 
 class Entry(NamedTuple):
-    """One network: name, configuration and step of its checkpoint; hours its run took, None if it has not ended."""
+    """One network: name, configuration and step of its checkpoint; hours of its run, None if unfinished."""
 
     name: str
     config: Config
@@ -38,12 +38,12 @@ def score(
     device: torch.device,
     progress: bool = False,
 ) -> list[Entry]:
-    """Scores every network in the same way on the same images.
+    """Scores every network with the same evaluation on the same images.
 
     Args:
-        paths: run directories (their last.pt, the network of the last step) or checkpoints.
+        paths: run directories (their last.pt) or checkpoints.
         how: the evaluation, e.g. `validation_of` the first.
-        root: folder of the data set, if it is not where it was in training.
+        root: folder of the data set, if it has moved since training.
         split: "val", "test" or "train".
 
     Raises:
@@ -71,7 +71,7 @@ def score(
 
 
 def validation_of(path: Path) -> EvalConfig:
-    """How a run or checkpoint was validated in training, on all images."""
+    """The validation options of a run or checkpoint, on all images."""
     return dataclasses.replace(_config(path).eval, limit=None)
 
 
@@ -89,9 +89,9 @@ def _hours(path: Path) -> float | None:
 
 
 def rows(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """One row for all entries whose configurations differ in their seed alone, in the order of the first.
+    """One row per configuration, over its seeds, in order of first occurrence.
 
-    Means over the seeds; deviations are those of a sample (n − 1), None for one seed; hours None where no run has ended.
+    Means over the seeds; sample standard deviations (n − 1), None for one seed; hours None if no run has finished.
     """
     runs = []
     for entry in entries:
@@ -118,7 +118,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 
 def class_table(entries: Sequence[Entry]) -> str:
-    """IoU in percent, a class a line and a network a column; absent: neither labelled nor predicted."""
+    """IoU in percent, one row per class and one column per network; absent: neither labelled nor predicted."""
     names = list(entries[0].scores.class_iou)
     width, columns = max(map(len, names)), [max(8, len(entry.name)) for entry in entries]
     head = " " * (width + 2) + "  ".join(f"{entry.name:>{w}}" for entry, w in zip(entries, columns, strict=True))
@@ -131,7 +131,7 @@ def class_table(entries: Sequence[Entry]) -> str:
 
 
 def to_json(entries: Sequence[Entry], how: EvalConfig) -> dict[str, Any]:
-    """Everything a table shows and more: the evaluation, each network's scores with its seed, the rows."""
+    """The evaluation, each network's scores with its seed, and the rows."""
     networks = [
         {"name": e.name, "seed": e.config.seed, "method": e.config.method, "step": e.step, "hours": e.hours, **e.scores._asdict()}
         for e in entries

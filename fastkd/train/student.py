@@ -1,4 +1,4 @@
-"""The student as it is trained: its batch norms, the moving average of its weights, and what takes part at all."""
+"""The student in training: batch norms, moving average of the weights, unused parameters."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fastkd.train.models import PROBE, SegmentationModel, Student
 
 
 def set_batch_norm(student: Student, mode: str, *, processes: int, device: torch.device) -> Student:
-    """The student with statistics over all processes where `mode` is "sync". ValueError on a CPU, where there are none."""
+    """Converts batch norms to statistics over all processes if `mode` is "sync"; ValueError on a CPU."""
     if mode != "sync" or processes == 1:
         return student
     if device.type == "cpu":
         raise ValueError(
             "train.batch_norm sync works on GPUs only; with several processes on a CPU set --train.batch_norm local or frozen"
         )
-    from timm.layers import convert_sync_batchnorm  # torch's own drops the activation inside timm's batch norms
+    from timm.layers import convert_sync_batchnorm  # torch's version drops the activation in timm's batch norms
 
     return convert_sync_batchnorm(student)
 
@@ -35,7 +35,7 @@ def train_mode(student: Student, batch_norm: str) -> None:
 
 
 def freeze_unused(student: Student, *, aux: bool) -> None:
-    """Takes the gradient from parameters that no loss reaches: processes would wait for it for ever.
+    """Freezes parameters that no loss reaches; processes would wait for their gradients forever.
 
     aux: whether a loss reads the auxiliary head.
     """
@@ -49,7 +49,7 @@ def freeze_unused(student: Student, *, aux: bool) -> None:
 
 
 class Average:
-    """Exponential moving average of a network's weights and buffers (the first step copies them)."""
+    """Exponential moving average of a network's weights and buffers; the first step copies them."""
 
     def __init__(self, network: SegmentationModel, decay: float):
         self._averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

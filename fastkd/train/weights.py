@@ -1,4 +1,4 @@
-"""State dicts from files: encoders, whole networks, and the names other code bases give the same tensors."""
+"""State dicts from files: encoders, whole networks, and other projects' tensor names."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Names of a CIRKD checkpoint -> names of `SegmentationModel` around smp's DeepLabV3. The backbone has torchvision's names. Those
-# of the heads are public in awesome-semantic-segmentation-pytorch, whose layout CIRKD follows; a PSPNet or MobileNetV2 of
-# theirs has no counterpart in smp and is an error.
+# Names in a CIRKD checkpoint -> names of `SegmentationModel` around smp's DeepLabV3. The backbone has torchvision's
+# names. The heads' names are from awesome-semantic-segmentation-pytorch, whose layout CIRKD follows. CIRKD's PSPNet
+# and MobileNetV2 have no counterpart in smp and are an error.
 CIRKD = (
     (r"pretrained\.", "tapped.model.encoder."),
     (r"head\.aspp\.b0\.", "tapped.model.decoder.aspp.convs.0."),
@@ -26,11 +26,11 @@ CIRKD = (
     (r"head\.block\.4\.", "tapped.model.segmentation_head.0."),
     (r"auxlayer\.block\.", "aux_head."),
 )
-# What those networks were trained on.
+# Input format of these networks.
 CIRKD_INPUT = "channels: bgr, max_value: 255, mean: [104.007, 116.669, 122.679], std: [1, 1, 1]"
 
 
-# Where checkpoints keep the state dict, the first that is there; mappings may be nested.
+# Keys under which checkpoints keep the state dict; the first present is used, recursively.
 HOLDERS = (
     *("state_dict", "model_state_dict", "model_state", "model", "module", "network", "net", "weights", "params"),
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
@@ -39,10 +39,10 @@ SAVE = "save the state dict alone: torch.save(network.state_dict(), FILE)"
 
 
 def load_state_file(path: Path) -> dict[str, Tensor]:
-    """State dict of a .safetensors or torch file, read without running code from it.
+    """State dict of a .safetensors or torch file, read without executing code from it.
 
-    A checkpoint that holds it under one of `HOLDERS` is unwrapped; `fitted` strips the names. ValueError: a file that cannot be
-    read, or holds more than tensors.
+    Unwraps checkpoints by `HOLDERS`; `fitted` strips prefixes. ValueError: the file cannot be read, or holds more than
+    tensors.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}")
@@ -53,14 +53,14 @@ def load_state_file(path: Path) -> dict[str, Tensor]:
             state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader has its own exceptions; all of them mean the same here
+    except Exception as error:  # each reader has its own exceptions
         if kind := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(
                 f"{path} holds an object of {kind[1]} beside tensors, which would run code when read; {SAVE}"
             ) from error
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"cannot read weights from {path}: {first}; is it whole, and a .safetensors or torch file?"
+            f"cannot read weights from {path}: {first}; is it complete, and a .safetensors or torch file?"
         ) from error
     state = _unwrapped(state)
     if not isinstance(state, Mapping):
@@ -79,7 +79,7 @@ def load_state_file(path: Path) -> dict[str, Tensor]:
 def _unwrapped(state: Any) -> Any:
     """The innermost mapping that the `HOLDERS` lead to."""
     while isinstance(state, Mapping):
-        if "n_averaged" in state:  # AveragedModel's count of steps
+        if "n_averaged" in state:  # AveragedModel's step count
             state = {key: value for key, value in state.items() if key != "n_averaged"}
         inner = next((state[key] for key in HOLDERS if isinstance(state.get(key), Mapping)), None)
         if inner is None:
@@ -89,7 +89,7 @@ def _unwrapped(state: Any) -> Any:
 
 
 def fitted(state: dict[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
-    """`state` without the prefixes that all names share ("module.", "student."), where that meets more of `expected`."""
+    """`state` without prefixes that all names share ("module.", "student."), if more names then match `expected`."""
     best = state
     while state and len(heads := {key.partition(".")[0] for key in state}) == 1 and all("." in key for key in state):
         state = {key.removeprefix(f"{next(iter(heads))}."): value for key, value in state.items()}
@@ -99,19 +99,17 @@ def fitted(state: dict[str, Tensor], expected: Collection[str]) -> dict[str, Ten
 
 
 def load_encoder_weights(encoder: nn.Module, name: str, path: Path) -> None:
-    """Loads `path` into an smp encoder, strictly: every tensor of the encoder must be there with its shape, and the only
-    tensors left over may be the classifier's (for timm: those of the full model that the encoder does not use)."""
+    """Loads `path` into an smp encoder strictly: all tensors must be there with their shapes, and only classifier
+    tensors (for timm: those that the encoder does not use) may be left over."""
     own = encoder.state_dict()
     timm = {re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", key.removeprefix("model.")) for key in own}
     state = fitted(load_state_file(path), {*own, *timm, *(key.removeprefix("model.") for key in own)})
-    if own.keys() & state.keys() and all(
-        key.startswith("model.") for key in own
-    ):  # the state dict of such an encoder itself
+    if own.keys() & state.keys() and all(key.startswith("model.") for key in own):  # the state dict of such an encoder
         state = {key.removeprefix("model."): value for key, value in state.items()}
     matched = {}
     for key in own:
         source = key.removeprefix("model.")
-        if source not in state:  # timm flattens `stages.0` to `stages_0` when it extracts features
+        if source not in state:  # timm renames `stages.0` to `stages_0` when it extracts features
             source = re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", source)
         matched[key] = source
     extra = [key for key in set(state) - set(matched.values()) if not _is_classifier(name, key)]
@@ -133,9 +131,9 @@ def _timm_keys(name: str) -> frozenset[str]:
 
 
 def load_network_weights(model: Any, path: Path) -> None:
-    """Loads `path` into a whole network, strictly but for an auxiliary head that the model does without.
+    """Loads `path` into a whole network strictly, except for an auxiliary head that the model does not have.
 
-    The file may have the names of the network itself, of this trainer's checkpoints, or of CIRKD's.
+    The file may use the names of the network, of this trainer's checkpoints, or of CIRKD.
     """
     own = model.state_dict()
     state = fitted(load_state_file(path), {*own, *(key.removeprefix("tapped.model.") for key in own), *_foreign(own)})
@@ -150,14 +148,14 @@ def load_network_weights(model: Any, path: Path) -> None:
     matched = {target: source for source, target in names.items() if target in own}
     for key in own:
         if key not in ("mean", "std"):
-            matched.setdefault(key, key)  # missing: reported under our name
+            matched.setdefault(key, key)  # if missing, reported under our name
     unused = ("aux_head.", "tapped.model.aux_classifier.")  # the latter is torchvision's
     extra = [source for source, target in names.items() if target not in own and not target.startswith(unused)]
     _load(model, matched, state, extra, f"{path} does not fit {type(model.tapped.model).__name__}")
 
 
 def _foreign(own: Collection[str]) -> set[str]:
-    """The beginnings of names in files of CIRKD."""
+    """Prefixes of names in CIRKD files."""
     return {f"pretrained.{key.removeprefix('tapped.model.encoder.')}" for key in own if ".encoder." in key}
 
 
@@ -171,9 +169,9 @@ def _translate(key: str) -> str:
 def _load(
     module: nn.Module, matched: Mapping[str, str], state: Mapping[str, Tensor], extra: list[str], problem: str
 ) -> None:
-    """Loads state[source] into each name of `matched` (name -> source). ValueError lists what is missing, left over, misshapen.
+    """Loads state[source] into each name of `matched` (name -> source). ValueError lists missing, extra and misshapen.
 
-    A missing count of batches stays at 0: files older than it lack it, and nothing here reads it.
+    A missing batch count stays 0: older files lack it, and nothing here reads it.
     """
     own = module.state_dict()
     missing = [s for s in matched.values() if s not in state and not s.endswith("num_batches_tracked")]

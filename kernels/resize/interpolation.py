@@ -147,8 +147,7 @@ def _largest_corner(logits, at, mask):
 
 @triton.jit
 def bound(view, cell):
-    """Largest corner over all classes, an upper bound of every interpolated value: per lane's cell, or per label pixel
-    if the map has taps."""
+    """Largest corner over all classes, which bounds every interpolated value: per lane, or with taps per label pixel."""
     logits = view.logits
     at = logits.peak + cell.place.sample.to(tl.int64) * plane_of(logits)
     out = ()

@@ -113,8 +113,7 @@ def read_labels(labels, grid, place, pixels, classes, T):
 
 @triton.jit
 def weigh(labels, grid, place, pixels, worth):
-    """Each label pixel's factor: its share times its pixel weight. Called after the sums over the classes, which need
-    the registers."""
+    """Each label pixel's share times its pixel weight. Called after the sums over classes, which need the registers."""
     columns: tl.constexpr = len(pixels.x)
     factor = worth.share
     if labels.pixel_weight is not None:

@@ -1,7 +1,7 @@
-"""The trainer's data sets. Every one gives pairs `(tv_tensors.Image uint8 (3, H, W), tv_tensors.Mask uint8 (H, W))`.
+"""The trainer's data sets. Items are `(tv_tensors.Image uint8 (3, H, W), tv_tensors.Mask uint8 (H, W))`.
 
-Each data set has `classes` (names), `palette` (uint8 (K, 3)) and `ignore_index` (255). Images are not normalised here:
-mean and standard deviation belong to the model.
+Each data set has `classes` (names), `palette` (uint8 (K, 3)) and `ignore_index` (255). Images are not normalised: mean
+and standard deviation belong to the model.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def build_dataset(
 ) -> Dataset:
     """The data set `name` of `DATASETS`; `root` is its folder if it reads files; `options` are its own (data.options).
 
-    `ValueError`: an unknown name, a folder given or missing where it should not be, or an unknown option.
+    Raises ValueError for an unknown name or option, or a `root` that is missing or not expected.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r};{_close(name, DATASETS)} known: {', '.join(sorted(DATASETS))}")
@@ -66,7 +66,7 @@ def build_dataset(
 
 
 def evaluation_set(data: Any, *, split: str = "val", root: str | Path | None = None) -> Any:
-    """The whole images of a split, without augmentation; `data` as in `Config.data`, `root` in place of its folder."""
+    """The whole images of a split, without augmentation; `data` as in `Config.data`, `root` overrides its folder."""
     options = data.options if split == "train" else data.options | data.val_options
     return build_dataset(data.name, root=root or data.root, split=split, transform=eval_transform(), **options)
 

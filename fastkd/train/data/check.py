@@ -1,4 +1,4 @@
-"""`fastkd data`: which classes there are, whether every file is sound, and how fast samples are loaded."""
+"""`fastkd data`: classes, damaged files, and loading speed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from fastkd.train.data.images import DataError
 
-SAMPLES = 64  # that are timed
+SAMPLES = 64  # timed samples
 
 
 class Contents(NamedTuple):
-    """Of a split: images that could be read, pixels of each class and, last, ignored ones, and what is wrong with the others."""
+    """Of a split: readable images, pixels per class and (last) ignored ones, and the problems of other images."""
 
     images: int
     pixels: np.ndarray
@@ -25,7 +25,7 @@ class Contents(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """Seconds of one loader process for one training sample."""
+    """Seconds per training sample in one loader process."""
 
     read: float
     augment: float
@@ -36,7 +36,7 @@ class Speed(NamedTuple):
 
 
 class Seen:
-    """Classes that had a labelled pixel in training so far. Says once which had none, after a pass over the data set."""
+    """Tracks classes with a labelled pixel in training; reports those without once, after a pass over the data set."""
 
     def __init__(self, classes: Sequence[str], length: int) -> None:
         self.classes, self.length = classes, length
@@ -44,7 +44,7 @@ class Seen:
         self.counts = torch.zeros(len(classes), dtype=torch.int64)
 
     def see(self, labels: Sequence[Tensor], images: int) -> None:
-        """Labels (N, H, W) of a step on the CPU, of this process; `images` of all."""
+        """Labels (N, H, W) of this process in a step, on the CPU; `images` is the total over processes."""
         self.images += images
         if not self.told and not self.counts.all():
             for label in labels:
@@ -54,7 +54,7 @@ class Seen:
         return not self.told and (last or self.images >= self.length)
 
     def missing(self, counts: Tensor) -> str | None:
-        """counts: those of all processes."""
+        """counts: of all processes."""
         self.told = True
         names = [name for name, count in zip(self.classes, counts.tolist(), strict=True) if count == 0]
         return without_pixels(names, f"in the {self.images} crops so far") if names else None
@@ -85,13 +85,13 @@ def contents(dataset: Any, progress: str | None = None) -> Contents:
 
 
 def speed(dataset: Any, augment: Callable[..., Any], samples: int = SAMPLES) -> Speed:
-    """Times reading and augmentation on one thread, as a loader process has, of samples spread evenly over the data set."""
+    """Times reading and augmentation of evenly spaced samples on one thread, as in a loader process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         count = min(samples, len(dataset))
         read = augmented = 0.0
-        for i in range(-1, count):  # the first, which opens libraries, does not count
+        for i in range(-1, count):  # the first opens libraries and is not timed
             start = time.perf_counter()
             item = dataset[max(i, 0) * len(dataset) // count]
             middle = time.perf_counter()
@@ -105,7 +105,7 @@ def speed(dataset: Any, augment: Callable[..., Any], samples: int = SAMPLES) -> 
 
 
 def table(classes: Any, splits: dict[str, Contents]) -> str:
-    """Share of each class in the labelled pixels of each split, and of the ignored pixels in all."""
+    """Share of each class in the labelled pixels of each split, and of the ignored pixels in all pixels."""
     width = max(map(len, [*classes, "ignored"]))
     lines = [" " * width + "".join(f"{name:>9}" for name in splits)]
     for number, name in enumerate([*classes, "ignored"]):

@@ -1,6 +1,7 @@
-"""Images beside label maps, in the folders of any data set: `Layout` describes them, `LabelledImages` reads them.
+"""Images and label maps in folders: `Layout` describes them, `LabelledImages` reads them.
 
-A class file has a class a line, in the order of their numbers: a name and, if wanted, its colour, with blanks or commas between.
+A class file has one class per line, in order of class number: a name and optionally its colour, separated by blanks or
+commas.
 
     # comment
     traffic light 250 170 30
@@ -28,23 +29,23 @@ IGNORE = 255
 
 @dataclass(frozen=True)
 class Layout:
-    """How one split of a data set lies on disk; paths are under the root.
+    """The files of one split; paths are relative to the root.
 
     Args:
         name: for messages.
-        tree: what the folder should look like, for messages.
+        tree: expected folder structure, for messages.
         classes: class file.
-        images: folder of the images, and of folders of images.
-        labels: the same of the labels; the first that exists. A label lies where its image does.
-        image_suffixes: endings of the images, in any case; what is left of a name is what image and label share.
-        label_suffix: ending of the labels.
-        lists: files that name the images, the first that exists; none: every image in the folder. A line is a name without
-            ending, or the paths of image and label.
-        inside: folders that the root may be given above.
-        values: label value -> class, or 255; None: classes are numbered from `first`.
+        images: folder of the images, searched recursively.
+        labels: folders of the labels; the first that exists is used. Labels mirror the images' subfolders.
+        image_suffixes: image endings, case-insensitive; the rest of the name is shared by image and label.
+        label_suffix: label ending.
+        lists: files that list the images; the first that exists is used; none: all images in the folder. A line is a
+            name without ending, or the paths of image and label.
+        inside: subfolders in which the data may be below the given root.
+        values: label value -> class or 255; None: classes are numbered from `first`.
         first: label value of the first class.
-        ignored: label values that count nowhere.
-        colours: label colour -> class, or 255, where the labels are RGB images; None: they hold class numbers.
+        ignored: label values that are ignored.
+        colours: label colour -> class or 255, for RGB labels; None: labels hold class numbers.
     """
 
     name: str
@@ -65,12 +66,13 @@ class Layout:
 class LabelledImages(Dataset):
     """The images of a layout and their labels.
 
-    Item `i` is `(tv_tensors.Image uint8 (3, H, W), tv_tensors.Mask uint8 (H, W))`, ignored pixels 255. `classes` are the
-    names, `palette` is uint8 (K, 3), `items` the pairs of paths.
+    Item `i` is `(tv_tensors.Image uint8 (3, H, W), tv_tensors.Mask uint8 (H, W))`, ignored pixels 255. `classes` are
+    the names, `palette` is uint8 (K, 3), `items` the pairs of paths.
 
-    `FileNotFoundError`: a folder or list that is not there, or holds no images. `DataError`, at construction: an image
-    without its label, a class file or a list that cannot be used; when an item is loaded: a file that `open_image` refuses, a
-    wrong mode, a label value without a class, or an image and a label of different sizes.
+    Raises:
+        FileNotFoundError: a folder or list is missing or has no images.
+        DataError: at construction: an image without a label, or an invalid class file or list. On access: a file that
+            `open_image` rejects, a wrong mode, a label value without a class, or different sizes of image and label.
     """
 
     ignore_index = IGNORE
@@ -82,7 +84,7 @@ class LabelledImages(Dataset):
         self.items = self._listed() if layout.lists else self._found()
         if own := next((image for image, label in self.items if _same(image, label)), None):
             raise DataError(
-                f"{layout.name}: {own} would be its own label; set another folder of labels or ending (--data.options.labels, "
+                f"{layout.name}: {own} would be its own label; set another label folder or ending (--data.options.labels, "
                 f"--data.options.label_suffix). Expected {layout.tree}"
             )
         if missing := [pair for pair in self.items if not pair[1].is_file()]:
@@ -109,7 +111,7 @@ class LabelledImages(Dataset):
         self.codes = {_code(colour): number for colour, number in sorted((layout.colours or {}).items())}
 
     def _root(self, root: Path) -> Path:
-        """`root`, or the folder in it where the data set begins."""
+        """`root`, or the folder in it that holds the data."""
         layout = self.layout
         begins = layout.images.split("/")[0]
         for inside in ("", *layout.inside):
@@ -140,7 +142,7 @@ class LabelledImages(Dataset):
             suffix = next(s for s in layout.image_suffixes if path.name.lower().endswith(s.lower()))
             shared = str(path.relative_to(images))[: -len(suffix)]
             items.append((path, labels / (shared + layout.label_suffix)))
-        # Where labels lie among the images, the label of one image is not another.
+        # With labels among the images: exclude labels of other images.
         theirs = {label for image, label in items if label != image}
         items = [item for item in items if item[0] not in theirs]
         if not items:
@@ -174,7 +176,7 @@ class LabelledImages(Dataset):
         return items
 
     def _inside(self, folder: Path, name: str, path: Path, number: int) -> Path:
-        """`folder / name`. A list comes with a download: it must not send the reader elsewhere on the disk."""
+        """`folder / name`. Lists are downloaded: they must not lead outside the data set."""
         relative = os.path.normpath(name)
         if os.path.isabs(relative) or relative.split(os.sep)[0] == "..":
             raise DataError(f"{self.layout.name}: line {number} of {path} leaves the data set: {name!r}; remove it")
@@ -223,7 +225,7 @@ class LabelledImages(Dataset):
             y, x = wrong[0]
             raise DataError(
                 f"{path} has the colour {tuple(label[y, x].tolist())} at row {y}, column {x}, which no class has; "
-                "was it resized or compressed with loss?"
+                "was it resized or compressed lossily?"
             )
         return np.array(list(self.codes.values()), np.uint8)[places]
 
@@ -244,7 +246,7 @@ class LabelledImages(Dataset):
 
 
 def _same(image: Path, label: Path) -> bool:
-    """Whether they are one file, their folders perhaps by way of a link."""
+    """Whether both are the same file, possibly through linked folders."""
     return image == label or (image.name == label.name and image.parent.resolve() == label.parent.resolve())
 
 
@@ -253,14 +255,14 @@ HEADER = re.compile(r"\w+\s*[,;\t]\s*r(ed)?\s*[,;\t]\s*g(reen)?\s*[,;\t]\s*b(lue
 
 
 def _is_header(first: str, others: list[str]) -> bool:
-    """Whether a first line without numbers stands over columns of numbers."""
+    """Whether the first line is a table header: no digits, above columns of numbers."""
     count = first.count(",")
     numbers = all(line.count(",") == count and re.search(r"(^|,)\s*\d+\s*(,|$)", line) for line in others)
     return count > 0 and not re.search(r"\d", first) and numbers
 
 
 def _code(rgb: Any) -> Any:
-    """One number of red, green and blue."""
+    """One integer from red, green and blue."""
     red, green, blue = rgb
     return (red * 256 + green) * 256 + blue
 
@@ -279,7 +281,7 @@ def _spans(values: Any) -> str:
 def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
     """Names and palette, uint8 (K, 3), of a class file. `DataError` names the file and the line."""
     if not path.is_file():
-        raise FileNotFoundError(f"no class file {path}; write one with a class a line, in the order of their numbers")
+        raise FileNotFoundError(f"no class file {path}; write one with one class per line, in order of class number")
     names: list[str] = []
     palette = colour_map(256)
     lines = [(number, line.strip()) for number, line in enumerate(_text(path).splitlines(), 1)]
@@ -304,7 +306,7 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
             palette[len(names)] = values
         names.append(name)
     if not names:
-        raise DataError(f"{path} names no class; write a class a line")
+        raise DataError(f"{path} names no class; write one class per line")
     return tuple(names), palette[: len(names)].copy()
 
 
@@ -319,6 +321,6 @@ def colour_map(count: int) -> np.ndarray:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # Windows begins a text with a byte-order mark
+        return path.read_text(encoding="utf-8-sig")  # Windows editors write a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as text ({error}); save it as UTF-8") from error

@@ -1,4 +1,4 @@
-"""The data sets that lie in folders: each a function from the split, and what `data.options` may hold, to its `Layout`."""
+"""Data sets in folders: each is a function from the split and its `data.options` to a `Layout`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 
 def cityscapes(split: str, *, labels: Literal["labelIds", "labelTrainIds"] = "labelIds") -> Layout:
     """Cityscapes, fine annotations, 19 classes (Cordts et al., CVPR 2016).
 
-    labels: "labelIds", the files of the download (ids 0 to 33), or "labelTrainIds", those cityscapesScripts makes of them.
+    labels: "labelIds", the downloaded files (ids 0 to 33), or "labelTrainIds", created by cityscapesScripts.
     """
     if labels not in ("labelIds", "labelTrainIds"):
         raise ValueError(f"cityscapes: labels must be 'labelIds' or 'labelTrainIds', got {labels!r}")
@@ -38,12 +38,12 @@ def cityscapes(split: str, *, labels: Literal["labelIds", "labelTrainIds"] = "la
 
 
 def camvid(split: str, *, labels: Literal["numbers", "colours"] = "numbers") -> Layout:
-    """CamVid, 11 classes, as the SegNet tutorial has it (480x360, labels 0 to 10 and 11 for void), or whole (960x720).
+    """CamVid, 11 classes, from the SegNet tutorial (480x360, labels 0 to 10, void 11) or at full size (960x720).
 
     Brostow, Fauqueur, Cipolla, "Semantic object classes in video", PRL 2009; Badrinarayanan et al., SegNet, 2017.
 
-    labels: "numbers", the tutorial's files, or "colours", those of the whole images in the colours of the 32 original
-    classes, which are grouped into the 11.
+    labels: "numbers", the tutorial's files, or "colours", the full-size labels in colours of the 32 original classes,
+    which are grouped into the 11.
     """
     if labels not in ("numbers", "colours"):
         raise ValueError(f"camvid: labels must be 'numbers' or 'colours', got {labels!r}")
@@ -66,7 +66,7 @@ def camvid(split: str, *, labels: Literal["numbers", "colours"] = "numbers") -> 
 
 
 def _camvid_colours() -> dict[tuple[int, int, int], int]:
-    """The colour of each of the 32 original classes -> the class of the 11 it belongs to, or 255."""
+    """Colour of each of the 32 original classes -> one of the 11 classes, or 255."""
     colours = {}
     for line in (CLASSES / "camvid_colours.txt").read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -78,8 +78,8 @@ def _camvid_colours() -> dict[tuple[int, int, int], int]:
 def voc(split: str, *, aug: bool = True, list: str | None = None) -> Layout:
     """PASCAL VOC 2012, 21 classes (Everingham et al.), trained on the augmented list (Hariharan et al., ICCV 2011).
 
-    aug: train on trainaug.txt and SegmentationClassAug, else on train.txt and SegmentationClass. list: another list of
-    images, under the root; its lines are names, or paths of image and label.
+    aug: train on trainaug.txt and SegmentationClassAug, otherwise on train.txt and SegmentationClass.
+    list: another image list, relative to the root; lines are names, or paths of image and label.
     """
     train_aug = aug and split == "train"
     labels = ("SegmentationClassAug",) if train_aug else ("SegmentationClass", "SegmentationClassAug")
@@ -99,7 +99,7 @@ def voc(split: str, *, aug: bool = True, list: str | None = None) -> Layout:
 
 
 def ade20k(split: str) -> Layout:
-    """ADE20K of the scene parsing challenge, 150 classes (Zhou et al., CVPR 2017); label 0 is ignored, k is class k − 1."""
+    """ADE20K scene parsing, 150 classes (Zhou et al., CVPR 2017); label 0 is ignored, label k is class k − 1."""
     folder = {"train": "training", "val": "validation"}.get(split)
     if folder is None:
         raise ValueError(f"ade20k: has the splits train and val, got {split!r}")
@@ -128,11 +128,15 @@ def folders(
     values: dict[int, int] | None = None,
     image_suffixes: tuple[str, ...] | str = SUFFIXES,
 ) -> Layout:
-    """Any set: a folder of images, one of 8-bit labels with the same names, and a class file.
+    """Any data set: a folder of images, one of 8-bit labels with the same names, and a class file.
 
-    images, labels: folders under the root, "{split}" stands for train or val. label_suffix: ending of the labels, e.g.
-    "_label.png". classes: the class file. first: the label value of the first class. ignore: the one that counts nowhere,
-    None for none. values: label value -> class instead of `first`, e.g. {0: 0, 255: 1}. image_suffixes: endings of the images.
+    images, labels: folders relative to the root; "{split}" is replaced by train or val.
+    label_suffix: label ending, e.g. "_label.png".
+    classes: class file.
+    first: label value of the first class.
+    ignore: label value that is ignored, None for none.
+    values: label value -> class, instead of `first`, e.g. {0: 0, 255: 1}.
+    image_suffixes: image endings.
     """
     mapped = None
     if values is not None:

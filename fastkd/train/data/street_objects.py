@@ -1,6 +1,6 @@
-"""What stands in a street scene: houses, fences, trees, posts, signs, vehicles, people. Each paints colour and label together.
+"""Street-scene objects: houses, fences, trees, posts, signs, vehicles, people. Each paints colour and label together.
 
-Sizes are metres. Every function takes the scene (canvas and light), its own stream of random numbers, and a place.
+Sizes are in metres. Every function takes the scene (canvas and light), its own random stream, and a position.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def _colours(text: str) -> list[np.ndarray]:
 
 
 BLACK, WHITE, GLASS, WARM = _colours("101012 ebebe8 262e36 ffce8a")
-# The greys of the road and the pavement, the greens of leaves and the blues of the sky are all among the facades.
+# Facades include the greys of road and pavement, the greens of leaves and the blues of the sky.
 FACADES = _colours("b0a494 965c4a c4b28c 808080 686a6e d0cac0 7a8a70 a68064 5c6068 8c98a6 bc9682 566852 ded6c8 785448")
 PAINTS = _colours("1c1c20 3c3e42 787a7e b2b4b8 e4e4e2 82181a 223462 546c84 344a38 9c8c70 ba7828 641428 60646a d4d0c6")
 CLOTHES = _colours("1e2026 30343e 464a50 263454 78746c 962828 5c4834 bcb8b0 3c543c c8a03c 683c60 d8d8d6 506e8c 18181a")
 SKIN, HAIR = _colours("e0b69a c69474 94644a 604030"), _colours("281e18 5a4228 968264 141212")
 LEAVES, AUTUMN = _colours("46622c 365028 5c6e34 3c543a 6e743e 506846"), _colours("a86e28 964c24 b28c3a 786246")
 METAL, LIVERIES = _colours("5c6062 808282 32363a 96928a 48564a"), _colours("be2828 dcbe3c 3c6e96 ebebe8 3c5a42 808286")
-# Length, width, height, belt line, and the outline seen from the side: (share of the length from the tail, height).
+# Length, width, height, belt line, and the side outline: (share of the length from the tail, height).
 BODIES = {
     "saloon": (4.6, 1.8, 1.45, 0.95, ((0, 0.95), (0.13, 1.0), (0.25, 1.44), (0.55, 1.45), (0.73, 1.0), (1, 0.6))),
     "estate": (4.4, 1.8, 1.6, 1.0, ((0, 1.0), (0.06, 1.57), (0.58, 1.6), (0.75, 1.1), (1, 0.66))),
@@ -49,13 +49,13 @@ BODIES = {
 
 
 def pick(rng: Random, options: list[np.ndarray], spread: float = 0.12) -> np.ndarray:
-    """One of the colours, a little lighter or darker and off hue."""
+    """One of the colours, with slightly varied brightness and hue."""
     tint = [[[1 + spread * rng.uniform(-0.5, 0.5)]] for _ in range(3)]
     return rng.choice(options) * np.array(tint, FLOAT) * (1 + 1.5 * spread * rng.uniform(-1, 1))
 
 
 def building(scene: Scene, rng: Random, side: int, lateral: float, z0: float, z1: float, height: float) -> None:
-    """A block from z0 to z1 whose front is `lateral` metres from the street's centre line: its gable and its street wall."""
+    """A block from z0 to z1 whose front is `lateral` metres from the street's centre line: gable and street wall."""
     (x, slope), depth, phase = scene.place(z0, side * lateral), rng.uniform(9, 16), rng.randrange(512)
     colour, glass, sign, tiles = (pick(rng, c) for c in (FACADES, [GLASS, *PAINTS[6:8]], PAINTS, PAINTS[:3] + HAIR))
     storey, bay, left, right = (rng.uniform(*ends) for ends in ((2.8, 3.8), (1.8, 3.6), (0.15, 0.3), (0.6, 0.9)))
@@ -65,7 +65,7 @@ def building(scene: Scene, rng: Random, side: int, lateral: float, z0: float, z1
     def face(wall: Plane, along: np.ndarray, light: np.ndarray, ends: np.ndarray | float) -> None:
         y, dx, dy = wall.y, wall.dx, wall.dy
         grain, blotch = noise(1.0, y * 14 + phase, along * 14), noise(1.5, y * 5, along * 5 + phase)
-        shade = (0.55 + 0.35 * grain + 0.5 * blotch) * (1 - 0.35 * np.exp(-y / 1.2))  # dirt rises from the street
+        shade = (0.55 + 0.35 * grain + 0.5 * blotch) * (1 - 0.35 * np.exp(-y / 1.2))  # dirt near the ground
         u, v = along / bay, y / storey
         pane = pulse(u, left, right, dx / bay) * pulse(v, 0.28, 0.83, dy / storey)
         if shop:
@@ -94,7 +94,7 @@ def building(scene: Scene, rng: Random, side: int, lateral: float, z0: float, z1
 
 
 def border(scene: Scene, rng: Random, side: int, lateral: float, z0: float, z1: float) -> None:
-    """A hedge, or a fence of railings or boards; where the street shows through a fence, it is fence too."""
+    """A hedge, or a fence of railings or boards; openings in a fence are labelled as fence."""
     (x, slope), hedge, height = scene.place(z0, side * lateral), rng.random() < 0.5, rng.uniform(0.9, 2.1)
     colour = pick(rng, scene.leaves if hedge else [BLACK, *METAL, *HAIR])
     period, solid = rng.uniform(0.14, 0.3), rng.choice((0.3, 0.85))
@@ -119,7 +119,7 @@ def tree(scene: Scene, rng: Random, x: float, z: float) -> None:
         leaf = noise(0.6, board.y * grain + phase, board.x * grain)
         clump = noise(1.5, board.y * 22, board.x * 22 + phase)
         edge = (np.sqrt((board.x / radius) ** 2 + up**2) - 1.9 + clump * 1.4 + leaf * 0.4) * radius
-        # Lit from the sun's side and from above, dark inside and below.
+        # Lit from the sun's side and from above; dark inside and below.
         glow = np.maximum(0.5 + 0.28 * sun_x * (board.x / radius) + 0.2 * up, 0.12)
         board.paint(
             colour * light * (1.8 * (0.2 + 1.3 * leaf) * glow * (0.35 + 1.3 * clump)),
@@ -129,7 +129,7 @@ def tree(scene: Scene, rng: Random, x: float, z: float) -> None:
 
 
 def pole(scene: Scene, rng: Random, x: float, z: float, *, height: float, lamp: int = 0) -> None:
-    """A post; `lamp` -1 or 1 gives it an arm and a lamp over the street on that side."""
+    """A post; `lamp` -1 or 1 adds an arm and a lamp over the street on that side."""
     tone = pick(rng, METAL)
     if board := scene.canvas.board(x, z, 2.6 if lamp else 0.4, height + 0.4):
         tone, radius = tone * scene.light.at(scene, x, z), board.thin(0.06)
@@ -157,15 +157,15 @@ def sign(scene: Scene, rng: Random, x: float, z: float) -> None:
         plate, colour = (
             (disc(0, cy, size), "be1c1e"),  # prohibition
             (taper(cy - size, cy + size, size * 1.15, 0), "be1c1e"),  # warning
-            (disc(0, cy, size), "1846a0"),  # an order
-            (box(-size, size, cy - size, cy + size), rng.choice(("1846a0", "e8ba28"))),  # a crossing, a diversion
+            (disc(0, cy, size), "1846a0"),  # mandatory
+            (box(-size, size, cy - size, cy + size), rng.choice(("1846a0", "e8ba28"))),  # crossing or diversion
         )[kind]
         board.fill(plate, _colours(colour)[0] * light, TRAFFIC_SIGN)
         board.fill(disc(0, cy - size * 0.2 * (kind == 1), size * (0.65, 0.4, 0.3, 0.5)[kind]), WHITE * light)
 
 
 def vehicle(scene: Scene, rng: Random, lateral: float, z: float, *, kind: str, towards: bool, lit: bool) -> None:
-    """A vehicle along the street, its near end at depth z, seen from behind or from in front (`towards`)."""
+    """A vehicle along the street, near end at depth z, seen from behind or from the front (`towards`)."""
     length, width, height, belt, outline = BODIES[kind]
     bus, half, (x, slope) = kind == "bus", width / 2, scene.place(z, lateral)
     light, label, side = scene.light.at(scene, x, z), BUS if bus else CAR, (x > half) - (x < -half)
@@ -185,7 +185,7 @@ def vehicle(scene: Scene, rng: Random, lateral: float, z: float, *, kind: str, t
             d = np.sqrt((wall.x - centre) ** 2 + (wall.y - 0.34) ** 2)
             wall.paint(tyre, clip01((0.34 - d) / np.maximum(wall.dx, wall.dy) + 0.5), label)
     if board := scene.canvas.board(x, z, half, height):
-        # The near end stands as high as the outline starts; the cabin above it is glass.
+        # The near end is as high as the outline starts; the cabin above it is glass.
         tail = max(float(tops[0]), belt)
         if tail < height * 0.9:
             board.fill(taper(tail - 0.2, height, half * 0.97, half * 0.68), body * 0.9, label)
@@ -201,7 +201,7 @@ def vehicle(scene: Scene, rng: Random, lateral: float, z: float, *, kind: str, t
 
 
 def person(scene: Scene, rng: Random, x: float, z: float, *, height: float) -> None:
-    """Someone who stands or walks."""
+    """A standing or walking person."""
     h, stride, bulk, hem = height, rng.uniform(0.02, 0.16), rng.uniform(0.085, 0.12), rng.choice((0.36, 0.5, 0.5))
     coat, trousers, skin, hair = (pick(rng, c) for c in (CLOTHES, CLOTHES, SKIN, HAIR))
     if board := scene.canvas.board(x, z, 0.45 * h, 1.04 * h):
@@ -219,7 +219,7 @@ def person(scene: Scene, rng: Random, x: float, z: float, *, height: float) -> N
 
 
 def bicycle(scene: Scene, rng: Random, x: float, z: float, *, ridden: bool, across: bool) -> None:
-    """A bicycle, and its rider if `ridden`; `across`: seen from the side, else from behind."""
+    """A bicycle, with a rider if `ridden`; `across`: seen from the side, otherwise from behind."""
     way, (frame, coat, trousers, skin) = rng.choice((-1, 1)), (pick(rng, c) for c in (PAINTS, CLOTHES, CLOTHES, SKIN))
     board = scene.canvas.board(x, z, 1.0 if across else 0.45, 1.85 if ridden else 1.15)
     if board is None:

@@ -1,9 +1,9 @@
-"""Generated street scenes: a data set that needs no files, for demonstrations and tests of segmentation training.
+"""Generated street scenes: a data set without files, for demonstrations and tests.
 
-Each item is a small world (a street with pavements, houses, trees, traffic and people, an hour of the day and a weather)
-seen through a pinhole camera and painted from far to near. Colour alone does not tell the classes apart: facades share the
-greys of asphalt and the greens of leaves; light, haze, shadow, blur and noise differ from picture to picture. Class names and
-colours are those of Cityscapes where it has them.
+Each item is a small world (a street with pavements, houses, trees, traffic, people, time of day and weather), seen
+through a pinhole camera and painted back to front. Colour alone does not separate the classes: facades share the greys
+of asphalt and the greens of leaves; light, haze, shadow, blur and noise vary between pictures. Class names and colours
+follow Cityscapes where possible.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from fastkd.train.data import street_objects as things
 from fastkd.train.data.street_canvas import FLOAT, IGNORE, Canvas, clip01, cover, noise, pulse, rgb
 
 SPLITS = {"train": 2000, "val": 200}  # default lengths
-REACH = 150.0  # metres of street that are built
-# Hour: odds, elevation of the sun, brightness of lamps, exposure, colours of sun, ambient light, zenith and horizon.
+REACH = 150.0  # metres of street that are generated
+# Hour: odds, sun elevation, lamp brightness, exposure, colours of sun, ambient light, zenith and horizon.
 HOURS: dict[str, Any] = {
     "clear": (0.38, 40, 0.0, 0.27, (300, 290, 268), (162, 175, 197), (82, 136, 206), (192, 214, 232)),
     "overcast": (0.26, 60, 0.0, 0.27, (0, 0, 0), (206, 210, 216), (166, 172, 180), (206, 208, 210)),
@@ -38,7 +38,7 @@ HOURS: dict[str, Any] = {
 
 
 class Light:
-    """Sun, sky and lamps of one scene. Colours are linear light, white about 1."""
+    """Sun, sky and lamps of one scene. Colours are linear light, white is about 1."""
 
     def __init__(self, rng: random.Random) -> None:
         hour = rng.choices(list(HOURS), [row[0] for row in HOURS.values()])[0]
@@ -49,19 +49,19 @@ class Light:
         self.mirror, self.cloud = 0.5 * (self.zenith + self.horizon), rng.uniform(0.7 if hour == "overcast" else 0, 1)
 
     def facing(self, normal: tuple[float, float, float]) -> np.ndarray:
-        """The light on a surface with this normal (any length), out of every shadow."""
+        """Light on an unshadowed surface with this normal (any length)."""
         lean = sum(n * s for n, s in zip(normal, self.sun_way, strict=True)) / math.hypot(*normal)
         return self.ambient * 0.9 + self.sun * (max(0.0, lean) * 0.9) + things.WARM * (0.1 * self.lamps)
 
     def at(self, scene: Scene, x: Any, z: Any, share: float = 0.75) -> Any:
-        """The light at (x, z), with `share` of the sun: none of it in a shadow, more of the lamps near by."""
+        """Light at (x, z) with a `share` of the sun (0 in shadow), plus nearby lamps."""
         lit = scene.sunlit(np.asarray(x - scene.place(np.minimum(z, REACH), 0)[0], FLOAT))
         lamps = things.WARM * (1.2 * self.lamps * np.minimum(1, 9 / np.maximum(z, 3)))
         return self.ambient + self.sun * (share * lit) + lamps
 
 
 class Scene:
-    """One world and the picture of it. `paint()` gives (image (3, H, W) uint8, label (H, W) uint8)."""
+    """One world and its picture. `paint()` returns (image (3, H, W) uint8, label (H, W) uint8)."""
 
     def __init__(self, height: int, width: int, rng: random.Random) -> None:
         self.rng, self.light = rng, Light(rng)
@@ -70,7 +70,7 @@ class Scene:
         centre = (width * rng.uniform(0.44, 0.56), height * rng.uniform(0.38, 0.5))
         visibility = rng.choices((1200.0, 500.0, 220.0, 80.0), (4, 3, 2, 1))[0]
         self.canvas = Canvas((height, width), focal, centre, rng.uniform(1.25, 1.75), self.light.horizon, visibility)
-        # The street's cross-section, metres from the centre line; sides are -1 (left) and 1 (right).
+        # Cross-section of the street, metres from the centre line; sides are -1 (left) and 1 (right).
         self.lanes, self.lane = rng.randrange(1, 3), rng.uniform(2.9, 3.5)
         self.parking = {s: rng.random() < 0.6 for s in (-1, 1)}
         self.kerb = {s: self.lane * self.lanes + 2.2 * self.parking[s] for s in (-1, 1)}
@@ -80,7 +80,7 @@ class Scene:
         self.roof = {s: {"town": rng.uniform(8, 20), "garden": 6.0, "park": 0.0}[self.kind[s]] for s in (-1, 1)}
         own = self.lane * (rng.randrange(self.lanes) + 0.5) + rng.uniform(-0.4, 0.4)
         self.bend = (-own, rng.uniform(-0.05, 0.05), rng.uniform(-1, 1) * rng.choice((1 / 900, 1 / 4000)))
-        self.jobs: list[tuple[int, float, Callable[[random.Random], None]]] = []  # layer, depth, what paints it
+        self.jobs: list[tuple[int, float, Callable[[random.Random], None]]] = []  # layer, depth, painter
 
     def place(self, z: Any, lateral: float) -> tuple[Any, Any]:
         """x of the point `lateral` metres right of the centre line at depth z, and the street's dx/dz there."""
@@ -98,7 +98,7 @@ class Scene:
         for side in (-1, 1):
             self._houses(side)
             self._roadside(side)
-        # Each thing draws its details from its own stream: what is out of the picture does not change what is in it.
+        # Each object has its own random stream: objects outside the picture do not affect those inside.
         root = self.rng.getrandbits(62)
         self._sky()
         self._ground()
@@ -116,7 +116,7 @@ class Scene:
         self.jobs.append((2, z, partial(job, self)))
 
     def _houses(self, side: int) -> None:
-        """Houses, gardens, parks, and what borders them."""
+        """Houses, gardens, parks and their borders."""
         rng, kind, walk, z = self.rng, self.kind[side], self.walk[side], -self.rng.uniform(0, 12)
         while z < REACH and kind != "park":
             end, height = z + rng.uniform(8, 20), rng.uniform(4, 9) if kind == "garden" else rng.uniform(7, 24)
@@ -131,7 +131,7 @@ class Scene:
             self.jobs.append((1, 0.7, partial(job, self)))
 
     def _roadside(self, side: int) -> None:
-        """What stands on the pavement, at the kerb and on the lanes of one side."""
+        """Objects on the pavement, at the kerb and on the lanes of one side."""
         rng, kerb, walk = self.rng, self.kerb[side], self.walk[side]
         post, pavement, lane = (kerb + 0.3, kerb + 0.6), (kerb + 0.4, walk - 0.3), (0.5, kerb - 0.8)
         for thing, most, (low, high), (z0, z1), draw in (
@@ -161,7 +161,7 @@ class Scene:
             z += rng.uniform(5.8, 7.5)
 
     def _sky(self) -> None:
-        """The sky, and the hazy range of houses or trees that closes the street."""
+        """The sky, and the hazy skyline of houses or trees at the end of the street."""
         canvas, light, rng = self.canvas, self.light, self.rng
         rows = int(np.searchsorted(canvas.b, canvas.camera_height / 2000))
         phase, wood, height = rng.randrange(512), rng.random() < 0.5, rng.uniform(7, 30)
@@ -210,13 +210,13 @@ class Scene:
         """Lens, sensor and processing: blur, exposure, colour balance, noise."""
         canvas, light, rng = self.canvas, self.light, self.rng
         image: np.ndarray = canvas.image
-        rise = max(rng.uniform(-0.1, 0.11), 0) * canvas.height  # the bonnet of the camera's own car
+        rise = max(rng.uniform(-0.1, 0.11), 0) * canvas.height  # bonnet of the camera car
         rows, across = np.arange(canvas.height)[:, None] + 0.5, np.arange(canvas.width) / canvas.width * 2 - 1
         alpha = clip01(rows - canvas.height + rise * np.sqrt(1 - 0.75 * across**2))
         canvas.paint(slice(None), slice(None), things.pick(rng, things.PAINTS) * light.ambient, alpha, IGNORE, 0.0)
         soft = rng.choice((0.0, rng.uniform(0.3, 1.0))) * min(1, canvas.height / 160)
         image = image + soft * (avg_pool2d(torch.from_numpy(image), 3, 1, 1, count_include_pad=False).numpy() - image)
-        # The camera meters: it evens out most of the difference between scenes, and errs a little.
+        # Auto exposure: evens out most of the difference between scenes, with some error.
         gain = (light.exposure / max(float(image[:, ::4, ::4].mean()), 0.01)) ** 0.8 * rng.uniform(0.8, 1.2)
         image = image * np.array([[[gain * rng.uniform(0.93, 1.07)]] for _ in range(3)], dtype=FLOAT)
         image = np.sqrt(np.maximum(image * (1 + 0.12 * image) / (1 + 0.45 * image), 0)) * 255  # highlights roll off
@@ -228,12 +228,16 @@ class Scene:
 class StreetScenes(Dataset):
     """Generated street scenes with 15 classes.
 
-    Item `i` is `(tv_tensors.Image uint8 (3, H, W), tv_tensors.Mask uint8 (H, W))` and depends on (seed, split, i) and the
-    size alone. Splits never share a scene. Void (255): the camera car's bonnet.
+    Item `i` is `(tv_tensors.Image uint8 (3, H, W), tv_tensors.Mask uint8 (H, W))` and depends only on (seed, split, i)
+    and size. Splits share no scene. Void (255): the camera car's bonnet.
 
-    split: "train" | "val". size: (height, width), each at least 16. length: number of items (2000 train, 200 val).
-    cache: keep generated items in memory, H·W·4 bytes each, per process. transform: called on (image, mask), after
-    the cache. `ValueError` for any other value.
+    split: "train" | "val".
+    size: (height, width), each at least 16.
+    length: number of items (2000 train, 200 val).
+    cache: keep generated items in memory, H·W·4 bytes each, per process.
+    transform: called on (image, mask), after the cache.
+
+    Raises ValueError for any other value.
     """
 
     classes = things.CLASSES
@@ -281,4 +285,4 @@ class StreetScenes(Dataset):
         pair = self.generate(number) if self.cache is None or number not in self.cache else self.cache[number]
         if self.cache is not None:
             self.cache[number] = pair
-        return tv_tensors.Image(torch.tensor(pair[0])), tv_tensors.Mask(torch.tensor(pair[1]))  # may be written to
+        return tv_tensors.Image(torch.tensor(pair[0])), tv_tensors.Mask(torch.tensor(pair[1]))  # writable copies

@@ -1,6 +1,6 @@
-"""Augmentation and evaluation transforms on (image, mask) pairs, built from torchvision's transforms v2.
+"""Augmentation and evaluation transforms of (image, mask) pairs, built on torchvision's transforms v2.
 
-Every random number comes from torch's default generator, which the training loader seeds for each sample
+All random numbers come from torch's default generator, which the training loader seeds for each sample
 (`fastkd.train.loader`): the same seed gives the same crops.
 """
 
@@ -15,21 +15,21 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 GREY = 127  # padding of an image
-TRIES = 10  # crops drawn before one with too much of a class is taken
+TRIES = 10  # maximum crops drawn for cat_max_ratio
 
 
 class RandomScaleCrop(v2.Transform):
-    """A window of `crop` = (height, width) out of the pair resized by a random factor, padded where the pair ends.
+    """Resizes the pair by a random factor and crops a window of `crop` = (height, width), padded beyond the border.
 
-    Only the window is resized: it is cut from the original first, at sides divided by the factor and rounded to pixels, so
-    that a factor may differ between the axes by half a pixel of the window. Image: bilinear, antialiased; mask: nearest.
+    Only the window is resized: it is cut from the original first, with sides divided by the factor and rounded to
+    pixels, so that the two axes may differ by half a pixel of the window. Image: bilinear, antialiased; mask: nearest.
 
     Args:
         scale: range of the factor, drawn uniformly.
-        step: factors are low, low + step, ... high; 0: any.
-        cat_max_ratio: share of the labelled pixels of a crop that one class may have. Of `TRIES` crops the first that
-            keeps to it is taken, else the last. 1: no limit.
-        ignore_index: label of the padding, and of pixels that do not count.
+        step: factors are low, low + step, ... high; 0: continuous.
+        cat_max_ratio: maximum share of one class in the labelled pixels of a crop. Takes the first of `TRIES` crops
+            that meets it, else the last. 1: no limit.
+        ignore_index: label of the padding and of ignored pixels.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ def train_transform(
 
 
 def eval_transform(size: Sequence[int] | None = None) -> v2.Transform:
-    """Nothing at random: the pair as it is, or resized to `size` = (height, width), the mask by nearest neighbour."""
+    """No randomness: the pair unchanged, or resized to `size` = (height, width), the mask by nearest neighbour."""
     if size is None:
         return v2.Identity()
     if len(size) != 2 or min(size) < 1:

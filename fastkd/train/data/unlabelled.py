@@ -1,4 +1,4 @@
-"""Few labels: a fixed part of a data set keeps its labels, and images without labels fill a share of each batch."""
+"""Few labels: a fixed part of a data set keeps its labels; unlabelled images fill a share of each batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REST = "rest"  # the training images whose labels are not used
 
 
 class Part(Dataset):
-    """Some items of a data set."""
+    """A subset of a data set."""
 
     def __init__(self, dataset: Any, indices: Sequence[int]):
         self.dataset, self.indices = dataset, indices
@@ -31,7 +31,7 @@ class Part(Dataset):
 
 
 class Folder:
-    """The images in a folder and the folders in it, in the order of their paths."""
+    """The images in a folder, recursively, sorted by path."""
 
     def __init__(self, folder: Path):
         if not folder.is_dir():
@@ -45,7 +45,7 @@ class Folder:
 
 
 class Unlabelled(Dataset):
-    """`transform(image)` of some of the images of `source`. No label is read, so no augmentation can depend on one."""
+    """`transform(image)` of some images of `source`. Labels are not read, so augmentation cannot depend on them."""
 
     def __init__(self, source: Any, indices: Sequence[int], transform: Callable[..., Any] | None):
         self.source, self.indices, self.transform = source, indices, transform
@@ -59,16 +59,16 @@ class Unlabelled(Dataset):
 
 
 def split(dataset: Any, *, labelled: Fraction, seed: int, unlabelled: str | None) -> tuple[Any, Unlabelled | None]:
-    """The labelled part of a training set, and the images without labels, None without `unlabelled`.
+    """The labelled part of a training set, and the unlabelled images (None without `unlabelled`).
 
     Args:
-        labelled: share of the images whose labels are used; their number is rounded, and at least one.
-        seed: which they are.
+        labelled: share of the images whose labels are used; their number is rounded, at least one.
+        seed: selects them.
         unlabelled: "rest" for the other training images, or a folder of images.
 
     Raises:
-        ValueError: nothing is left for "rest".
-        FileNotFoundError: the folder is not there or holds no images.
+        ValueError: "rest" is empty.
+        FileNotFoundError: the folder does not exist or has no images.
     """
     order = list(range(len(dataset)))
     if labelled < 1:

@@ -1,6 +1,6 @@
-"""Distillation methods, one file each: its formula and source, its loss module, and its options with `build`.
+"""Distillation methods, one file each: formula and source, loss module, and options with `build`.
 
-`registry.py` lists them, `objective.py` adds them up, `base.py` has what they share. docs/methods.md explains each.
+`registry.py` lists them, `objective.py` sums them, `base.py` has shared parts. docs/methods.md explains each.
 """
 
 from fastkd.train.methods.objective import Objective, Terms, student_features, teacher_forward

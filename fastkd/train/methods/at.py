@@ -1,8 +1,8 @@
 """AT: attention transfer (Zagoruyko and Komodakis, ICLR 2017, arXiv 1612.03928, Eq. 2 with F_sum^2).
 
-A map of attention is the sum over the channels of the squares, flattened and divided by its Euclidean norm:
-q(x) = vec(Σ_c x_c²) / ‖vec(Σ_c x_c²)‖. The loss is the mean over samples and pixels of (q(S) − q(T))²; the paper's Eq. 2 has
-the norm of the difference. The published weight 1e4 is that of the mean of squares.
+The attention map is the sum of squares over channels, flattened and normalised: q(x) = vec(Σ_c x_c²) / ‖vec(Σ_c x_c²)‖.
+The loss is the mean over samples and pixels of (q(S) − q(T))²; Eq. 2 of the paper has the norm of the difference. The
+published weight 1e4 is for the mean of squares.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ATLoss(nn.Module):
 
 
 def attention(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, H·W), of norm 1; 0 where the features are 0."""
+    """(N, C, H, W) -> (N, H·W) with unit norm; 0 where the features are 0."""
     # The norm reduces without a squared copy of the features.
     energy = torch.linalg.vector_norm(precise(x), dim=1).square()
     return unit(energy.flatten(1), 1)

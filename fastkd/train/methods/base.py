@@ -1,4 +1,4 @@
-"""Shared by the methods: the pair of networks, the compared features, and the normalisation."""
+"""Shared by the methods: the pair of networks, the compared features, and normalisation."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fastkd.backends import requested
 from fastkd.ranges import NonNegative
 from fastkd.train.models import Feature, Output, SegmentationModel
 
-Variant = Literal["published", "paper"]  # what the code behind the published tables computes, or the paper's formula
-CHUNK = 1 << 24  # elements of a similarity matrix that exist at once; 64 MiB in fp32
+Variant = Literal["published", "paper"]  # the code behind the published tables, or the paper's formula
+CHUNK = 1 << 24  # elements of a similarity matrix alive at once; 64 MiB in fp32
 
 
 class Pair(NamedTuple):
-    """The networks a method is built for, and the conventions of the run."""
+    """The networks a method is built for, and options of the run."""
 
     student: SegmentationModel
     teacher: SegmentationModel
@@ -44,12 +44,12 @@ class FeatureConfig:
 
 
 class Distiller(nn.Module):
-    """A term beside the task: forward(student, teacher, labels) -> 0-d loss, weighted.
+    """A distillation term: forward(student, teacher, labels) -> 0-d loss, weighted.
 
     Args:
-        weight: by which it is multiplied, to log.
-        features: what the student must return for it, under these names.
-        over_valid: whether it is a mean over the pixels that have a label.
+        weight: its factor, to log.
+        features: features that the student must return for it, by name.
+        over_valid: whether it is a mean over labelled pixels.
     """
 
     def __init__(self, weight: float, features: dict[str, Feature] | None = None, *, over_valid: bool = False):
@@ -61,7 +61,7 @@ class Distiller(nn.Module):
 
 
 class OnLogits(Distiller):
-    """`loss(student, teacher)` of the logits; like every loss here, it has a `loss_weight`."""
+    """`loss(student, teacher)` of the logits; `loss` has a `loss_weight`, as all losses here."""
 
     def __init__(self, loss: nn.Module):
         super().__init__(cast(float, loss.loss_weight))
@@ -72,10 +72,11 @@ class OnLogits(Distiller):
 
 
 class OnFeatures(Distiller):
-    """Mean over the compared features of `loss(student, teacher)`, or of `loss(student, teacher, labels)` with `labelled`.
+    """Mean over the compared features of `loss(student, teacher)`, or `loss(student, teacher, labels)` if `labelled`.
 
-    `adapt`: name of a method whose student features pass a trained 1x1 convolution where the teacher has other channels.
-    A teacher's feature of another size is resized bilinearly to the student's. With `labelled`, only images with labels count.
+    `adapt`: name of a method whose student features go through a trained 1x1 convolution if the teacher has other
+    channels. Teacher features of another size are resized bilinearly to the student's. With `labelled`, only labelled
+    images count.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class OnFeatures(Distiller):
             keys[name] = f"{adapt}/{name}" if adapted else name
             features[keys[name]] = Feature(name, channels if adapted else None)
         super().__init__(cast(float, loss.loss_weight), features, over_valid=over_valid)
-        self.keys = keys  # tap -> the name under which the student returns it
+        self.keys = keys  # tap -> name under which the student returns it
         self.loss, self.labelled = loss, labelled
 
     def forward(self, student: Output, teacher: Output, labels: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ class OnFeatures(Distiller):
 
 
 def compared_features(pair: Pair, names: tuple[str, ...] | None = None) -> tuple[str, ...]:
-    """The taps to compare: `names`, or all that both networks have. ValueError where there are none, or one is not tapped."""
+    """The taps to compare: `names`, or all that both networks have. ValueError if there are none or one is missing."""
     taps = {"student": pair.student.feature_names, "teacher": pair.teacher.feature_names}
     shared = tuple(name for name in taps["student"] if name in taps["teacher"])
     for name in names or ():
@@ -122,37 +123,37 @@ def compared_features(pair: Pair, names: tuple[str, ...] | None = None) -> tuple
     if names is None and not shared:
         raise ValueError(
             f"student taps the features {list(taps['student'])} and the teacher {list(taps['teacher'])}: no name in "
-            "common; tap what is to be compared under one name (model.features)"
+            "common; tap the features to compare under the same name (model.features)"
         )
     return shared if names is None else tuple(names)
 
 
 def first(out: Output, count: int) -> Output:
-    """The logits of the first `count` images of a batch; itself where there are no others."""
+    """The logits of the first `count` images of a batch."""
     if out.logits.shape[0] == count:
         return out
     return Output(out.logits[:count], {}, None if out.aux is None else out.aux[:count])
 
 
 def resize(x: Tensor, like: Tensor) -> Tensor:
-    """`x` (N, C, h, w) at the size of `like`, bilinearly; itself where the sizes agree."""
+    """`x` (N, C, h, w) resized bilinearly to the size of `like`."""
     size = (like.shape[-2], like.shape[-1])
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
 def precise(x: Tensor) -> Tensor:
-    """In fp32, or fp64 if it is: what the methods compute in."""
+    """In fp32, or fp64 if it is."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def unit(x: Tensor, dim: int) -> Tensor:
-    """`x` over its Euclidean norm along `dim`; a zero vector stays zero, and so does its gradient."""
+    """`x` divided by its Euclidean norm along `dim`; zero vectors stay zero and get gradient 0."""
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     return x / torch.where(norm == 0, torch.inf, norm)
 
 
 def mean(x: Tensor) -> Tensor:
-    """0 where there is nothing."""
+    """The mean; 0 if empty."""
     return x.sum() / max(x.numel(), 1)
 
 
@@ -162,23 +163,23 @@ def check_variant(variant: str) -> None:
 
 
 def no_autocast(x: Tensor) -> torch.autocast:
-    """Matrix products inside a loss are not for half precision."""
+    """Disables autocast: matrix products in a loss need more than half precision."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def sum_of_rows(like: Tensor, rows: int, columns: int, term: Callable[[int, int], Tensor]) -> Tensor:
-    """Sum of `term(start, stop)` over spans of rows such that a matrix of a span has about CHUNK elements; 0 without rows.
+    """Sum of `term(start, stop)` over spans of rows whose matrices have about CHUNK elements; 0 without rows.
 
-    What a span's matrices hold is computed again in the backward pass, so that no more than one span's is ever alive.
+    Spans are recomputed in the backward, so that only one span's matrices are alive at a time.
     """
     step = max(1, CHUNK // max(columns, 1))
-    total = like[:0].sum()  # 0, and part of the graph
+    total = like[:0].sum()  # 0, connected to the graph
     if step >= rows:
         return total + term(0, rows) if rows else total
     backend = requested()
 
     def again(start: int, stop: int) -> Tensor:
-        with fastkd.use_backend(backend):  # the backward pass may run elsewhere, with another one asked for
+        with fastkd.use_backend(backend):  # the backward may run under another forced backend
             return term(start, stop)
 
     for start in range(0, rows, step):

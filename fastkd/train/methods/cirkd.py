@@ -1,8 +1,8 @@
 """CIRKD, mini-batch pixel-to-pixel: similarity of pixels across images (Yang et al., CVPR 2022, arXiv 2204.06986).
 
-With F_n (P, C) the features of image n, each of norm 1, S_ij = F_i F_jᵀ (P, P) holds the similarities of the pixels of image i
-with those of image j. Each row becomes a distribution, softmax(S_ij[a]/τ); the loss is the mean over all pairs of images (an
-image with itself too) and all rows of KL(teacher ‖ student). The memory bank of the paper is not here.
+With F_n (P, C) the unit-norm features of image n, S_ij = F_i F_jᵀ (P, P) holds the similarities of the pixels of images
+i and j. Each row becomes a distribution, softmax(S_ij[a]/τ); the loss is the mean of KL(teacher ‖ student) over all
+pairs of images (i = j too) and all rows. The paper's memory bank is not included.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class CIRKDConfig(FeatureConfig):
 class CIRKDLoss(nn.Module):
     """forward(student (N, C, H, W), teacher (N, C', H, W)) -> 0-d; the channels may differ.
 
-    The work grows with (N·H·W)², the memory does not: similarities exist a span of rows at a time.
+    Time grows with (N·H·W)², memory does not: similarities are computed a span of rows at a time.
     """
 
     def __init__(self, *, temperature: float = 0.1, pool: int = 1, loss_weight: float = 1.0):

@@ -2,15 +2,16 @@
 
 With q_l the normalised attention map of layer l (see AT), two variants:
 
-"published", the code behind the published tables. Pixel term: R = (q_m − q_n) / ‖q_m − q_n‖ for each pair of layers n < m, the
-last being the logits; the mean over pairs of the mean of (R(S) − R(T))². Category term: with z the logits averaged over 2×2
-pixels, and p the softmax of z/τ over the pixels of each class, G = p pᵀ is (K, K); the mean of (G(S) − G(T))².
+"published", the code behind the published tables. Pixel term: R = (q_m − q_n) / ‖q_m − q_n‖ for each pair of layers
+n < m, the logits being the last; the mean over pairs of the mean of (R(S) − R(T))². Category term: with z the logits
+averaged over 2×2 pixels, and p the softmax of z/τ over the pixels of each class, G = p pᵀ is (K, K); the mean of
+(G(S) − G(T))².
 
-"paper", the paper as restated by later work. Pixel term: R_l = q_{l+1} − q_l of consecutive layers without the logits; the sum
-over l of the mean of (R_l(S) − R_l(T))². Category term: with p the softmax over classes, each class's plane divided by its norm,
-the mean of (G(S) − G(T))².
+"paper", the paper as restated by later work. Pixel term: R_l = q_{l+1} − q_l of consecutive layers without the logits;
+the sum over l of the mean of (R_l(S) − R_l(T))². Category term: with p the softmax over classes, each class's plane
+divided by its norm, the mean of (G(S) − G(T))².
 
-Where sizes differ, the deeper map is resized to the shallower.
+If sizes differ, the deeper map is resized to the shallower.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class DSDConfig(FeatureConfig):
 
     Args:
         weight: of the pixel term; 0 leaves it out.
-        features: names of the taps in the order of the network, from shallow to deep; None: all that both share.
+        features: names of the taps, from shallow to deep; None: all that both share.
         category_weight: of the category term; 0 leaves it out.
         temperature: of the category term's softmax; None: 4 in variant "published", 1 in "paper".
         variant: "published" compares every pair of layers, logits included; "paper" consecutive ones (docs/methods.md).
@@ -80,8 +81,8 @@ class DSDConfig(FeatureConfig):
 class DSDLoss(nn.Module):
     """forward(student logits, teacher logits (N, K, h, w), student features, teacher features) -> 0-d.
 
-    The features are sequences of (N, C, H, W), from shallow to deep; sizes and channels may differ between layers, and channels
-    between student and teacher.
+    Features are sequences of (N, C, H, W), from shallow to deep; sizes and channels may differ between layers, and
+    channels between student and teacher.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class DSDLoss(nn.Module):
 
 
 def published_pixel(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean over the pairs of layers, which are two or more."""
+    """Mean over the pairs of at least two layers."""
     pairs = zip(combinations(maps(student), 2), combinations(maps(teacher), 2), strict=True)
     terms = [mean((_direction(*s) - _direction(*t)).square()) for s, t in pairs]
     return torch.stack(terms).mean()
@@ -127,7 +128,7 @@ def _direction(shallow: Tensor, deep: Tensor) -> Tensor:
 
 
 def class_similarity(logits: Tensor, temperature: float) -> Tensor:
-    """Inner products (N, K, K) of where the classes of an image are, each a softmax over pixels."""
+    """Inner products (N, K, K) of the classes' softmaxes over pixels."""
     pooled = F.avg_pool2d(precise(logits), 2, ceil_mode=True, count_include_pad=False)
     p = F.softmax(pooled.flatten(2) / temperature, 2)
     return torch.bmm(p, p.mT)

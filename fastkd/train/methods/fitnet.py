@@ -1,7 +1,7 @@
 """FitNet: hints (Romero et al., ICLR 2015, arXiv 1412.6550, Eq. 3).
 
-Mean squared difference between the teacher's features and the student's behind a regressor. The regressor is a 1x1 convolution
-where the channels differ, and nothing where they agree; the ½ of Eq. 3 is in the weight.
+Mean squared difference between the teacher's features and the student's after a regressor: a 1x1 convolution if the
+channels differ, otherwise the identity. The ½ of Eq. 3 is in the weight.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """IFVD: intra-class feature variation (Wang et al., ECCV 2020).
 
-Per image, the prototype of a class is the mean feature of its pixels. The variation map M holds the cosine of each pixel's
-feature with the prototype of its own class. The loss is the mean of (M(S) − M(T))², in variant "paper" over labelled pixels.
-In the code behind the published tables an ignored pixel is its own prototype, and adds 0 to a mean over all pixels: variant
-"published".
+Per image, a class's prototype is the mean feature of its pixels. The variation map M is the cosine of each pixel's
+feature with its class's prototype. The loss is the mean of (M(S) − M(T))²: over labelled pixels in variant "paper";
+over all pixels in variant "published", the code behind the published tables, where an ignored pixel is its own
+prototype and contributes 0.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class IFVDConfig(FeatureConfig):
     """Intra-class feature variation.
 
     Args:
-        variant: "published" is a mean over all pixels, "paper" over labelled ones.
+        variant: mean over all pixels ("published") or over labelled ones ("paper").
     """
 
     weight: NonNegative = 20.0
@@ -47,9 +47,9 @@ class IFVDConfig(FeatureConfig):
 
 
 class IFVDLoss(nn.Module):
-    """forward(student (N, C, h, w), teacher (N, C', h, w), target (N, H, W)) -> 0-d; 0 where no pixel has a label.
+    """forward(student (N, C, h, w), teacher (N, C', h, w), target (N, H, W)) -> 0-d; 0 if no pixel has a label.
 
-    The labels are taken at the features' size by nearest neighbour; labels that are no class do not count.
+    Labels are resized to the features' size by nearest neighbour; labels outside [0, K) do not count.
     """
 
     def __init__(
@@ -77,17 +77,17 @@ class IFVDLoss(nn.Module):
 
 
 def membership(target: Tensor, size: tuple[int, int], classes: int, ignore_index: int) -> Tensor:
-    """Labels (N, H, W) -> bool (N, K, h·w): which class each pixel of the smaller map has; none where it is ignored."""
+    """Labels (N, H, W) -> bool (N, K, h·w), the class of each pixel of the smaller map; all False where ignored."""
     label = F.interpolate(target[:, None].float(), size, mode="nearest").long().flatten(2)
     kinds = torch.arange(classes, device=target.device).view(1, -1, 1)
     return (label == kinds) & (label != ignore_index)
 
 
 def variation(feature: Tensor, member: Tensor) -> Tensor:
-    """(N, C, h, w) and membership (N, K, P) -> cosine of each pixel with its class's mean, (N, P); 0 where it has no class."""
+    """(N, C, h, w) and membership (N, K, P) -> cosine of each pixel with its class's mean, (N, P); 0 where ignored."""
     x = precise(feature).flatten(2)
     mean = member @ x.mT / member.sum(2, keepdim=True).clamp(min=1)
     norm = torch.linalg.vector_norm(x, dim=1)
-    # Each pixel against every class, then its own picked out: K numbers a pixel instead of a prototype of C.
+    # Compute all classes, then select each pixel's own: K numbers per pixel instead of a C-channel prototype.
     own = (unit(mean, 2) @ x * member).sum(1)
     return own / torch.where(norm == 0, torch.inf, norm)

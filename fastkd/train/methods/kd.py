@@ -19,7 +19,7 @@ class KDConfig:
     Args:
         weight: of the term.
         temperature: of the softmax over classes.
-        resized: at label resolution instead of the logits' own.
+        resized: at label resolution instead of logit resolution.
     """
 
     weight: NonNegative = 1.0

@@ -15,7 +15,7 @@ class NFDConfig(FeatureConfig):
     """Normalised feature distillation.
 
     Args:
-        dims: what a z-score is taken over (see fastkd.nfd_loss).
+        dims: axes of the z-score (see fastkd.nfd_loss).
     """
 
     weight: NonNegative = 5.0

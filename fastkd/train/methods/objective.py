@@ -1,11 +1,10 @@
 """The objective of a run: the task loss and any sum of methods.
 
-Without RDD the task is a loss at label resolution (task.py), plus `aux_weight` times the same on the student's auxiliary head.
-With RDD the task term is RDD's own (its auxiliary term included). The other terms stand beside it.
+Without RDD the task is a loss at label resolution (task.py), plus `aux_weight` times the same on the student's
+auxiliary head. With RDD the task term is RDD's (including its auxiliary term). Other terms are added.
 
-Labels may be fewer than the images: the last images of a batch then have none. The task terms see the images that have labels
-and nothing of the others, so whatever they divide by (valid pixels, all pixels, class weights) is that of the labelled images.
-The terms that compare with the teacher see all images.
+The last images of a batch may be unlabelled. Task terms use only the labelled images, also in their denominators (valid
+pixels, all pixels, class weights). Distillation terms use all images.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from fastkd.train.methods.registry import LossConfig, parse_method
 from fastkd.train.methods.task import TaskLoss
 from fastkd.train.models import Feature, Output, SegmentationModel
 
-_AUX = {"task": "aux", "dice": "aux_dice"}  # parts of the task, by their names on an auxiliary head
+_AUX = {"task": "aux", "dice": "aux_dice"}  # parts of the task -> names on an auxiliary head
 
 
 class Terms(NamedTuple):
@@ -36,22 +35,22 @@ class Terms(NamedTuple):
 
 
 class Objective(nn.Module):
-    """The losses of a method over a run of `total_steps`; it has no parameters.
+    """The losses of a method over a run of `total_steps`; no parameters.
 
     Args:
         method: "none" or a sum such as "nfd+rdd".
         config: weights and options.
-        total_steps: length of the run (RDD's stages depend on it).
+        total_steps: length of the run, for RDD's stages.
         student: the student's network.
         teacher: the teacher, or None with method "none".
-        ignore_index: label that counts nowhere.
+        ignore_index: label that is ignored.
 
     Raises:
-        ValueError: teacher and student cannot be compared by this method: no teacher, another number of classes, no auxiliary
-            head where RDD needs one, no feature tapped under the same name in both.
+        ValueError: the method cannot compare teacher and student: no teacher, different classes, no auxiliary head for
+            RDD, or no feature tapped under the same name in both.
     """
 
-    # Parts that compare with labels; the others compare with the teacher.
+    # Parts that use labels; the others use the teacher.
     task = frozenset({"task", "dice", "aux", "aux_dice", "rdd_task"})
 
     def __init__(
@@ -81,7 +80,7 @@ class Objective(nn.Module):
         self.distillers = nn.ModuleDict(_distillers(method, config, student, teacher, ignore_index))
 
     def forward(self, student: Output, teacher: Output | None, labels: Tensor, step: int) -> Terms:
-        """Loss of one batch; labels (L, H, W) of its first L images; step counts from 0."""
+        """Loss of one batch. labels: (L, H, W) of its first L images; step counts from 0."""
         info: dict[str, Tensor] = {}
         if teacher is not None:
             aux = None if teacher.aux is None else resize(teacher.aux, student.logits)
@@ -103,7 +102,7 @@ class Objective(nn.Module):
             info["rdd_selected"] = out.selected.detach()
             if (
                 images := student.logits.shape[0]
-            ) > count:  # RDD's KD is a mean over all pixels: that of the other images
+            ) > count:  # RDD's KD is a mean over all pixels; add the unlabelled images
                 rest = self.rdd_kd(student.logits[count:], teacher.logits[count:])
                 terms["rdd_kd"] = self.rdd.kd_weight * (count * out.kd + (images - count) * rest) / images
                 total = out.task + terms["rdd_kd"]
@@ -115,7 +114,7 @@ class Objective(nn.Module):
 
     @property
     def valid_means(self) -> frozenset[str]:
-        """Parts that are means over valid pixels, whose number differs between the shares of a batch."""
+        """Parts that are means over valid pixels, whose number differs between shares of a batch."""
         task = set() if self.labels is None else {*self.labels.over_valid, *(_AUX[n] for n in self.labels.over_valid)}
         return frozenset(task | {name for name, distil in self.distillers.items() if distil.over_valid})
 
@@ -134,7 +133,7 @@ class Objective(nn.Module):
 def student_features(
     method: str, config: LossConfig, student: SegmentationModel, teacher: SegmentationModel | None
 ) -> dict[str, Feature]:
-    """The features a `Student` must return for this method, by name."""
+    """The features that a `Student` must return for this method, by name."""
     needed: dict[str, Feature] = {}
     for distiller in _distillers(method, config, student, teacher).values():
         needed |= distiller.features
@@ -148,7 +147,7 @@ def _distillers(
     teacher: SegmentationModel | None,
     ignore_index: int = 255,
 ) -> dict[str, Distiller]:
-    """The terms beside the task."""
+    """The distillation terms."""
     if teacher is None:
         return {}
     pair = _pair(config, student, teacher, ignore_index)
@@ -165,9 +164,9 @@ def _pair(config: LossConfig, student: SegmentationModel, teacher: SegmentationM
 
 @torch.no_grad()
 def teacher_forward(teacher: Callable[[Tensor], Output], images: Tensor) -> Output:
-    """The teacher's output, computed in inference mode, as tensors that autograd may save.
+    """The teacher's output, computed in inference mode, as tensors that autograd can save.
 
-    An inference tensor cannot be saved for a backward pass. The result is an ordinary tensor on the same memory (no copy).
+    Autograd cannot save inference tensors. The result is an ordinary tensor on the same memory (no copy).
     """
     with torch.inference_mode():
         out = teacher(images)

@@ -15,20 +15,20 @@ from fastkd.train.methods.base import Pair
 
 @dataclass
 class RDDConfig:
-    """Relative difficulty distillation; None takes the preset's value (see fastkd.RDDLoss).
+    """Relative difficulty distillation; None: the preset's value (see fastkd.RDDLoss).
 
     Args:
         weight: of the whole.
         preset: "paper", or "official" for the released code.
-        tfe_steps: length of the TFE stage; 0 leaves it out, and the need for a teacher with an auxiliary head.
-        kd_weight: of the KD beside the task term.
-        temperature: of that KD.
-        threshold: confidence up to which a pixel is hard.
-        min_kept: at least so many pixels are hard.
-        select: which pixels carry task loss in TSE.
-        class_weight: one number a class, "cityscapes" for those of the released code, or None. They act in TSE.
-        align_corners: convention of the bilinear resize.
-        blend: fade TFE out over the run, as the released code can.
+        tfe_steps: length of the TFE stage; 0 skips it; the teacher then needs no auxiliary head.
+        kd_weight: of the KD term.
+        temperature: of the KD term.
+        threshold: pixels up to this confidence are hard.
+        min_kept: minimum number of hard pixels.
+        select: which pixels contribute to the task loss in TSE.
+        class_weight: one number per class, "cityscapes" for those of the released code, or None. Used in TSE only.
+        align_corners: of the bilinear resize.
+        blend: fade TFE out over the run, as in the released code.
     """
 
     weight: NonNegative = 1.0
@@ -44,7 +44,7 @@ class RDDConfig:
     blend: bool = False
 
     def build(self, pair: Pair, total_steps: int, aux_weight: float) -> fastkd.RDDLoss:
-        """ValueError where the teacher lacks the auxiliary head that a stage compares, or the class weights do not fit."""
+        """Raises ValueError if the teacher lacks an auxiliary head that a stage needs, or class weights do not fit."""
         loss = fastkd.RDDLoss(
             total_steps,
             preset=self.preset,

@@ -1,4 +1,4 @@
-"""The methods by name. A new one is a file beside this one and a line in `LossConfig`."""
+"""The methods by name. To add one, add a file here and a line in `LossConfig`."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from fastkd.train.methods.task import DiceConfig, OHEMConfig, Task, TaskLoss
 
 @dataclass
 class LossConfig:
-    """Weights and options of the losses; `method` says which of them are summed.
+    """Weights and options of the losses; `method` selects which are summed.
 
     Args:
-        task: loss of the labels: "ce" (cross-entropy), "ce+dice", "ohem", "focal" or "bce" (each class against the rest). The
-            method rdd has its own.
+        task: loss of the labels: "ce" (cross-entropy), "ce+dice", "ohem", "focal" or "bce" (each class against the
+            rest). Method rdd has its own.
         label_smoothing: of the cross-entropy of "ce" and "ce+dice".
         focal_gamma: of "focal".
         dice: options of "ce+dice".
         ohem: options of "ohem".
-        aux_weight: of the task loss of the student's auxiliary head, where it has one.
-        align_corners: convention of the bilinear resize of logits to labels (True in the released code of CIRKD and RDD).
+        aux_weight: of the task loss of the student's auxiliary head, if any.
+        align_corners: of the bilinear resize of logits to labels (True in the released code of CIRKD and RDD).
     """
 
     task: Task = "ce"
@@ -68,7 +68,7 @@ METHODS = tuple(f.name for f in fields(LossConfig) if hasattr(f.default_factory,
 
 
 def parse_method(method: str) -> tuple[str, ...]:
-    """The losses a method sums: "none" -> (), "nfd+rdd" -> ("nfd", "rdd"). ValueError for unknown or repeated words."""
+    """The losses that a method sums: "none" -> (), "nfd+rdd" -> ("nfd", "rdd"). ValueError for unknown or repeated ones."""
     if method == "none":
         return ()
     words = tuple(word.strip().lower() for word in method.split("+"))

@@ -1,9 +1,9 @@
 """SKD, pair-wise: similarity of pixels (Liu et al., CVPR 2019 and TPAMI 2020, arXiv 1903.04197).
 
-Features are pooled over patches of `pool` × `pool` pixels, the nodes of a graph (granularity β = pool², connection range: all).
-a_ij is the cosine of the features of nodes i and j; the loss is the mean over images and all pairs of (a_ij(S) − a_ij(T))².
-The paper pools by the average. The code behind the published tables takes the maximum: variant "published".
-The pixel-wise term of SKD is KD (`kd+skd`); its adversarial term is not here.
+Features are pooled over patches of `pool` × `pool` pixels, the nodes of a graph (granularity β = pool², connection
+range: all). a_ij is the cosine of the features of nodes i and j; the loss is the mean over images and all pairs of
+(a_ij(S) − a_ij(T))². The paper uses average pooling, the code behind the published tables (variant "published") max
+pooling. SKD's pixel-wise term is KD (`kd+skd`); its adversarial term is not included.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class SKDConfig(FeatureConfig):
     """Pair-wise similarity.
 
     Args:
-        pool: side of the patches that are pooled first; 1 compares every pixel.
-        variant: "published" pools by the maximum, "paper" by the average.
+        pool: side of the pooled patches; 1 compares every pixel.
+        variant: max pooling ("published") or average pooling ("paper").
     """
 
     weight: NonNegative = 10.0
@@ -69,7 +69,7 @@ class SKDLoss(nn.Module):
 
 
 def nodes(x: Tensor, pool: int, *, maximum: bool = False) -> Tensor:
-    """(N, C, H, W) -> (N, C, P): mean or maximum of the features over patches (cut at the border), each of norm 1."""
+    """(N, C, H, W) -> (N, C, P): features pooled over patches (clipped at the border), with unit norm."""
     x = precise(x)
     if pool > 1 and maximum:
         x = F.max_pool2d(x, pool, ceil_mode=True)

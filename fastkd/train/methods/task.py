@@ -1,4 +1,4 @@
-"""The task: what a network learns from the labels, at label resolution, alone or beside a method."""
+"""The task loss: labels at label resolution, alone or with a method."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class DiceConfig:
 
     Args:
         weight: of Dice; that of the cross-entropy is 1.
-        batch: sums over a process's part of the batch; false: of each image.
-        smooth: added to both sides of the fraction.
+        batch: sum over a process's part of the batch; false: per image.
+        smooth: added to numerator and denominator.
         square: squared probabilities in the denominator.
         background: whether class 0 counts.
         present: whether only classes with a labelled pixel count.
@@ -40,8 +40,8 @@ class OHEMConfig:
     """Online hard example mining, the task "ohem".
 
     Args:
-        threshold: pixels whose labelled class has at most this probability are hard.
-        min_kept: of a process's part of the batch, at least so many pixels are.
+        threshold: pixels whose label has at most this probability are hard.
+        min_kept: minimum number of hard pixels in a process's part of the batch.
     """
 
     threshold: Share = 0.7
@@ -49,7 +49,7 @@ class OHEMConfig:
 
 
 class TaskLoss(nn.Module):
-    """The task loss by its parts: forward(logits, labels) -> {"task": 0-d, and "dice" of the task "ce+dice"}.
+    """The task loss by parts: forward(logits, labels) -> {"task": 0-d, and "dice" for the task "ce+dice"}.
 
     ``over_valid`` names the parts that are means over valid pixels.
     """
@@ -105,7 +105,7 @@ class TaskLoss(nn.Module):
 
 
 def one_against_the_rest(labels: Tensor, classes: int, ignore_index: int) -> Tensor:
-    """(N, C, H, W) of 0 and 1 from labels (N, H, W), ``ignore_index`` in all classes where ignored. One byte an element."""
+    """Labels (N, H, W) -> (N, C, H, W) of 0 and 1, ``ignore_index`` where ignored; one byte per element."""
     dtype = torch.uint8 if 0 <= ignore_index < 256 else torch.int32
     each = torch.arange(classes, device=labels.device)[:, None, None]
     return (labels[:, None] == each).to(dtype).masked_fill(labels[:, None] == ignore_index, ignore_index)
