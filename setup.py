@@ -1,12 +1,16 @@
-"""The C++ part of the build: fastkd/_cpu.so, the operators torch.ops.fastkd_cpu.*, and fastkd/_cuda.so, those of
+"""Builds the C++ extensions: fastkd/_cpu.so with the operators torch.ops.fastkd_cpu.*, and fastkd/_cuda.so with
 torch.ops.fastkd_cuda.*. Everything else is in pyproject.toml.
 
-The libraries use LibTorch's stable ABI and no Python, so one file serves every Python and every torch from 2.10 on.
-FASTKD_BUILD=0 leaves them out; FASTKD_BUILD=1 makes it an error that one cannot be compiled; otherwise a package without it
-is built, and says so. The kernels in csrc/cpu are compiled once per instruction set and chosen when the library runs.
-Those in csrc/cuda are compiled where nvcc and a CUDA build of torch are there, for FASTKD_CUDA_ARCHS (default: all below);
-FASTKD_CUDA=0 leaves them out, FASTKD_CUDA=1 makes it an error that they cannot be built. MAX_JOBS bounds the compilers
-that run at once (default: one a core).
+The libraries use LibTorch's stable ABI and no Python, so one file works with every Python and every torch from 2.10 on.
+The kernels in csrc/cpu are compiled once per instruction set and selected at run time. Those in csrc/cuda are compiled
+if nvcc and a CUDA build of torch are present.
+
+Environment variables:
+    FASTKD_BUILD: 0 builds no libraries; 1 makes a failure an error; by default a failed library is left out with a
+        message.
+    FASTKD_CUDA: the same for the CUDA library.
+    FASTKD_CUDA_ARCHS: CUDA architectures (default: all below).
+    MAX_JOBS: maximum number of parallel compilers (default: one per core).
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ FLAGS = [
     "-fvisibility=hidden",
     "-Wall",
     "-Wno-psabi",
-    "-Wno-maybe-uninitialized",  # a softmax keeps top_ and again_ for pixels done again alone, and sets them there alone
+    "-Wno-maybe-uninitialized",  # top_ and again_ are set and read only for recomputed pixels
 ]
 JOBS = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 STABLE_ABI = "0x020a000000000000"  # torch 2.10
@@ -50,15 +54,15 @@ if X86:
     ISAS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 
 
-# Each gets machine code of its own, which later chips of the same generation run too (86 and 89 that of 80); the last as
-# PTX too, for what comes after it.
+# Each gets its own machine code, which later chips of the same generation also run (86 and 89 that of 80). The last is
+# also compiled to PTX, for later generations.
 CUDA_ARCHS = os.environ.get("FASTKD_CUDA_ARCHS", "80 90 100").split()
-# Multiplications and additions are fused where the source says so, and nowhere else: the emulation computes the same bits.
+# Multiply-adds are fused only where the source says so, so the emulation computes the same bits.
 CUDA_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
 def torch_paths() -> tuple[list[str], str] | str:
-    """Include directories and library directory of torch, or why there are none."""
+    """Include directories and library directory of torch, or the reason why there are none."""
     if sys.platform == "win32":
         return "its vector types need GCC or Clang"
     try:
@@ -72,13 +76,13 @@ def torch_paths() -> tuple[list[str], str] | str:
 
 
 def cuda_compiler() -> tuple[str, list[str]] | str:
-    """nvcc and the flags that name the architectures, or why there are no CUDA kernels."""
+    """nvcc and the architecture flags, or the reason why there are no CUDA kernels."""
     if os.environ.get("FASTKD_CUDA") == "0":
         return "FASTKD_CUDA=0"
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
     if nvcc is None:
-        return "there is no nvcc, neither in PATH nor in CUDA_HOME"
+        return "nvcc is neither in PATH nor in CUDA_HOME"
     import torch
 
     if not torch.version.cuda:
@@ -105,7 +109,7 @@ class BuildExt(build_ext):
                 if os.environ.get("FASTKD_BUILD") == "1":
                     raise
                 print(f"fastkd: installed without {ext.name}, which did not compile: {error}", file=sys.stderr)
-                self.extensions.remove(ext)  # no file to copy in place, none to list
+                self.extensions.remove(ext)  # nothing to copy in place or to list
 
     def build_extension(self, ext: Extension) -> None:
         os.makedirs(os.path.dirname(self.get_ext_fullpath(ext.name)), exist_ok=True)
@@ -119,7 +123,7 @@ class BuildExt(build_ext):
     ) -> list[str]:
         def compile_unit(unit: tuple[str, Path, list[str]]) -> str:
             name, source, flags = unit
-            # A directory of its own each: the object file is named after the source.
+            # A separate directory each: the object file is named after the source.
             return self.compiler.compile(
                 [str(source)],
                 output_dir=os.path.join(self.build_temp, name),
@@ -148,7 +152,7 @@ class BuildExt(build_ext):
         )
 
     def build_cuda(self, ext: Extension) -> None:
-        """The kernels for each architecture, and CUDA's runtime linked in, so that torch may bring another one."""
+        """The kernels for each architecture, with the CUDA runtime linked statically, independent of torch's."""
         includes, libs = PATHS
         nvcc, archs = CUDA
         folder = Path(self.build_temp) / "cuda"
@@ -168,7 +172,7 @@ class BuildExt(build_ext):
 
 
 class BdistWheel(bdist_wheel):
-    """Tags the wheel for any Python on this platform: the library does not touch Python."""
+    """Tags the wheel for any Python on this platform, since the libraries do not use Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", super().get_tag()[2])

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: the losses on this machine, and what is predicted for GPUs beside what was measured there."""
+"""`python -m benchmarks`: times the losses on this machine; for GPUs, predictions and measurements."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=tuple(LOSSES), help="only these")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="leave out what the CSV has from this commit and machine")
+    parser.add_argument(
+        "--resume", action="store_true", help="skip cases that the CSV has from this commit and machine"
+    )
     parser.add_argument("--seconds", type=float, help="of timing, per case")
     args = parser.parse_args()
     if (reason := backends.why_not("cpu" if DEVICE == "cpu" else "triton")) is not None:

@@ -1,4 +1,4 @@
-"""Channel-wise distillation, forward and backward. The work is KD's: 5 transfers, 4 exponentials an element."""
+"""Channel-wise distillation, forward and backward. The work is KD's: 5 transfers, 4 exponentials per element."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from .roofline import Work
 
 
 def plain(student: Tensor, teacher: Tensor) -> Tensor:
-    """As distillation code bases write it: the softmax of T times the difference of the log-softmaxes."""
+    """As in distillation code bases: softmax of T times the difference of log-softmaxes."""
     n, c, _, _ = student.shape
     s, t = accumulated(student).flatten(2) / 4, accumulated(teacher).flatten(2) / 4
     p_t = F.softmax(t, 2)
@@ -20,7 +20,7 @@ def plain(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def case(shape: Shape, size: tuple[int, int] | None, dtype: torch.dtype, **targets: float) -> Case:
-    """``size`` plays no part."""
+    """``size`` is unused."""
     work = Work(5 * nbytes(shape, dtype), 4 * torch.Size(shape).numel())
     return Case(
         "CWD", shape, dtype, lambda device, shape: {"ours": fastkd.cwd_loss, "eager": plain}, work, targets=targets

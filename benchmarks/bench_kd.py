@@ -1,7 +1,7 @@
 """Pixel-wise KD, forward and backward.
 
-The work is that of a step which computes the gradient in a pass of its own: read S and T twice and write the gradient
-(5 transfers), and 4 exponentials an element (each side, each way). Making the gradient in the forward can go below it.
+The work is that of a step with a separate gradient pass: read S and T twice and write the gradient (5 transfers); 4
+exponentials per element (each side, each pass). Computing the gradient in the forward can need less.
 """
 
 import torch
@@ -16,18 +16,18 @@ from .roofline import Work
 
 
 def plain(student: Tensor, teacher: Tensor) -> Tensor:
-    """As segmentation code bases write it: kl_div of a log-softmax and a softmax."""
+    """As in segmentation code bases: kl_div of a log-softmax and a softmax."""
     log_s = F.log_softmax(accumulated(student), 1)
     return F.kl_div(log_s, F.softmax(accumulated(teacher), 1), reduction="sum") / (student.numel() // student.shape[1])
 
 
 def rows(x: Tensor) -> Tensor:
-    """(N, C, H, W) as the (pixels, C) that libraries for language models take: a copy."""
+    """(N, C, H, W) copied to (pixels, C), as language-model libraries expect."""
     return x.movedim(1, 3).flatten(0, 2).contiguous()
 
 
 def liger_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """Liger-Kernel's KL takes log-probabilities and probabilities, one row a pixel."""
+    """Liger-Kernel's KL takes log-probabilities and probabilities, one row per pixel."""
     from liger_kernel.transformers import LigerKLDIVLoss
 
     log_s = F.log_softmax(rows(accumulated(student)), 1)
@@ -39,13 +39,13 @@ def rivals(device: str, shape: Shape) -> dict[str, Loss | str]:
 
 
 def case(shape: Shape, size: tuple[int, int] | None, dtype: torch.dtype, **targets: float) -> Case:
-    """``size`` plays no part."""
+    """``size`` is unused."""
     work = Work(5 * nbytes(shape, dtype), 4 * torch.Size(shape).numel())
     return Case("KD", shape, dtype, rivals, work, targets=targets)
 
 
 def plain_sigmoid(student: Tensor, teacher: Tensor) -> Tensor:
-    """Each class against the rest: the binary cross-entropy of the teacher's probabilities, less their entropy."""
+    """Each class against the rest: binary cross-entropy of the teacher's probabilities minus their entropy."""
     s, p = accumulated(student), torch.sigmoid(accumulated(teacher))
     entropy = torch.special.entr(p) + torch.special.entr(1 - p)
     total = (F.binary_cross_entropy_with_logits(s, p, reduction="none") - entropy).sum()
@@ -53,7 +53,7 @@ def plain_sigmoid(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def sigmoid_case(shape: Shape, size: tuple[int, int] | None, dtype: torch.dtype, **targets: float) -> Case:
-    """Read S and T, write the gradient: a class needs no other, so one read makes both. Two exponentials an element."""
+    """One read of S and T and one write of the gradient: classes are independent. Two exponentials per element."""
 
     def rivals(device: str, shape: Shape) -> dict[str, Loss | str]:
         return {"ours": lambda s, t: fastkd.kd_loss(s, t, activation="sigmoid"), "eager": plain_sigmoid}

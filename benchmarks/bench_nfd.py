@@ -1,6 +1,6 @@
 """NFD, dims "hw", forward and backward.
 
-The work is 5 tensor transfers: the forward reads S and T, the backward reads both again and writes the gradient.
+The work is 5 transfers: the forward reads S and T; the backward reads both again and writes the gradient.
 """
 
 import torch
@@ -22,12 +22,12 @@ def plain(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def accumulated(x: Tensor) -> Tensor:
-    """In fp32, which plain code computes these losses in too, or in fp64."""
+    """In fp32, as in plain code, or fp64."""
     return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def case(shape: Shape, size: tuple[int, int] | None, dtype: torch.dtype, **targets: float) -> Case:
-    """``size`` plays no part."""
+    """``size`` is unused."""
     work = Work(5 * nbytes(shape, dtype))
     return Case(
         "NFD", shape, dtype, lambda device, shape: {"ours": fastkd.nfd_loss, "eager": plain}, work, targets=targets

@@ -1,11 +1,12 @@
-"""One step of RDD in each stage, official preset, no auxiliary head of the student; forward and backward.
+"""One RDD step per stage, official preset, no student auxiliary head; forward and backward.
 
-Plain PyTorch is the released code's way: logits upsampled with align_corners=True, the k-th smallest confidence by
-sorting all of them, its data-dependent branch written as a maximum so that it compiles in one graph.
+Plain PyTorch follows the released code: logits upsampled with align_corners=True, the k-th smallest confidence by a
+full sort; its data-dependent branch is written as a maximum, so that it compiles to one graph.
 
-The work, in bytes: every logit map read once for what is done at logit size and once for what is done at label size, the
-gradient written, 8 bytes a label, and the mask of TSE (a byte a pixel, written and read). Exponentials a class and label pixel: 2
-for cross-entropy with its gradient, in TSE one a side more for the confidences; those at logit size are left out.
+The work in bytes: every logit map read once for the part at logit size and once for the part at label size, the
+gradient written, 8 bytes per label, and TSE's mask (a byte per pixel, written and read). Exponentials per class and
+label pixel: 2 for cross-entropy with its gradient, in TSE one more per network for the confidences; those at logit size
+are ignored.
 """
 
 from functools import partial
@@ -50,7 +51,7 @@ def tfe(student: Tensor, teacher: Tensor, teacher_aux: Tensor, target: Tensor) -
 
 
 def tse(student: Tensor, teacher: Tensor, target: Tensor, class_weight: Tensor | None) -> Tensor:
-    """The task term alone: cross-entropy of the pixels that are hard for one and easy for the other."""
+    """The task term: cross-entropy of pixels that are hard for one network and easy for the other."""
     size = (target.shape[1], target.shape[2])
     logits = upsample(student, size, True)
     with torch.no_grad():
@@ -83,7 +84,7 @@ def case(stage: str, shape: Shape, size: tuple[int, int], dtype: torch.dtype, **
         maps * nbytes(shape, dtype) + (8 if stage == "tfe" else 10) * pixels,
         {"tfe": 2, "tse": 4}[stage] * shape[1] * pixels,
     )
-    # In TSE, a pixel whose confidence is a rounding away from the threshold may be in one mask and not in the other.
+    # In TSE, rounding can move a pixel with a confidence near the threshold into or out of the mask.
     max_error = 2e-2 if stage == "tse" else None
     return Case(f"RDD {stage.upper()}", shape, dtype, rivals, work, size, targets, max_error)
 

@@ -1,7 +1,7 @@
-"""Binary cross-entropy at label resolution on labels of each class, (N, C, H, W), forward and backward.
+"""Binary cross-entropy at label resolution with labels per class, (N, C, H, W), forward and backward.
 
-The work: the logits read and the gradient written, a byte for each label; one exponential a class and label pixel, of which the
-loss and the gradient are made.
+The work: logits read, gradient written, a byte per label; one exponential per class and label pixel for loss and
+gradient.
 """
 
 import torch
@@ -17,7 +17,7 @@ from .roofline import Work
 
 
 def elements(shape: Shape, size: tuple[int, int], device: str) -> Tensor:
-    """Random labels of each class as masks come from a data set, one byte each."""
+    """Random labels per class, one byte each, as a data set's masks."""
     n, classes, _, _ = shape
     g = torch.Generator().manual_seed(1)
     return torch.randint(0, 2, (n, classes, *size), generator=g, dtype=torch.uint8).to(device)

@@ -1,7 +1,7 @@
 """Cross-entropy at label resolution, forward and backward; with label smoothing, and as focal loss.
 
-The work: read the logits and 8 bytes a label, write the gradient at logit size; 2 exponentials a class and label pixel, one for
-the loss and one for a gradient made in a pass of its own. Making the gradient in the forward can go below it.
+The work: logits and 8 bytes per label read, gradient written at logit size; 2 exponentials per class and label pixel,
+one for the loss and one for a separate gradient pass. Computing the gradient in the forward can need less.
 """
 
 from dataclasses import replace
@@ -32,12 +32,12 @@ def upsample(x: Tensor, size: tuple[int, int], align_corners: bool = False) -> T
 
 
 def plain(logits: Tensor, target: Tensor) -> Tensor:
-    """As everyone writes it: logits upsampled to the labels, then the loss."""
+    """The usual implementation: upsample the logits to the labels, then the loss."""
     return F.cross_entropy(upsample(logits, (target.shape[1], target.shape[2])), target, ignore_index=255)
 
 
 def liger_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Upsampled, then one row a pixel."""
+    """Upsampled, then one row per pixel."""
     from liger_kernel.transformers import LigerCrossEntropyLoss
 
     return LigerCrossEntropyLoss(ignore_index=255)(rows(upsample(logits, target.shape[-2:])), target.flatten())

@@ -1,8 +1,8 @@
 """Dice, and cross-entropy with Dice, at label resolution, forward and backward.
 
-Plain PyTorch upsamples the logits, takes a softmax, makes the labels one-hot and sums over all pixels. The work: the logits read
-twice and the gradient written, 16 bytes a label, which is read in both passes; 2 exponentials a class and label pixel, one for
-the sums and one for the gradient, which needs them. Cross-entropy adds none.
+Plain PyTorch upsamples the logits, takes a softmax, makes the labels one-hot and sums over all pixels. The work: logits
+read twice, gradient written, 16 bytes per label (read in both passes); 2 exponentials per class and label pixel, one
+for the sums and one for the gradient, which depends on them. Cross-entropy adds none.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """KD at label resolution, forward and backward.
 
-The work: read both logits, write the gradient at logit size; 4 exponentials a class and label pixel, each side once for the loss
-and once for a gradient made in a pass of its own. Making the gradient in the forward can go below it.
+The work: both logits read, gradient written at logit size; 4 exponentials per class and label pixel, one per side for
+the loss and for a separate gradient pass. Computing the gradient in the forward can need less.
 """
 
 import torch
@@ -33,7 +33,7 @@ def case(shape: Shape, size: tuple[int, int], dtype: torch.dtype, **targets: flo
 
 
 def sigmoid_case(shape: Shape, size: tuple[int, int], dtype: torch.dtype, **targets: float) -> Case:
-    """A sigmoid of each class: one exponential of each side makes loss and gradient."""
+    """Sigmoid per class: one exponential per side gives loss and gradient."""
 
     def rivals(device: str, shape: Shape) -> dict[str, Loss | str]:
         return {

@@ -1,8 +1,8 @@
 """OHEM at label resolution, forward and backward.
 
-Plain PyTorch upsamples the logits and sorts the probabilities of all labels. The work: every logit read once for the
-probabilities and once for the loss, the gradient written, 8 bytes a label and the mask (a byte a pixel, written and read); 3
-exponentials a class and label pixel, one for the probabilities and two for cross-entropy with its gradient.
+Plain PyTorch upsamples the logits and sorts the probabilities of all labels. The work: logits read once for the
+probabilities and once for the loss, gradient written, 8 bytes per label and the mask (a byte per pixel, written and
+read); 3 exponentials per class and label pixel, one for the probabilities and two for cross-entropy with its gradient.
 """
 
 import torch
@@ -36,5 +36,5 @@ def case(shape: Shape, size: tuple[int, int], dtype: torch.dtype, **targets: flo
         }
 
     work = Work(3 * nbytes(shape, dtype) + 10 * pixels, 3 * shape[1] * pixels)
-    # A pixel whose probability is a rounding away from the limit may be in one mask and not in the other.
+    # Rounding can move a pixel with a probability near the limit into or out of the mask.
     return Case("OHEM", shape, dtype, rivals, work, size, targets, max_error=2e-2)

@@ -1,11 +1,11 @@
-"""A whole training step: teacher forward, student forward and backward, and the losses in between.
+"""A whole training step: teacher forward, student forward and backward, and the losses.
 
     python -m benchmarks.bench_step [--out DIR] [--resume]
 
-DeepLabV3 of torchvision with random weights: ResNet-101 teacher, ResNet-18 student, both at output stride 8 with an
-auxiliary head. On a GPU the networks run under bf16 autocast in channels_last at the batch and crop of the recipes; on a CPU
-in fp32 on small images. The losses run on detached outputs and their gradient is handed on to the network, so that the time
-of their forward and backward can be told from the network's. Appends to ``results/{cpu,cuda}_steps.csv``.
+torchvision's DeepLabV3 with random weights: ResNet-101 teacher, ResNet-18 student, both at output stride 8 with an
+auxiliary head. On a GPU the networks run under bf16 autocast in channels_last with the recipes' batch and crop; on a
+CPU in fp32 on small images. The losses run on detached outputs and their gradient is passed on to the network, so that
+they can be timed separately. Appends to ``results/{cpu,cuda}_steps.csv``.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Losses = Callable[[Outputs, Outputs, Tensor], Tensor]
 
 
 class Network(nn.Module):
-    """DeepLabV3 without its last up-sampling; ``project`` maps the student's features to the teacher's channels."""
+    """DeepLabV3 without the final up-sampling; ``project`` maps the student's features to the teacher's channels."""
 
     def __init__(self, network: nn.Module, project: nn.Module):
         super().__init__()
@@ -75,7 +75,7 @@ def networks(classes: int, device: str) -> tuple[Network, Network]:
     backbone = resnet18(weights=None)
     for layer, dilation in ((backbone.layer3, 2), (backbone.layer4, 4)):
         for conv in layer.modules():
-            if isinstance(conv, nn.Conv2d):  # torchvision's option for it knows bottlenecks only
+            if isinstance(conv, nn.Conv2d):  # torchvision's option supports only bottlenecks
                 conv.stride = (1, 1)
                 if conv.kernel_size == (3, 3):
                     conv.dilation = conv.padding = (dilation, dilation)
@@ -125,14 +125,14 @@ LOSSES: dict[str, Callable[[bool], Losses]] = {"CE + KD": kd_losses, "RDD + NFD"
 
 
 class Step:
-    """Runs steps and notes when each part of one began."""
+    """Runs steps and records when each part began."""
 
     def __init__(self, teacher: Network, student: Network, images: Tensor, target: Tensor):
         self.teacher, self.student, self.images, self.target = teacher, student, images, target
         self.device = images.device.type
 
     def __call__(self, losses: Losses) -> Callable[[], tuple[float, float]]:
-        """One step; the returned function waits for it and gives (milliseconds in all, of the losses)."""
+        """One step; the returned function waits for it and returns (total milliseconds, those of the losses)."""
         marks = [self._mark()]
         with self._autocast():
             with torch.no_grad():
@@ -166,13 +166,13 @@ class Step:
 
 
 def run(name: str, recipe: Recipe, device: str) -> list[Record]:
-    """Every set of losses of one recipe, its rivals interleaved."""
+    """All sets of losses of one recipe, with rivals interleaved."""
     g = torch.Generator().manual_seed(0)
     images = torch.randn(recipe.batch, 3, *recipe.crop, generator=g).to(device)
     if device == "cuda":
         images = images.to(memory_format=torch.channels_last)
     target = bench_resized_cross_entropy.labels(recipe.logits, recipe.crop, device)
-    torch.backends.cudnn.benchmark = True  # as trainings set it
+    torch.backends.cudnn.benchmark = True  # the usual training setting
     step = Step(*networks(recipe.classes, device), images, target)
     records = []
     for losses_name, make in LOSSES.items():
@@ -183,7 +183,7 @@ def run(name: str, recipe: Recipe, device: str) -> list[Record]:
             try:
                 step(losses)()
                 results[rival] = {"peak_bytes": str(peak_memory(lambda losses=losses: step(losses)(), device))}
-            except Exception as failure:  # too little memory, no compiler: the others are timed all the same
+            except Exception as failure:  # out of memory, no compiler, ...: the others are still timed
                 results[rival] = {"note": f"{type(failure).__name__}: {str(failure).partition(chr(10))[0][:120]}"}
         times: dict[str, list[tuple[float, float]]] = {r: [] for r, values in results.items() if "note" not in values}
         for _ in range(STEPS[device]):
@@ -207,7 +207,9 @@ def run(name: str, recipe: Recipe, device: str) -> list[Record]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_step", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="leave out what the CSV has from this commit and machine")
+    parser.add_argument(
+        "--resume", action="store_true", help="skip cases that the CSV has from this commit and machine"
+    )
     args = parser.parse_args()
     path = args.out / f"{DEVICE}_steps.csv"
     here = where(DEVICE)

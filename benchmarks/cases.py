@@ -1,4 +1,4 @@
-"""Which losses are measured on which shapes: those of published recipes, small ones on a CPU, whole ones on a GPU."""
+"""The measured losses and shapes: those of published recipes, small on a CPU, full size on a GPU."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ LOSSES: dict[str, Callable[..., Case]] = {
     "rdd_tfe": bench_rdd.tfe_case,
     "rdd_tse": bench_rdd.tse_case,
 }
-"""Name -> a function of (shape, size, dtype) that makes the case."""
+"""Name -> a function of (shape, size, dtype) that returns the case."""
 FEATURE_LOSSES = ("nfd", "cwd")
 
 
 class Recipe(NamedTuple):
-    """A published training: batch, classes and crop. Networks predict at 1/8; the student's features have 512 channels."""
+    """A published training: batch, classes and crop. Networks predict at 1/8; student features have 512 channels."""
 
     batch: int
     classes: int
@@ -69,7 +69,7 @@ RECIPES = {
 
 
 def cpu_cases(losses: Collection[str] = tuple(LOSSES)) -> list[Case]:
-    """Two samples a batch; the targets hold for fp32 and two threads."""
+    """Two samples per batch; the targets are for fp32 and two threads."""
     features, many_features = (2, 256, 64, 128), (1, 512, 128, 256)
     city, ade = ((2, 19, 64, 128), (512, 1024)), ((2, 150, 64, 64), (512, 512))
     nfd = {"eager": 10, "compile": 1.7, "floor": 1.6}
@@ -110,7 +110,7 @@ def cpu_cases(losses: Collection[str] = tuple(LOSSES)) -> list[Case]:
 
 
 def gpu_cases(losses: Collection[str] = tuple(LOSSES)) -> list[Case]:
-    """Every recipe, the most telling first: a run that is cut short has those."""
+    """All recipes, the most informative first, in case a run is cut short."""
     table = [
         *((recipe, name, BF16) for recipe in ("ADE20K", "Cityscapes") for name in LOSSES),
         *(("Cityscapes", name, dtype) for dtype in (F32, F16) for name in LOSSES),

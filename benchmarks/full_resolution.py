@@ -1,10 +1,10 @@
-"""Time and memory against label resolution: cross-entropy, CE + Dice and RDD's TSE step, logits at 1/8, 19 classes, batch 1.
+"""Time and memory against label resolution: cross-entropy, CE + Dice, RDD's TSE; batch 1, 19 classes, logits at 1/8.
 
     python -m benchmarks.full_resolution
 
-Every measurement is made in a process of its own whose memory is limited (``--limit-gib``), so a rival that needs more
-dies alone and is listed as such. CPU only. Appends to ``results/full_resolution.csv`` and prints the table;
-`benchmarks.publish` makes the page and the plot.
+Every measurement runs in a process with limited memory (``--limit-gib``), so a rival that needs more fails alone and is
+listed as such. CPU only. Appends to ``results/full_resolution.csv`` and prints the table; `benchmarks.publish` writes
+the page and the plot.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CLASSES, STRIDE = 19, 8
 
 
 def case(loss_name: str, height: int) -> Case:
-    """For labels of height x 2 height."""
+    """Labels of height x 2 height."""
     make = {
         "cross-entropy": bench_resized_cross_entropy.case,
         "CE + Dice": bench_resized_dice.ce_case,
@@ -44,7 +44,7 @@ def case(loss_name: str, height: int) -> Case:
 
 
 def measure(loss_name: str, height: int, rival: str, limit_gib: float) -> dict[str, float | str]:
-    """In this process: median milliseconds and extra MiB of forward + backward, or what it died of."""
+    """Median milliseconds and extra MiB of forward + backward in this process, or the error."""
     resource.setrlimit(resource.RLIMIT_DATA, (int(limit_gib * 2**30),) * 2)
     try:
         one = case(loss_name, height)
@@ -72,7 +72,7 @@ def measure(loss_name: str, height: int, rival: str, limit_gib: float) -> dict[s
 
 
 def newest(records: Iterable[Record]) -> dict[tuple[str, int], dict[str, Record]]:
-    """{(loss, height): {rival: record}}, of each the last."""
+    """{(loss, height): {rival: latest record}}."""
     found: dict[tuple[str, int], dict[str, Record]] = {}
     for record in records:
         found.setdefault((record["loss"], int(record["height"])), {})[record["rival"]] = record

@@ -1,17 +1,16 @@
-"""Everything a GPU is needed for, in one command on a bare machine: build, compile, GPU tests, benchmarks, one summary.
+"""All checks that need a GPU, in one command on a bare machine: build, compile, GPU tests, benchmarks, summary.
 
     python3 benchmarks/gpu_check.py --out DIR [--wheels FOLDER] [--minutes 14]
 
-Needs Python >= 3.10, torch >= 2.11 with CUDA, Triton >= 3.6 and a C++ compiler. What else a step needs and the machine lacks
-can come as wheels in FOLDER, which are installed beside the environment and not into it; a step that lacks something is
-left out, and the summary says what to install.
+Needs Python >= 3.10, torch >= 2.11 with CUDA, Triton >= 3.6 and a C++ compiler. Other packages can be given as wheels
+in FOLDER, which are installed beside the environment, not into it. A step with a missing package is skipped, and the
+summary says what to install.
 
-The order is that of what is learnt: Triton's kernels are compiled by as many processes as there are cores, then come the
-tests (two minutes), ours against eager in both layouts with the time of every kernel, then the other rivals and the step.
+Steps, the most informative first: Triton's kernels are compiled in parallel, then tests (two minutes), ours against
+eager in both layouts with kernel times, then the other rivals and the training step.
 
-Repeated with the same DIR and the same checkout it goes on where it stopped: finished steps are not run again, and the
-benchmarks leave out the cases they have. DIR holds log.txt, summary.md, cuda.csv, cuda_steps.csv, kernels.txt and
-losses-cuda.png.
+A second run with the same DIR and checkout resumes: it skips finished steps, and the benchmarks skip the cases they
+have. DIR holds log.txt, summary.md, cuda.csv, cuda_steps.csv, kernels.txt and losses-cuda.png.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-SITE = ROOT / "build" / "gpu_check"  # the wheels' packages
+SITE = ROOT / "build" / "gpu_check"  # packages from the wheels
 PYTHON = sys.executable
 TESTS = (
     *("gpu", "triton", "nfd", "kd", "cwd", "resized", "resized_kernels", "rdd", "rdd_kernels"),
@@ -41,12 +40,12 @@ TESTS = (
 )
 
 
-# What is compiled at once for the architecture at hand, and for no other: a third of the build.
+# Only the GPU's architecture is compiled: a third of the build.
 ARCHS = (80, 90, 100)
 
 
 class Step(NamedTuple):
-    """A command, the seconds it may take, the modules it needs, and whether the later steps need it."""
+    """A command, its time limit in seconds, the modules it needs, and whether later steps depend on it."""
 
     name: str
     seconds: int
@@ -57,7 +56,7 @@ class Step(NamedTuple):
 
 def steps(out: Path) -> list[Step]:
     pytest = [PYTHON, "-m", "pytest", "-q", "-m", "not slow", "--hypothesis-profile=quick", "-p", "no:cacheprovider"]
-    if importlib.util.find_spec("xdist"):  # most of the time goes into compiling kernels on the host
+    if importlib.util.find_spec("xdist"):  # most of the time is kernel compilation on the host
         pytest += ["-n", str(min(os.cpu_count() or 1, 14))]
     if missing(["expecttest"]):
         pytest += ["-k", "not opcheck"]
@@ -84,7 +83,7 @@ def steps(out: Path) -> list[Step]:
 
 
 def libraries_are_new() -> bool:
-    """Whether both libraries are here, carried from another machine, and no source is newer."""
+    """Whether both libraries exist (possibly copied from another machine) and no source is newer."""
     sources = [ROOT / "setup.py", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
     newest = max(path.stat().st_mtime for path in sources)
     return all(
@@ -98,7 +97,7 @@ def missing(needs: Sequence[str]) -> list[str]:
 
 
 def machine() -> tuple[list[str], str | None]:
-    """What is here, line by line, and what stands in the way of everything."""
+    """A description of the machine in lines, and the reason if nothing can run."""
     lines = [f"Python {sys.version.split()[0]}"]
     if lacking := missing(("torch", "triton")):
         return lines, f"{' and '.join(lacking)} cannot be imported; pip install torch>=2.11 (it brings Triton on Linux)"
@@ -132,7 +131,7 @@ def ending(step: str, code: int, seconds: float) -> str:
 
 
 def sections(log: Path) -> dict[str, tuple[str, int, float]]:
-    """{step: (what it printed, exit status, seconds)} of the last finished run of every step at this commit."""
+    """{step: (output, exit status, seconds)} of the last finished run of every step at this commit."""
     found: dict[str, tuple[str, int, float]] = {}
     text = log.read_text(errors="replace") if log.exists() else ""
     pattern = r"^=== (\w+) begins\n((?:(?!=== \w+ begins\n).*\n)*?)=== \1: exit (\d+) after (\d+) s at (.*)$"
@@ -143,7 +142,7 @@ def sections(log: Path) -> dict[str, tuple[str, int, float]]:
 
 
 def run(step: Step, limit: float, log: Path) -> None:
-    """Appends what the step prints to the log, and how it ended: 124 if it took longer than ``limit`` seconds."""
+    """Appends a step's output and exit status to the log; 124 if it exceeded ``limit`` seconds."""
     env = {"FASTKD_BUILD": "0" if libraries_are_new() else "1", **os.environ}
     env |= {"PIP_BREAK_SYSTEM_PACKAGES": "1", "PYTHONUNBUFFERED": "1"}
     env["PYTHONPATH"] = os.pathsep.join(
@@ -153,7 +152,7 @@ def run(step: Step, limit: float, log: Path) -> None:
     with log.open("a") as file:
         file.write(f"=== {step.name} begins\n")
         file.flush()
-        # A process group of its own, so that what the step started ends with it.
+        # A separate process group, so that its children end with it.
         child = subprocess.Popen(
             step.command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -161,7 +160,7 @@ def run(step: Step, limit: float, log: Path) -> None:
             code = child.wait(limit)
         except subprocess.TimeoutExpired:
             code = 124
-            os.killpg(child.pid, signal.SIGINT)  # so that the step can say what it has
+            os.killpg(child.pid, signal.SIGINT)  # lets the step report partial results
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(5)
         finally:
@@ -173,7 +172,7 @@ def run(step: Step, limit: float, log: Path) -> None:
 
 
 def summary(all_steps: Sequence[Step], log: Path, left_out: dict[str, str], lines: Sequence[str]) -> str:
-    """How every step ended, the failures of the tests, and the tables of the last step."""
+    """The result of every step, the test failures, and the tables of the last step."""
     found = sections(log)
     table = ["| step | result | seconds |", "|---|---|---:|"]
     for step in all_steps:
@@ -199,14 +198,14 @@ def summary(all_steps: Sequence[Step], log: Path, left_out: dict[str, str], line
 
 
 def check(all_steps: Sequence[Step], out: Path, minutes: float, lines: Sequence[str]) -> int:
-    """Runs the steps that are not done yet and writes the summary; 0 if every step is done."""
+    """Runs the unfinished steps and writes the summary; returns 0 if every step is done."""
     out.mkdir(parents=True, exist_ok=True)
     log, stop = out / "log.txt", time.monotonic() + 60 * minutes
     left_out: dict[str, str] = {}
     broken = None
     for step in all_steps:
         done = sections(log).get(step.name)
-        # What is made of the other steps' results is made anew.
+        # The last step depends on the others' results and always runs.
         if done and done[1] == 0 and step is not all_steps[-1]:
             print(f"{step.name}: done before", flush=True)
             continue

@@ -1,11 +1,11 @@
-"""Time of every kernel of a loss, forward and backward, in both memory formats: ours by Triton and by CUDA C++, and eager.
+"""Time of every kernel of a loss, forward and backward, in both memory formats: Triton, CUDA C++, and eager.
 
-    python -m benchmarks.gpu_kernels --compile            # compiles what is measured, one process a core, and prints how long
-                                                          # each first call took
-    python -m benchmarks.gpu_kernels --out DIR --resume   # appends to DIR/kernels.txt, and the sums to DIR/cuda_kernels.csv
+    python -m benchmarks.gpu_kernels --compile            # compiles in one process per core and prints the time of each
+                                                          # first call
+    python -m benchmarks.gpu_kernels --out DIR --resume   # appends to DIR/kernels.txt, and sums to DIR/cuda_kernels.csv
 
-Kernel times are those of the profiler, so what the host takes is not in them. The choice of backends on a GPU is compared with
-the committed sums (fastkd/backends.py).
+Kernel times come from the profiler and exclude host time. The order of backends on a GPU (fastkd/backends.py) is
+checked against the committed sums.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last
 
 
 def measured() -> list[tuple[str, str, str]]:
-    """(recipe, loss, layout), the most telling first."""
+    """(recipe, loss, layout), the most informative first."""
     losses = ("resized_ce", "resized_kd", "rdd_tse", "rdd_tfe", "nfd", "kd", "cwd")
     found = [(recipe, loss, layout) for recipe in ("ADE20K", "Cityscapes") for loss in losses for layout in LAYOUTS]
     found += [("Cityscapes, full", loss, "NCHW") for loss in losses[:2]]
@@ -43,7 +43,7 @@ def measured() -> list[tuple[str, str, str]]:
 
 
 def calls(recipe: str, loss: str, layout: str) -> Iterator[tuple[str, object]]:
-    """A name, and a function that runs forward and backward once, for each backend."""
+    """Per backend: a name, and a function that runs forward and backward once."""
     sizes = RECIPES[recipe]
     shape = sizes.features if loss in FEATURE_LOSSES else sizes.logits
     case = LOSSES[loss](shape, sizes.crop, BF16)
@@ -66,7 +66,7 @@ def calls(recipe: str, loss: str, layout: str) -> Iterator[tuple[str, object]]:
 
 
 def first_call(call) -> float:
-    """Seconds, without those in which the device starts."""
+    """Seconds, excluding device start-up."""
     torch.ones(1, device=harness.DEVICE).sum().item()
     begin = time.perf_counter()
     call()
@@ -75,7 +75,7 @@ def first_call(call) -> float:
 
 
 def profile(call, times: int = 5) -> list[tuple[str, float]]:
-    """Kernels and their microseconds a call, the longest first."""
+    """Kernels and their microseconds per call, the longest first."""
     call()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         for _ in range(times):
@@ -88,7 +88,7 @@ def profile(call, times: int = 5) -> list[tuple[str, float]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(), help="folder of kernels.txt")
-    parser.add_argument("--resume", action="store_true", help="leave out what kernels.txt has")
+    parser.add_argument("--resume", action="store_true", help="skip cases that kernels.txt has")
     parser.add_argument("--compile", action="store_true", help="only run every case once, in parallel processes")
     parser.add_argument("--only", type=int, help="with --compile: one case, in this process")
     args = parser.parse_args()
@@ -107,7 +107,7 @@ def main() -> int:
     print(known, end="")
     for recipe, loss, layout in chosen:
         for backend, call in calls(recipe, loss, layout):
-            # Of eager nothing is compiled, and many processes' copies at label resolution would not fit.
+            # Eager compiles nothing, and its copies at label resolution would not fit in many processes.
             if args.compile and backend == "eager":
                 continue
             title = f"{recipe} {loss} {layout} {backend}"
@@ -116,11 +116,11 @@ def main() -> int:
             try:
                 if args.compile:
                     seconds = first_call(call)
-                    if seconds > 0.2:  # less: another process has compiled it, or nothing is compiled
+                    if seconds > 0.2:  # otherwise nothing was compiled, or another process did it
                         print(f"first call of {title}: {seconds:.1f} s", flush=True)
                     continue
                 kernels = profile(call)
-            except Exception as error:  # a backend without this loss; the others are still measured
+            except Exception as error:  # the backend lacks this loss; the others are still measured
                 print(f"{title}: {harness.reason(error)}", flush=True)
                 continue
             lines = [

@@ -1,9 +1,8 @@
-"""One harness for every benchmark: cases, rivals, timing, memory, errors, records and the CSV they are kept in.
+"""The benchmark harness: cases, rivals, timing, memory, errors, records and their CSV.
 
-All rivals of a case run in one process, one call of each after the other, so that a noisy machine disturbs all alike;
-before every timed call a buffer larger than the caches is written. Reported are medians with the 20th and 80th
-percentiles, and ratios of medians. A rival whose gradient fails the check against float64 has no time. docs/benchmarks.md
-has the method in full.
+All rivals of a case run in one process in turns, one call each, so that noise affects all alike; before every timed
+call a buffer larger than the caches is written. Results are medians with the 20th and 80th percentiles, and ratios of
+medians. A rival whose gradient fails the float64 check gets no time. docs/benchmarks.md describes the method.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ from .roofline import Work, special_function_rate
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Record = dict[str, str]
-"""One rival of one case: a row of the CSV, every value as it is written there, "" where there is none."""
+"""One rival of one case: a row of the CSV, with values as written there, "" for none."""
 Shape = tuple[int, int, int, int]
 
 RESULTS = Path(__file__).with_name("results")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLUSH_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # beyond the last-level cache
-SECONDS = {"cpu": 6.0, "cuda": 0.8}  # of timing, per case
+SECONDS = {"cpu": 6.0, "cuda": 0.8}  # of timing per case
 WHERE = ("date", "commit", "device", "driver", "threads", "torch", "kernels")
 COLUMNS = (
     *WHERE,
@@ -49,18 +48,18 @@ COLUMNS = (
     *("error", "peak_bytes", "retained_bytes", "host_us", "note"),
 )
 KEY = ("device", "op", "shape", "size", "dtype")
-"""What makes two records those of one case on one machine."""
+"""Columns that identify a case on a machine."""
 MAX_ERROR = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-"""Relative error of a gradient against float64 above which a time means nothing."""
+"""Maximum relative error of a gradient against float64; beyond it a time is meaningless."""
 
 
 @dataclass
 class Case:
     """One loss on one shape.
 
-    ``rivals(device, shape)`` makes {name: a function of (student, teacher) that returns a 0-d loss}, for maps of ``shape``.
-    "ours" and "eager" are always there, "eager" being what one writes in PyTorch, and what ``torch.compile`` gets; a
-    string instead of a function is the reason why a rival is absent.
+    ``rivals(device, shape)`` returns {name: a function of (student, teacher) that returns a 0-d loss} for maps of
+    ``shape``. "ours" and "eager" are always present; "eager" is the usual PyTorch code, and the input of
+    ``torch.compile``. A string instead of a function is the reason why a rival is missing.
     """
 
     op: str
@@ -68,13 +67,13 @@ class Case:
     dtype: torch.dtype
     rivals: Callable[[str, Shape], dict[str, Loss | str]]
     work: Work
-    size: tuple[int, int] | None = None  # of the labels, for a loss at label resolution
+    size: tuple[int, int] | None = None  # of the labels, for losses at label resolution
     targets: dict[str, float] = field(default_factory=dict)
-    max_error: float | None = None  # instead of MAX_ERROR's
+    max_error: float | None = None  # overrides MAX_ERROR
 
     @property
     def scale(self) -> float:
-        """Of the loss: fp16 gradients need one, as torch.amp.GradScaler gives, or most of them round to 0."""
+        """Scale of the loss: fp16 gradients need one, as from torch.amp.GradScaler, or most of them round to 0."""
         return 2.0**16 if self.dtype == torch.float16 else 1.0
 
     @property
@@ -92,9 +91,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def run(case: Case, device: str = DEVICE, seconds: float | None = None) -> list[Record]:
-    """Checks every rival against float64, measures its memory, then times all interleaved for about ``seconds``.
+    """Checks every rival against float64, measures its memory, then times all in turns for about ``seconds``.
 
-    Where float64 does not fit, the check is made on as many samples as fit. Rivals that need more than there is are not run.
+    If float64 does not fit, the check uses as many samples as fit. Rivals that need more memory than available are
+    skipped.
     """
     n, free = case.shape[0], free_bytes(device)
     checked = min(n, int(free // (float64_bytes(case) / n)))
@@ -119,7 +119,7 @@ def run(case: Case, device: str = DEVICE, seconds: float | None = None) -> list[
         try:
             gradient(loss, student, teacher)
             peak, retained = memory(loss, student, teacher, device)
-        except Exception as failure:  # too little memory, most likely; the others are timed all the same
+        except Exception as failure:  # probably out of memory; the others are still timed
             records[name]["note"] = reason(failure)
             continue
         records[name] |= {"peak_bytes": str(peak), "retained_bytes": str(retained)}
@@ -131,7 +131,7 @@ def run(case: Case, device: str = DEVICE, seconds: float | None = None) -> list[
     pieces = hardware(case, student.detach(), teacher, device)
     calls = timed | {name: call for name, (call, _) in pieces.items()}
     times = interleave(calls, device, SECONDS[device] if seconds is None else seconds)
-    # Of each piece: what it does in a second.
+    # Work per second of each piece.
     rates = {name: amount / (statistics.median(times[name]) / 1e3) for name, (_, amount) in pieces.items()}
     if device == "cuda" and (rate := special_function_rate(device_name(device))):
         rates["exponentials"] = rate
@@ -155,7 +155,7 @@ def inputs(case: Case, device: str, samples: int) -> tuple[Tensor, Tensor]:
 
 
 def check(case: Case, device: str, rivals: Mapping[str, Loss | str], samples: int) -> dict[str, Record]:
-    """{rival: its error, or a note that says why it is not timed}; "passed" is in those that may be timed."""
+    """{rival: its error, or the reason why it is not timed}; "passed" is in those that may be timed."""
     student, teacher = inputs(case, device, samples)
     truth = gradient(rivals["eager"], student.detach().double().requires_grad_(), teacher.double(), case.scale)
     limit = MAX_ERROR[case.dtype] if case.max_error is None else case.max_error
@@ -166,13 +166,13 @@ def check(case: Case, device: str, rivals: Mapping[str, Loss | str], samples: in
             continue
         try:
             error = relative_error(gradient(loss, student, teacher, case.scale), truth)
-        except Exception as failure:  # it may lack a compiler or a kernel
+        except Exception as failure:  # no compiler or kernel, for example
             records[name] = {"note": reason(failure)}
             continue
         records[name] = {"error": f"{error:.2e}"}
         if error <= limit:
             records[name]["passed"] = "yes"
-        else:  # also where it is NaN
+        else:  # NaN too
             records[name]["note"] = f"error check failed: {error:.1e} is above {limit:g}"
     return records
 
@@ -182,7 +182,7 @@ def reason(failure: Exception) -> str:
 
 
 def all_rivals(case: Case, device: str, samples: int) -> dict[str, Loss | str]:
-    """The case's own rivals, ``torch.compile`` of the eager one, and ours on every further backend that runs here."""
+    """The case's own rivals, ``torch.compile`` of the eager one, and ours on every other backend available here."""
     torch._dynamo.reset()
     rivals = case.rivals(device, (samples, *case.shape[1:]))
     ours, eager = rivals["ours"], rivals["eager"]
@@ -216,7 +216,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def float64_bytes(case: Case) -> int:
-    """What plain PyTorch in float64 needs about: 8 tensors of the student's size, or of its size after the resize."""
+    """Approximate need of plain PyTorch in float64: 8 tensors of the student's size, or of that after the resize."""
     n, c, h, w = case.shape
     height, width = case.size or (h, w)
     return 8 * 8 * n * c * max(h * w, height * width)
@@ -230,11 +230,11 @@ def free_bytes(device: str) -> float:
 
 
 def memory(loss: Loss, student: Tensor, teacher: Tensor, device: str) -> tuple[int, int]:
-    """Bytes beyond the inputs: (the peak of a forward and backward, less the gradient; what is kept between the two).
+    """Bytes beyond the inputs: (peak of forward and backward minus the gradient; kept between the two).
 
     ``loss`` must have run before.
     """
-    student.grad = None  # else the memory it gives back would hide as much of the new one
+    student.grad = None  # otherwise its freed memory would hide new allocations
     _settle(device)
     before, kept = bytes_in_use(device), [0]
 
@@ -249,8 +249,8 @@ def memory(loss: Loss, student: Tensor, teacher: Tensor, device: str) -> tuple[i
 
 
 def peak_memory(call: Callable[[], object], device: str = DEVICE) -> int:
-    """Bytes by which memory peaks during ``call``, which must have run before: the allocator's on a GPU, the process's
-    resident memory on a CPU (Linux)."""
+    """Peak memory of ``call`` in bytes: of the allocator on a GPU, resident memory of the process on a CPU (Linux).
+    ``call`` must have run before."""
     _settle(device)
     before = bytes_in_use(device)
     if device == "cuda":
@@ -289,7 +289,7 @@ def _status(key: str) -> int:
 
 
 def interleave(calls: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of every call, each with cold caches, one call of each after the other."""
+    """Milliseconds of every call with cold caches, in turns."""
     flush = torch.empty(FLUSH_BYTES[device] // 4, device=device)
     for call in calls.values():
         call()
@@ -313,8 +313,8 @@ def _cpu_round(calls: dict[str, Callable[[], object]], flush: Tensor) -> dict[st
 
 
 class _GpuRound:
-    """Queues a whole round before it waits: the flushes ahead of a call last longer than the host needs to launch it, so
-    the events around it time the GPU and not Python."""
+    """Queues a whole round before waiting: the flushes before a call outlast its launch on the host, so the events
+    around it measure the GPU and not Python."""
 
     def __init__(self, calls: dict[str, Callable[[], object]], flush: Tensor):
         fill_ms = statistics.median(self._timed(lambda: flush.fill_(1.0)) for _ in range(5))
@@ -355,7 +355,7 @@ def host_microseconds(call: Callable[[], object], times: int = 30) -> float:
 
 @functools.cache
 def bare_launch_microseconds() -> float:
-    """Host time of launching a Triton kernel that does nothing."""
+    """Host time of launching an empty Triton kernel."""
     import triton
 
     @triton.jit
@@ -376,7 +376,7 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
 def hardware(
     case: Case, student: Tensor, teacher: Tensor, device: str
 ) -> dict[str, tuple[Callable[[], object], float]]:
-    """{what: (a call, how much of it the call does)}: the bandwidth and, on a CPU, the exponentials of this machine."""
+    """{what: (a call, its amount of work)}: bandwidth and, on a CPU, exponentials per second of this machine."""
     if device == "cuda":
         source = torch.empty(FLUSH_BYTES["cuda"], dtype=torch.uint8, device=device)
         copy = torch.empty_like(source)
@@ -392,7 +392,7 @@ def hardware(
 
 
 def exponentials(n: int) -> None:
-    """The vector exponential of the C++ kernels (PyTorch's without them) on ``n`` numbers that stay in the second-level cache."""
+    """The C++ kernels' vectorised exponential (PyTorch's without them) on ``n`` numbers that stay in the L2 cache."""
     chunk = torch.rand(min(n, 32768 * torch.get_num_threads()))
     exp = torch.ops.fastkd_cpu.exp if backends.why_not("cpu") is None else torch.exp_
     for _ in range(-(-n // chunk.numel())):
@@ -403,7 +403,7 @@ def exponentials(n: int) -> None:
 
 
 def where(device: str) -> Record:
-    """The columns that say what and where was measured."""
+    """Columns that describe what was measured, and where."""
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
@@ -424,7 +424,7 @@ def _record(case: Case, device: str, rival: str, **values: str) -> Record:
 
 
 def append(records: list[Record], path: Path, columns: Sequence[str] = COLUMNS) -> None:
-    """Adds records to a CSV file; a file with other columns is an error, never overwritten."""
+    """Appends records to a CSV file; raises if its columns differ."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     if not new:
@@ -440,7 +440,7 @@ def append(records: list[Record], path: Path, columns: Sequence[str] = COLUMNS) 
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a CSV file, none if there is no file."""
+    """The records of a CSV file; none if it does not exist."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -453,10 +453,10 @@ def read(path: Path) -> list[Record]:
 def measure(
     cases: Sequence[Case], path: Path | None, device: str = DEVICE, resume: bool = False, seconds: float | None = None
 ) -> list[Record]:
-    """Runs the cases, appends each to ``path`` as soon as it is done and says on stderr which one runs.
+    """Runs the cases, appends each to ``path`` when done, and prints the current one to stderr.
 
     Args:
-        resume: leave out cases that ``path`` has from this commit and machine.
+        resume: skip cases that ``path`` has from this commit and machine.
     """
     here = where(device)
     done = {
@@ -481,17 +481,17 @@ def measure(
 
 @functools.cache
 def liger() -> str | None:
-    """Why Liger-Kernel cannot be timed, None if it can."""
+    """Why Liger-Kernel cannot be timed, or None."""
     try:
         import liger_kernel.transformers  # noqa: F401
-    except Exception as error:  # it imports much; whatever fails there is its absence
+    except Exception as error:  # its many imports can fail in any way
         return f"Liger-Kernel cannot be imported ({error}); pip install liger-kernel"
     return None if DEVICE == "cuda" else "Liger-Kernel has no CPU kernels"
 
 
 @functools.cache
 def commit() -> str:
-    """The checkout's commit; $FASTKD_COMMIT where there is none, or the version of an installed package."""
+    """The checkout's commit; otherwise $FASTKD_COMMIT or the version of the installed package."""
     root = Path(__file__).parents[1]
     if (root / ".git").exists() and (root / "csrc").is_dir():
         command = ["git", "describe", "--always", "--dirty"]
@@ -533,7 +533,7 @@ class Row(NamedTuple):
         return self.rivals["ours"]
 
     def same_run(self, record: Record) -> bool:
-        """Whether ``record`` may be of the run that the others are of."""
+        """Whether ``record`` may be from the same run as the others."""
         return all(other[k] == record[k] for other in self.rivals.values() for k in ("date", "commit", "torch"))
 
     def value(self, rival: str, column: str) -> float | None:
@@ -541,7 +541,7 @@ class Row(NamedTuple):
         return float(text) if text else None
 
     def ratio(self, rival: str) -> float | None:
-        """How many times as long as ours ``rival`` takes."""
+        """Time of ``rival`` divided by ours."""
         ours, other = self.value("ours", "median_ms"), self.value(rival, "median_ms")
         return other / ours if ours and other else None
 
@@ -551,7 +551,7 @@ class Row(NamedTuple):
         return ours / floor if ours and floor else None
 
     def copy_share(self, rival: str = "ours") -> float | None:
-        """Share of the copy bandwidth at which the unavoidable bytes move."""
+        """Bandwidth of the unavoidable bytes as a share of the copy bandwidth."""
         time_ms, moved, gbs = (self.value(rival, c) for c in ("median_ms", "bytes", "copy_gbs"))
         return moved / (time_ms / 1e3) / (gbs * 1e9) if time_ms and moved and gbs else None
 
@@ -568,6 +568,6 @@ def rows(records: Iterable[Record]) -> dict[tuple[str, ...], Row]:
 
 
 def newest(found: Mapping[tuple[str, ...], Row]) -> dict[tuple[str, ...], Row]:
-    """Of each case the newest run, on whichever machine."""
+    """The newest run of each case on any machine."""
     last = {key[1:]: key for key in found}
     return {key: row for key, row in found.items() if last[key[1:]] == key}

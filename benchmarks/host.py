@@ -1,7 +1,7 @@
-"""What Python costs a call: forward and backward of every loss on tensors of 16 numbers, where no kernel takes time.
+"""Host overhead per call: forward and backward of every loss on tensors of 16 numbers, where kernels take no time.
 
-All losses and their rival, ``F.cross_entropy(F.interpolate(x, ...), y)``, take turns in one process, so that caches are as
-cold as in a training step. On a GPU the time until the calls return is measured, forward and backward apart.
+All losses and their rival, ``F.cross_entropy(F.interpolate(x, ...), y)``, take turns in one process, so that caches are
+as cold as in a training step. On a GPU this is the time until the calls return, forward and backward separately.
 
     python -m benchmarks.host [--rounds 2000]
 """

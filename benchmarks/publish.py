@@ -1,6 +1,6 @@
-"""`python -m benchmarks.publish`: docs/numbers.md, plots, the tables of README and of the pages on training, from results/*.csv.
+"""`python -m benchmarks.publish`: docs/numbers.md, plots, and tables in README and other pages, from results/*.csv.
 
-python -m benchmarks.publish --add DIR     first takes in the rows of DIR/*.csv, such as gpu_check.py's
+python -m benchmarks.publish --add DIR     first adds the rows of DIR/*.csv, such as gpu_check.py's
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FILES = {
     "full_resolution.csv": full_resolution.COLUMNS,
 }
 NOT_RUN = "not yet run"
-# Commit of GPU rows -> what they no longer say. It goes with its rows.
+# Commit of GPU rows -> what has changed since. Removed together with its rows.
 REPLACED_SINCE = {
     "36b6442": "**Measured at commit 36b6442.** The kernels at label resolution (resized CE, resized KD, RDD), Triton's KD "
     "and the Python of a call were rewritten since, and have not been measured on a GPU. NFD and KD in CUDA C++ and CWD "
@@ -38,7 +38,7 @@ REPLACED_SINCE = {
 
 
 class Target(NamedTuple):
-    """A target on a GPU, and how it is read off the rows of one device: {case: the number that counts}."""
+    """A GPU target, and how to compute it from the rows of one device: {case: the number that counts}."""
 
     what: str
     wanted: str
@@ -77,7 +77,7 @@ TARGETS = (
 
 
 def targets_table(found: Mapping[tuple[str, ...], Row], steps: list[Record]) -> str:
-    """Every GPU target and the worst case of each GPU that was measured."""
+    """Every GPU target and the worst case of each measured GPU."""
     devices = list(dict.fromkeys(key[0] for key in found)) or [None]
     lines = [
         "| target on an H100 | wanted | " + " | ".join(f"measured{f', {d}' if d else ''}" for d in devices) + " |",
@@ -111,7 +111,7 @@ def targets_table(found: Mapping[tuple[str, ...], Row], steps: list[Record]) -> 
 
 
 def pages(results: Path = RESULTS) -> dict[Path, str]:
-    """Path -> text of every page that is made of the CSV files."""
+    """Path -> text of every page generated from the CSV files."""
     records = {name: read(results / name) for name in FILES}
     cpu, cuda = newest(rows(records["cpu.csv"])), rows(records["cuda.csv"])
     parts = [
@@ -147,7 +147,7 @@ def pages(results: Path = RESULTS) -> dict[Path, str]:
 
 
 def gpu_section(cuda: Mapping[tuple[str, ...], Row], steps: list[Record]) -> list[str]:
-    """Targets, what was measured, and the prediction."""
+    """Targets, measurements, and the prediction."""
     commits = {record["commit"] for row in cuda.values() for record in row.rivals.values()}
     if cuda:
         parts = [*_sections(cuda, {}), "![times on the GPU](images/losses-cuda.png)"]
@@ -175,7 +175,7 @@ def gpu_section(cuda: Mapping[tuple[str, ...], Row], steps: list[Record]) -> lis
 
 
 def _sections(found: Mapping[tuple[str, ...], Row], targets: Mapping[tuple[str, ...], dict[str, float]]) -> list[str]:
-    """A table for every machine and commit, under what it was measured on."""
+    """A table per machine and commit, under its origin."""
     groups: dict[str, dict[tuple[str, ...], Row]] = {}
     for key, row in found.items():
         groups.setdefault(origin(next(iter(row.rivals.values()))), {})[key] = row
@@ -199,7 +199,7 @@ def _shape(case: Case) -> str:
 
 
 def _by_origin(found: Mapping[tuple[str, ...], Row], cases: Sequence[Case], head: str, line: Callable[..., str]) -> str:
-    """The cases that were measured, in their order: a table for each machine and commit."""
+    """The measured cases in order: a table per machine and commit."""
     by_case = {key[1:]: row for key, row in found.items()}
     groups: dict[str, list[str]] = {}
     for case in cases:
@@ -210,7 +210,7 @@ def _by_origin(found: Mapping[tuple[str, ...], Row], cases: Sequence[Case], head
 
 
 def readme_cpu(cpu: Mapping[tuple[str, ...], Row]) -> str:
-    """The fp32 rows, but those of docs/training-losses.md."""
+    """The fp32 rows, except those of docs/training-losses.md."""
 
     def line(case: Case, row: Row) -> str:
         numbers = [row.ratio("eager"), row.ratio("compile"), row.over_floor]
@@ -224,7 +224,7 @@ def readme_cpu(cpu: Mapping[tuple[str, ...], Row]) -> str:
 
 
 def readme_gpu(cuda: Mapping[tuple[str, ...], Row]) -> str:
-    """Time and extra memory of the faster of our backends, beside eager and compile."""
+    """Time and extra memory of the faster of our backends, eager and compile."""
 
     def line(case: Case, row: Row) -> str:
         timed = {rival: ms for rival in row.rivals if (ms := row.value(rival, "median_ms"))}
@@ -243,7 +243,7 @@ def readme_gpu(cuda: Mapping[tuple[str, ...], Row]) -> str:
 
 
 def between_markers(text: str, name: str, table: str) -> str:
-    """``text`` with what is between the markers of ``name`` replaced."""
+    """Replaces what is between the markers of ``name`` in ``text``."""
     begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"the page must have {begin} and {end} once each")
@@ -264,7 +264,7 @@ def publish() -> None:
 
 
 def add(folder: Path) -> None:
-    """Takes in the rows of ``folder`` that are not here yet."""
+    """Adds the rows of ``folder`` that are missing here."""
     for name, columns in FILES.items():
         here = read(RESULTS / name)
         new = [record for record in read(folder / name) if record not in here]
@@ -275,8 +275,10 @@ def add(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.publish", description=__doc__)
-    parser.add_argument("--add", type=Path, metavar="DIR", help="take in the rows of DIR/*.csv first")
-    parser.add_argument("--gpu", type=Path, metavar="DIR", help="only print what DIR/cuda*.csv say, and plot it there")
+    parser.add_argument("--add", type=Path, metavar="DIR", help="first add the rows of DIR/*.csv")
+    parser.add_argument(
+        "--gpu", type=Path, metavar="DIR", help="only print the results in DIR/cuda*.csv, and plot them there"
+    )
     args = parser.parse_args()
     if args.gpu:
         found = newest(rows(read(args.gpu / "cuda.csv")))

@@ -1,4 +1,4 @@
-"""Tables and plots of records, as Markdown and as pictures."""
+"""Tables (Markdown) and plots of records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PREDICTION = (
 
 
 def origin(record: Record) -> str:
-    """What was measured, and where and when."""
+    """What was measured, where and when."""
     parts = [
         record["device"],
         record.get("driver") and f"driver {record['driver']}",
@@ -31,8 +31,8 @@ def origin(record: Record) -> str:
 
 
 def losses_table(found: Mapping[tuple[str, ...], Row], targets: Mapping[tuple[str, ...], dict[str, float]]) -> str:
-    """One line a case: our time, what the rivals take, the hardware's share, memory, errors; targets beside what they are
-    of. ``targets`` goes by the key of a case, without the device."""
+    """One line per case: our time, the rivals', share of the hardware's limits, memory, errors; targets are beside
+    their values. Keys of ``targets``: key of a case without the device."""
     others = {name for row in found.values() for name in row.rivals if row.value(name, "median_ms")}
     rivals = ["eager", "compile", *sorted(others - {"ours", "eager", "compile"})]
     lines = [
@@ -60,7 +60,7 @@ def losses_table(found: Mapping[tuple[str, ...], Row], targets: Mapping[tuple[st
 
 
 def steps_table(records: Sequence[Record]) -> str:
-    """One line a rival of a training step."""
+    """One line per rival of a training step."""
     lines = [
         "| recipe | images | losses | rival | step ms (20–80 %) | losses ms | their share | peak GiB |",
         "|---|---|---|---|---:|---:|---:|---:|",
@@ -79,12 +79,12 @@ def steps_table(records: Sequence[Record]) -> str:
 
 
 def losses_share(record: Record) -> float:
-    """Share of a training step's time that its losses take."""
+    """Share of the losses in the time of a training step."""
     return float(record["losses_ms"]) / float(record["median_ms"])
 
 
 def predictions_table(cases: Iterable[Case], measured: Mapping[tuple[str, ...], Row]) -> str:
-    """What the roofline predicts for every case and GPU, beside what was measured.
+    """The roofline's predictions for every case and GPU, and measurements.
 
     ``measured``: rows of ``cuda.csv`` by key, device included.
     """
@@ -114,7 +114,7 @@ def predictions_table(cases: Iterable[Case], measured: Mapping[tuple[str, ...], 
 
 
 def plot(measured: Mapping[tuple[str, ...], Row], path: Path) -> None:
-    """Times of every rival of every case, as bars on a logarithmic axis, with the 20th and 80th percentile."""
+    """Bars of the times of every rival and case on a logarithmic axis, with the 20th and 80th percentile."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -171,7 +171,7 @@ def _time(record: Record) -> str:
 
 
 def _against(value: float | None, target: float | None, sign: str, unit: str = "×") -> str:
-    """A value, and whether it meets its target if it has one."""
+    """A value, and whether it meets its target, if any."""
     if value is None:
         return "–"
     text = f"{value:.2f}{unit}"
@@ -186,7 +186,7 @@ def _share(value: float | None) -> str:
 
 
 def _memory(row: Row, limit: float | None) -> str:
-    """Peak and kept MiB of ours and of eager; a limit is in bytes a label pixel."""
+    """Peak and kept MiB of ours and of eager; a limit is in bytes per label pixel."""
 
     def of(rival: str) -> str:
         peak, kept = (row.value(rival, c) for c in ("peak_bytes", "retained_bytes"))

@@ -1,7 +1,7 @@
-"""What the hardware allows: time = max(bytes / bandwidth, exponentials / special-function rate).
+"""The hardware's limit: time = max(bytes / bandwidth, exponentials / special-function rate).
 
-A prediction from datasheets, for kernels that move each byte and compute each exponential once and overlap both. Launches,
-caches and everything else a kernel computes are left out, so a measurement can only be slower.
+A prediction from datasheets, for kernels that move each byte and compute each exponential once and overlap both. It
+ignores launches, caches and all other computation, so a measurement can only be slower.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from typing import NamedTuple
 
 
 class Work(NamedTuple):
-    """What one forward and backward of a loss must do, counted by hand: each bench file says how."""
+    """The necessary work of one forward and backward, counted by hand as each bench file explains."""
 
     bytes: float
     exponentials: float = 0.0
 
     def seconds(self, bytes_per_second: float, exponentials_per_second: float | None) -> float:
-        """At these rates; a machine does both at once. Without a rate of exponentials, only the bytes count."""
+        """Time at these rates, with both overlapped. Without a rate of exponentials, only the bytes count."""
         exponentials = self.exponentials / exponentials_per_second if exponentials_per_second else 0.0
         return max(self.bytes / bytes_per_second, exponentials)
 
 
 class GPU(NamedTuple):
-    """Datasheet numbers: bandwidth in bytes a second, multiprocessors (compute units), clock in Hz."""
+    """Datasheet numbers: bandwidth in bytes per second, multiprocessors (compute units), clock in Hz."""
 
     bandwidth: float
     units: int
@@ -49,7 +49,7 @@ GPUS = {
 
 
 def special_function_rate(device_name: str) -> float | None:
-    """Exponentials a second of the GPU that calls itself ``device_name``, None if it is not in the list."""
+    """Exponentials per second of the GPU named ``device_name``, None if it is not in the list."""
     for name, gpu in GPUS.items():
         if name in device_name:
             return gpu.exponentials_per_second

@@ -1,4 +1,4 @@
-"""What ``sanitize.sh`` runs: every CUDA kernel once, on small maps whose sizes are not the kernels' favourites."""
+"""Run by ``sanitize.sh``: every CUDA kernel once, on small maps with awkward sizes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def main() -> None:
         for shape, dims, layout in itertools.product(SHAPES, ("hw", "nhw", "c", "chw"), layouts):
             dtype = next(dtypes)
             student, teacher = (torch.randn(shape, device="cuda").to(dtype).to(memory_format=layout) for _ in range(2))
-            for weight in (1.0, 1.0, 1.0, 2.0):  # streaming, then with the gradient made early, then in vain
+            for weight in (1.0, 1.0, 1.0, 2.0):  # upstream gradients of 1 (no rescaling) and 2
                 x = student.clone().requires_grad_()
                 (weight * fastkd.nfd_loss(x, teacher, dims=dims)).backward()
                 count += bool(x.grad.isfinite().all())
-            other = teacher.float() if dtype != torch.float64 else teacher  # a pair of unlike dtypes
+            other = teacher.float() if dtype != torch.float64 else teacher  # also mixed dtypes
             fastkd.nfd_loss(student, other, dims=dims)
         for (n, c, h, w), layout in itertools.product([*SHAPES, (1, 150, 9, 16), (1, 4096, 2, 8)], layouts):
             dtype = next(dtypes)

@@ -1,10 +1,10 @@
-"""Scores of training runs: results/training.csv and the tables made from it, on the pages that its rows name.
+"""Scores of training runs: results/training.csv, and its tables on the pages that the rows name.
 
     python -m benchmarks.training street-scenes scores runs/teacher runs/plain-0 runs/kd-0     adds their rows
     python -m benchmarks.publish                                                               writes the tables
 
-A row is one run; `seeds` has its seed. A row with several seeds is their mean, of runs that were not kept. `±` is the standard
-deviation over the seeds (n − 1).
+A row is one run, with its seed in `seeds`. A row with several seeds is the mean of runs that were not kept. `±` is the
+standard deviation over the seeds (n − 1).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SCORES = ("miou", "pixel_accuracy")
 
 
 def record(run: Run, page: str, table: str, *, commit: str, threads: str) -> Record:
-    """The row of a finished run; its name, less the number of the seed, is the row's."""
+    """The row of a finished run, named after it without the trailing seed number."""
     if not run.finished:
         raise ValueError(f"{run.path}: {'; '.join(run.problems)}")
     images, loss = run.result["images"], run.settings["loss"]
@@ -59,7 +59,7 @@ def record(run: Run, page: str, table: str, *, commit: str, threads: str) -> Rec
 
 
 def by_run(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """The rows of each run, one for a seed (the last), in the order of their first."""
+    """The rows of each run, one per seed (the last), in order of first occurrence."""
     found: dict[str, dict[str, Record]] = {}
     for row in records:
         found.setdefault(row["run"], {})[row["seeds"]] = row
@@ -67,7 +67,7 @@ def by_run(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def table(runs: Mapping[str, Sequence[Record]]) -> str:
-    """Mean ± deviation over the seeds, and the change from the plain student of each seed, at equal steps and at equal time."""
+    """Mean ± deviation over the seeds, and the per-seed change from the plain student at equal steps and equal time."""
     columns = ["run", "labels", "steps", "time, s"]
     columns += [
         column for score in ("mIoU %", "pixel accuracy %") for column in (score, "against plain", "at equal time")
@@ -90,7 +90,7 @@ def table(runs: Mapping[str, Sequence[Record]]) -> str:
 
 
 def class_table(runs: Mapping[str, Sequence[Record]]) -> str:
-    """IoU in percent, mean of the seeds: a class a line."""
+    """IoU in percent, mean over seeds: one row per class."""
     found = {name: [_classes(row) for row in rows] for name, rows in runs.items()}
     lines = [_line(["class", *found]), "|---|" + "---:|" * len(found)]
     for name in next(iter(found.values()))[0]:
@@ -100,7 +100,7 @@ def class_table(runs: Mapping[str, Sequence[Record]]) -> str:
 
 
 def tables(results: Path = RESULTS) -> dict[str, dict[str, str]]:
-    """Page -> marker -> table: the scores of each of its tables, and the classes of the one called "scores"."""
+    """Page -> marker -> table: the scores of each table, and the classes of the one called "scores"."""
     found: dict[str, dict[str, list[Record]]] = {}
     for row in read(results / FILE):
         found.setdefault(row["page"], {}).setdefault(row["table"], []).append(row)
@@ -130,7 +130,7 @@ def _score(rows: Sequence[Record], key: str) -> str:
 
 
 def _changes(rows: Sequence[Record], base: Mapping[str, Record], key: str) -> list[float]:
-    """Seed by seed; a mean of several seeds has none."""
+    """Per seed; a mean of several seeds has none."""
     single = (row for row in rows if row["seeds"] in base and " " not in row["seeds"])
     return [float(row[key]) - float(base[row["seeds"]][key]) for row in single]
 
@@ -144,7 +144,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
     parser.add_argument("page", help="file of docs/ without its ending")
-    parser.add_argument("table", help="marker of the table on the page")
+    parser.add_argument("table", help="marker of the table in the page")
     parser.add_argument("runs", nargs="+", type=Path, help="directories of finished runs")
     parser.add_argument("--commit", help="of the runs; default: what they recorded")
     parser.add_argument("--threads", default="1", help="of the runs (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""A LightningModule that distils. The losses are attributes: Lightning moves them, and the optimiser finds NFD's adapter.
+"""A LightningModule that distils. Lightning moves the losses, which are submodules, and optimises NFD's adapter.
 
 python examples/lightning_module.py --steps 200
 """

@@ -2,7 +2,7 @@
 
     python examples/plain_loop.py --steps 200
 
-The data are generated street scenes; any loader of images and labels (N, H, W) with 255 for ignored pixels does.
+The data are generated street scenes. Any loader of images and labels (N, H, W), 255 where ignored, can replace them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> list[float]:
 
     task = fastkd.ResizedCrossEntropyLoss(ignore_index=255)  # labels at full size, logits at 1/8
     kd = fastkd.KDLoss(temperature=1.0)
-    nfd = fastkd.NFDLoss(in_channels=64, teacher_channels=128).to(device)  # with a 1x1 adapter, which trains too
+    nfd = fastkd.NFDLoss(in_channels=64, teacher_channels=128).to(device)  # with a trainable 1x1 adapter
     optimizer = torch.optim.SGD([*student.parameters(), *nfd.parameters()], lr=0.02, momentum=0.9)
 
     losses = []
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.detach())  # reading it here would wait for the GPU
+        losses.append(loss.detach())  # reading it here would synchronise
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps")
     return [float(value) for value in losses]
 

@@ -2,8 +2,8 @@
 
     python examples/rdd_camvid.py --root CAMVID --steps 1000
 
-CAMVID holds train/, trainannot/, val/ and valannot/ of the SegNet tutorial. `fastkd train --recipe rdd-paper` does the same
-with a schedule, evaluation and checkpoints.
+CAMVID holds train/, trainannot/, val/ and valannot/ of the SegNet tutorial. `fastkd train --recipe rdd-paper` adds a
+schedule, evaluation and checkpoints.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def fit(
 def main(argv: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", required=True)
-    parser.add_argument("--steps", type=int, default=1000, help="of the teacher and of the student")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of the teacher and of the student, each")
     parser.add_argument("--crop", type=int, nargs=2, default=(352, 352))
     parser.add_argument("--batch-size", type=int, default=8)
     args = parser.parse_args(argv)
@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> list[float]:
     )
     teacher.eval()
 
-    # The first tenth of the run weights pixels by the agreement of the teacher's heads, the rest by who finds them hard.
+    # The first tenth of the run (TFE) weights pixels by the agreement of the teacher's heads, the rest (TSE) by
+    # relative difficulty.
     rdd = fastkd.RDDLoss(total_steps=args.steps, preset="paper")
 
     def distil(out: Output, images: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:

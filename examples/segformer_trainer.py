@@ -1,8 +1,8 @@
-"""Hugging Face: SegFormer B0 learns from a larger SegFormer in transformers' Trainer, which is given another `compute_loss`.
+"""Hugging Face: distils a larger SegFormer into SegFormer B0 with transformers' Trainer and its own `compute_loss`.
 
     python examples/segformer_trainer.py --steps 200
 
-SegFormer's own loss upsamples the logits to the labels; `compute_loss` here takes them at 1/4 as the network returns them.
+SegFormer's built-in loss upsamples the logits to the labels; this `compute_loss` uses the network's logits at 1/4.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastkd.train.data import StreetScenes
 
 
 class Scenes(Dataset):
-    """What Trainer takes: a mapping for each item."""
+    """Items as mappings, as Trainer expects."""
 
     def __init__(self, scenes: StreetScenes):
         self.scenes = scenes
@@ -42,7 +42,7 @@ class DistillationTrainer(Trainer):
         self.losses: list[torch.Tensor] = []
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
-        labels = inputs.pop("labels")  # without labels the model computes no loss of its own
+        labels = inputs.pop("labels")  # without labels the model skips its built-in loss
         outputs = model(**inputs)
         with torch.no_grad():
             teacher_logits = self.teacher(**inputs).logits
@@ -52,7 +52,7 @@ class DistillationTrainer(Trainer):
 
 
 def segformer(classes: int, widths: list[int], depths: list[int]) -> SegformerForSemanticSegmentation:
-    """Random weights; `SegformerForSemanticSegmentation.from_pretrained` has trained ones."""
+    """Random weights; use `SegformerForSemanticSegmentation.from_pretrained` for trained ones."""
     return SegformerForSemanticSegmentation(
         SegformerConfig(num_labels=classes, hidden_sizes=widths, depths=depths, decoder_hidden_size=widths[-1])
     )

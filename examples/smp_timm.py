@@ -16,12 +16,12 @@ import fastkd
 from fastkd.features import Tapped
 from fastkd.train.data import StreetScenes
 
-TAPS = {"features": "encoder[-1]", "logits": "segmentation_head.0"}  # "fastkd.features" explains the paths
+TAPS = {"features": "encoder[-1]", "logits": "segmentation_head.0"}  # see "fastkd.features" for paths
 
 
 def network(encoder: str, classes: int) -> Tapped:
     model = smp.FPN(f"tu-{encoder}", encoder_weights=None, classes=classes)
-    model.segmentation_head[1] = nn.Identity()  # the upsampling: FastKD's losses take the logits at their own size
+    model.segmentation_head[1] = nn.Identity()  # the upsampling: FastKD's losses take logits at their own size
     return Tapped(model, TAPS)
 
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> list[float]:
 
     channels = [n.model.encoder.out_channels[-1] for n in (student, teacher)]
     nfd = fastkd.NFDLoss(*channels).to(device)
-    kd = fastkd.ResizedKDLoss(temperature=1.0)  # compares at label resolution; fastkd.KDLoss at that of the logits
+    kd = fastkd.ResizedKDLoss(temperature=1.0)  # at label resolution; fastkd.KDLoss compares at logit resolution
     task = fastkd.ResizedCrossEntropyLoss(ignore_index=255)
     optimizer = torch.optim.AdamW([*student.parameters(), *nfd.parameters()], lr=1e-3)
 

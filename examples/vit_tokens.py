@@ -1,8 +1,8 @@
-"""A convolutional student learns the patch tokens of a frozen ViT of the DINO kind, without labels.
+"""Distils the patch tokens of a frozen ViT (such as DINO) into a convolutional student, without labels.
 
     python examples/vit_tokens.py --steps 200
 
-NFD compares z-scores, so scale and offset of a token's channels cancel. Weights are random here; create the ViT with
+NFD compares z-scores, so scale and offset of the tokens' channels cancel. Weights are random here; create the ViT with
 `pretrained=True`, or load a file.
 """
 
@@ -21,7 +21,7 @@ from fastkd.train.data import StreetScenes
 
 
 class Student(nn.Module):
-    """A timm network's map at 1/16, resized to the grid of the ViT's patches."""
+    """A timm network's features at 1/16, resized to the ViT's patch grid."""
 
     def __init__(self, name: str):
         super().__init__()
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         with torch.no_grad():
             tokens = teacher.forward_features(images)[
                 :, teacher.num_prefix_tokens :
-            ]  # (N, L, C), without class and registers
+            ]  # (N, L, C), without class and register tokens
         patch = teacher.patch_embed.patch_size
         grid = (images.shape[-2] // patch[0], images.shape[-1] // patch[1])
         loss = nfd(student(images, grid), tokens.transpose(1, 2))  # tokens are read in place
