@@ -142,8 +142,7 @@ def kd_confidence_gradient(
 
 # Difficulty
 
-# Label pixels per lane and iteration: rows, columns.
-TILE = (2, 9)
+TILE = (2, 9)  # label pixels per lane
 SELECT_BLOCK = 2048  # pixels per program
 
 

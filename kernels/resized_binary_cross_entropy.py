@@ -43,8 +43,7 @@ from .resize import (
 from .sigmoid import softplus_and_sigmoid, unbounded
 from .total import add, total
 
-# Label pixels per lane and iteration: rows, columns.
-TILE = (2, 9)
+TILE = (2, 9)  # label pixels per lane
 
 
 class Elements(NamedTuple):

@@ -55,8 +55,8 @@ from .resize import (
 )
 from .total import add, total
 
-# Label pixels per lane and iteration: rows, columns. A lane also keeps a log-sum-exp, a label and, if any, a weight per
-# label pixel. Larger tiles cost more compile time than they save.
+# Label pixels per lane. Each also needs a log-sum-exp, a label and, if any, a weight. Larger tiles cost more compile time
+# than they save.
 TILE = (2, 9)
 # Per thread, for 16 label pixels without weights; see kernels.launch. By default ptxas for sm_100 takes 128 and spills
 # two.

@@ -53,8 +53,7 @@ from .resize import (
 )
 from .resized_cross_entropy import softmax
 
-# Label pixels per lane and iteration: rows, columns.
-TILE = (2, 9)
+TILE = (2, 9)  # label pixels per lane
 # Maximum parts of cells that a program sums in fp32: a few thousand label pixels.
 PARTS = 8
 NONE = tl.constexpr(2.0**24)  # above any label

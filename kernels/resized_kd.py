@@ -53,9 +53,9 @@ from .resize import (
 )
 from .total import add, total
 
-# Label pixels per lane and iteration: rows, columns. A lane keeps two sums and a cross term per label pixel.
+# Label pixels per lane. Each needs two sums and a cross term.
 TILE = (2, 9)
-# If the teacher has another size: also four pointers per label pixel.
+# With a teacher of another size: also four pointers.
 ELSEWHERE_TILE = (1, 4)
 
 

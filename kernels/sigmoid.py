@@ -17,7 +17,7 @@ INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for x in [0, 1], as 2 atanh(x / (2 + x)); the terms of the series shrink by at least 9."""
+    """log(1 + x) for x in [0, 1], as 2 atanh(x / (2 + x)); each term of the series is at most 1/9 of the previous."""
     TERMS: tl.constexpr = 15 if x.dtype == tl.float64 else 6
     ratio = x / (2 + x)
     square = ratio * ratio
