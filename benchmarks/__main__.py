@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument(
         "--resume", action="store_true", help="skip cases that the CSV has from this commit and machine"
     )
-    parser.add_argument("--seconds", type=float, help="of timing, per case")
+    parser.add_argument("--seconds", type=float, help="seconds of timing per case")
     args = parser.parse_args()
     if (reason := backends.why_not("cpu" if DEVICE == "cpu" else "triton")) is not None:
         sys.exit(f"nothing to measure: {reason}")

@@ -146,8 +146,8 @@ def main() -> None:
     parser.add_argument("page", help="file of docs/ without its ending")
     parser.add_argument("table", help="marker of the table in the page")
     parser.add_argument("runs", nargs="+", type=Path, help="directories of finished runs")
-    parser.add_argument("--commit", help="of the runs; default: what they recorded")
-    parser.add_argument("--threads", default="1", help="of the runs (default: %(default)s)")
+    parser.add_argument("--commit", help="commit of the runs; default: the recorded one")
+    parser.add_argument("--threads", default="1", help="CPU threads of the runs (default: %(default)s)")
     args = parser.parse_args()
     runs = [read_run(path) for path in args.runs]
     new = [

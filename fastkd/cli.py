@@ -265,11 +265,11 @@ def _bench(words: list[str]) -> int:
         prog="fastkd bench",
         description="Time, memory and error of the losses on your shapes, compared with plain PyTorch and torch.compile.",
     )
-    parser.add_argument("--shape", type=Shape, required=True, metavar="N,C,h,w", help="of the logits or features")
-    parser.add_argument("--size", type=Size, metavar="H,W", help="of the labels (default: 8 times h,w)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default: %(default)s)")
+    parser.add_argument("--shape", type=Shape, required=True, metavar="N,C,h,w", help="shape of the logits or features")
+    parser.add_argument("--size", type=Size, metavar="H,W", help="size of the labels (default: 8 times h,w)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: %(default)s")
     parser.add_argument("--losses", nargs="+", metavar="LOSS", help="only these (default: all)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: the GPU if available)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if available")
     parser.add_argument(
         "--seconds", type=Positive, help="seconds of timing per loss (default: 6 on a CPU, 0.8 on a GPU)"
     )

@@ -126,7 +126,11 @@ def words(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(map(repr, parts))
     if origin is tuple:
-        return f"some of: {words(parts[0])}" if parts[-1] is Ellipsis else f"{len(parts)} of: {words(parts[0])}"
+        return (
+            f"a list, each {words(parts[0])}"
+            if parts[-1] is Ellipsis
+            else f"{len(parts)} values, each {words(parts[0])}"
+        )
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
     return names.get(hint, str(hint))
 

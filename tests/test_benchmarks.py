@@ -376,7 +376,7 @@ def test_bench_command(no_compile, tmp_path, capsys):
     for shape in ("1,3,4", "1,3,x,8"):
         with pytest.raises(SystemExit):
             cli.main(["bench", "--shape", shape])
-        assert "--shape: must be 4 of: a whole number at least 1" in capsys.readouterr().err
+        assert "--shape: must be 4 values, each a whole number at least 1" in capsys.readouterr().err
 
 
 def step(name, code, **more):

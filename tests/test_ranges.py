@@ -49,10 +49,10 @@ class Outer:
         ({"share": 2}, "share must be a number 0 to 1, got 2"),
         ({"share": True}, "share must be a number 0 to 1, got True"),
         ({"share": "x"}, "share must be a number 0 to 1, got 'x'"),
-        ({"inner": Inner((1, 0))}, "inner.pair must be 2 of: a whole number at least 1, got (1, 0)"),
+        ({"inner": Inner((1, 0))}, "inner.pair must be 2 values, each a whole number at least 1, got (1, 0)"),
         ({"inner": Inner((1, 2, 3))}, "inner.pair must be 2 of"),
         ({"inner": Inner((1, 1.5))}, "inner.pair must be 2 of"),
-        ({"inner": Inner(weights=(1, -1))}, "inner.weights must be some of: a number above 0 or null, got (1, -1)"),
+        ({"inner": Inner(weights=(1, -1))}, "inner.weights must be a list, each a number above 0 or null, got (1, -1)"),
     ],
 )
 def test_values_inside_dataclasses(values, says):
@@ -76,7 +76,7 @@ def test_options_of_a_command(capsys):
     for word in ("3", "3,0", "3,4,5", "3,x"):
         with pytest.raises(SystemExit):
             parser.parse_args(["--size", word])
-        assert f"--size: must be 2 of: a whole number at least 1, got '{word}'" in capsys.readouterr().err
+        assert f"--size: must be 2 values, each a whole number at least 1, got '{word}'" in capsys.readouterr().err
 
 
 def numbers(hint):

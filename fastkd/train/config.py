@@ -88,10 +88,10 @@ class OptimConfig:
     Args:
         name: "sgd" or "adamw".
         lr: learning rate after the warm-up.
-        momentum: of SGD.
-        weight_decay: of every parameter.
+        momentum: momentum of SGD.
+        weight_decay: weight decay of every parameter.
         schedule: "poly", lr · (1 − step/steps)^power, or "cosine", lr · (1 + cos(π · step/steps)) / 2.
-        power: of "poly".
+        power: exponent of "poly".
         warmup: steps of linear warm-up.
         min_lr: minimum of the learning rate after the warm-up.
         clip: maximum norm of the gradient, None for none.
@@ -116,7 +116,7 @@ class TrainConfig:
         steps: optimiser steps.
         batch_size: images per optimiser step, over all processes and accumulation steps.
         accumulate: gradient accumulation steps, to save memory.
-        precision: of the networks: "no" (fp32), "bf16" or "fp16" (GPU only, with loss scaling).
+        precision: dtype of the networks: "no" (fp32), "bf16" or "fp16" (GPU only, with loss scaling).
         device: "auto" uses an accelerator if available.
         channels_last: memory format of networks and images.
         compile: torch.compile student and teacher.
@@ -157,7 +157,7 @@ class EvalConfig:
         scales: scale factors of multi-scale evaluation; class probabilities are averaged.
         flip: also evaluate the mirrored image.
         size_divisor: pad images to multiples of this (32 suits every encoder, 8 a dilated one).
-        align_corners: of the bilinear resize of logits to labels, as in training.
+        align_corners: convention of the bilinear resize of logits to labels, as in training.
     """
 
     every: Count = 200
@@ -194,7 +194,7 @@ class Config:
         name: name in reports; None: that of the directory.
         method: "none" or a sum of kd, nfd, cwd, rdd, at, fitnet, skd, ifvd, dsd and cirkd, e.g. "nfd+rdd".
         teacher: checkpoint of a run of this trainer (best.pt or last.pt); None only with method "none".
-        seed: of everything; runs that differ only in the method start from the same student and see the same crops.
+        seed: random seed; runs that differ only in the method start from the same student and see the same crops.
         data: data set and augmentation.
         model: the network to train.
         loss: weights and options of the losses.

@@ -49,7 +49,7 @@ class ModelConfig:
         aux: path of the feature map that feeds a new FCN auxiliary head, e.g. "encoder[-2]"; None: no such head.
         aux_logits: path of the module that returns the logits of the network's own auxiliary head.
         channels: channel order of the network's input.
-        max_value: of white in the network's input, 1 or 255; mean and std have the same units and channel order.
+        max_value: value of white in the network's input, 1 or 255; mean and std have the same units and channel order.
         mean: input mean.
         std: input standard deviation.
     """

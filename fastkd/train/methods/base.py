@@ -35,7 +35,7 @@ class FeatureConfig:
     """Options of every method that compares features.
 
     Args:
-        weight: of the mean over the compared features.
+        weight: weight of the mean over the compared features.
         features: names of the taps (model.features) to compare; None: all that student and teacher share.
     """
 

@@ -22,7 +22,7 @@ class CIRKDConfig(FeatureConfig):
     """Cross-image pixel-to-pixel similarity.
 
     Args:
-        temperature: of the softmax over similarities.
+        temperature: temperature of the softmax over similarities.
         pool: side of the patches that are averaged first; 1 compares every pixel.
     """
 

@@ -18,9 +18,9 @@ class CWDConfig(FeatureConfig):
     """Channel-wise distillation.
 
     Args:
-        weight: of the logits' term.
-        feature_weight: of the mean over the compared features.
-        temperature: of the softmax over pixels.
+        weight: weight of the logits' term.
+        feature_weight: weight of the mean over the compared features.
+        temperature: temperature of the softmax over pixels.
         compare: "logits", "features" or "both".
     """
 

@@ -47,10 +47,10 @@ class DSDConfig(FeatureConfig):
     """Double similarity.
 
     Args:
-        weight: of the pixel term; 0 leaves it out.
+        weight: weight of the pixel term; 0 leaves it out.
         features: names of the taps, from shallow to deep; None: all that both share.
-        category_weight: of the category term; 0 leaves it out.
-        temperature: of the category term's softmax; None: 4 in variant "published", 1 in "paper".
+        category_weight: weight of the category term; 0 leaves it out.
+        temperature: temperature of its softmax; None: 4 in variant "published", 1 in "paper".
         variant: "published" compares every pair of layers, logits included; "paper" consecutive ones (docs/methods.md).
     """
 

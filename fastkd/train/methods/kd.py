@@ -17,8 +17,8 @@ class KDConfig:
     """Pixel-wise KD on the logits, over all pixels, unlabelled ones included.
 
     Args:
-        weight: of the term.
-        temperature: of the softmax over classes.
+        weight: weight of the term.
+        temperature: temperature of the softmax over classes.
         resized: at label resolution instead of logit resolution.
     """
 

@@ -18,16 +18,16 @@ class RDDConfig:
     """Relative difficulty distillation; None: the preset's value (see fastkd.RDDLoss).
 
     Args:
-        weight: of the whole.
+        weight: weight of the whole loss.
         preset: "paper", or "official" for the released code.
         tfe_steps: length of the TFE stage; 0 skips it; the teacher then needs no auxiliary head.
-        kd_weight: of the KD term.
-        temperature: of the KD term.
+        kd_weight: weight of the KD term.
+        temperature: temperature of the KD term.
         threshold: pixels up to this confidence are hard.
         min_kept: minimum number of hard pixels.
         select: which pixels contribute to the task loss in TSE.
         class_weight: one number per class, "cityscapes" for those of the released code, or None. Used in TSE only.
-        align_corners: of the bilinear resize.
+        align_corners: convention of the bilinear resize.
         blend: fade TFE out over the run, as in the released code.
     """
 

@@ -26,12 +26,12 @@ class LossConfig:
     Args:
         task: loss of the labels: "ce" (cross-entropy), "ce+dice", "ohem", "focal" or "bce" (each class against the
             rest). Method rdd has its own.
-        label_smoothing: of the cross-entropy of "ce" and "ce+dice".
-        focal_gamma: of "focal".
+        label_smoothing: label smoothing of the cross-entropy of "ce" and "ce+dice".
+        focal_gamma: exponent of "focal".
         dice: options of "ce+dice".
         ohem: options of "ohem".
-        aux_weight: of the task loss of the student's auxiliary head, if any.
-        align_corners: of the bilinear resize of logits to labels (True in the released code of CIRKD and RDD).
+        aux_weight: weight of the task loss of the student's auxiliary head, if any.
+        align_corners: convention of the resize of logits to labels (True in the released code of CIRKD and RDD).
     """
 
     task: Task = "ce"

@@ -19,7 +19,7 @@ class DiceConfig:
     """Dice of the task "ce+dice".
 
     Args:
-        weight: of Dice; that of the cross-entropy is 1.
+        weight: weight of Dice; that of the cross-entropy is 1.
         batch: sum over a process's part of the batch; false: per image.
         smooth: added to numerator and denominator.
         square: squared probabilities in the denominator.
