@@ -221,7 +221,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
             group.role = "distilled"
         elif group.method != "?" and students and any(run.finished for run in group.runs):
             group.role = "plain" if group.model in students else "teacher"
-        group.colour = fixed.pop(group.role, None) or next(colours)  # a second plain student gets its own colour
+        group.colour = fixed.pop(group.role, "") or next(colours)  # a second plain student gets its own colour
     return groups
 
 
