@@ -6,7 +6,7 @@ WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test test-all test-tools bench lint docs wheel clean
+.PHONY: demo test test-all test-large test-tools bench lint docs wheel clean
 
 # glibc gives large blocks back to the system after every use; keeping them saves the page faults of a CPU training.
 demo: export MALLOC_MMAP_THRESHOLD_ = 33554432
@@ -25,13 +25,18 @@ TRITONS = $(addprefix .venv/triton-,3.6.0 3.7.1)
 # Workers share the cores: where a test has threads of its own, one that waits is to sleep.
 test test-all: export OMP_WAIT_POLICY = passive
 test: PYTEST += -m "not slow"
+test-all: PYTEST += -m "not large"
 test-all: export FASTKD_TRITONS = $(subst $() ,:,$(addprefix $(CURDIR)/,$(TRITONS)))
 test-all: $(TRITONS)
 test test-all: .venv/.built .venv/.emulated
 	$(PYTEST)
 	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(PYTEST) $$($(BIN)/python -m tests.suites interpreted)
 	CUDA_VISIBLE_DEVICES= FASTKD_CUDA_EMULATION=$$(cat .venv/.emulated) $(PYTEST) $$($(BIN)/python -m tests.suites emulated)
-	$(if $(filter test-all,$@),$(MAKE) test-tools)
+	$(if $(filter test-all,$@),$(MAKE) test-large test-tools)
+
+# Each takes most of the memory, so they run alone.
+test-large: .venv/.built
+	$(BIN)/python -m pytest -q -m large
 
 # The tools that end by themselves; docs/promises.md has the others: mutants, versions, valgrind.
 test-tools: .venv/.built

@@ -618,9 +618,9 @@ def available() -> int:
 
 
 def needs_memory(gib):
-    return pytest.mark.skipif(
-        available() < gib << 30, reason=f"needs {gib} GiB of free memory, there are {available() >> 30}"
-    )
+    """Skips when the test starts, not when it is collected: other processes may take memory in between."""
+    if available() < gib << 30:
+        pytest.skip(f"needs {gib} GiB of free memory, there are {available() >> 30}")
 
 
 def one_label_in_the_last_row():
@@ -631,10 +631,11 @@ def one_label_in_the_last_row():
 
 @pytest.mark.promise("large")
 @pytest.mark.slow
-@needs_memory(18)
+@pytest.mark.large
 @pytest.mark.parametrize("name", ["nfd", "cwd", "kd"])
 def test_more_than_two_to_the_31_elements(name):
     """What lies beyond element 2^31 is read and written there: the second sample against the same sample alone."""
+    needs_memory(18)
     shape = (2, 64, 4096, 4100)  # a sample has 2^30 elements and a little more
     loss = {
         "nfd": lambda s, t: fastkd.nfd_loss(s, t, reduction="none")[:, 0],
@@ -659,9 +660,10 @@ def test_more_than_two_to_the_31_elements(name):
 
 @pytest.mark.promise("large")
 @pytest.mark.slow
-@needs_memory(18)
+@pytest.mark.large
 def test_more_than_two_to_the_31_label_pixels():
     """One label of the last row alone counts: the loss is that pixel's."""
+    needs_memory(18)
     logits = torch.randn(1, 3, 9, 5, requires_grad=True)
     value = fastkd.resized_cross_entropy(logits, one_label_in_the_last_row())
     value.backward()
@@ -675,14 +677,13 @@ def test_more_than_two_to_the_31_label_pixels():
 
 @pytest.mark.promise("large")
 @pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize(
-    ("min_kept", "threshold"),
-    [
-        pytest.param(0, 1.0, marks=needs_memory(7)),
-        pytest.param(1, 0.0, marks=needs_memory(21)),  # the confidence of each pixel in both networks
-    ],
+    ("min_kept", "threshold", "gib"),
+    [(0, 1.0, 7), (1, 0.0, 21)],  # the latter keeps the confidence of each pixel in both networks
 )
-def test_mask_of_more_than_two_to_the_31_label_pixels(min_kept, threshold):
+def test_mask_of_more_than_two_to_the_31_label_pixels(min_kept, threshold, gib):
+    needs_memory(gib)
     logits, options = torch.randn(1, 3, 9, 5), {"min_kept": min_kept, "threshold": threshold, "select": "or"}
     mask = fastkd.difficulty_mask(logits, logits.flip(1), one_label_in_the_last_row(), **options)
     assert mask.sum() == 1
