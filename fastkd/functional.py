@@ -247,7 +247,7 @@ def resized_cross_entropy(
         class_weight: (C,); ``"mean"`` then divides by the summed weights of the counted pixels.
         pixel_weight: (N, H, W), or (N, h', w') of another size, resized like the logits; scales the terms, not the
             count.
-        align_corners: of the resize (True in CIRKD and RDD, False in torchvision).
+        align_corners: convention of the resize (True in CIRKD and RDD, False in torchvision).
         reduction: ``"mean"`` over valid pixels, ``"mean_all"``, ``"sum"``, ``"batchmean"``, ``"none"``: (N, H, W).
         label_smoothing: in [0, 1), as in `torch.nn.functional.cross_entropy`.
         focal_gamma: >= 0; multiplies each term by (1 - p)^gamma, p the probability of its label (focal loss, arXiv
@@ -312,7 +312,7 @@ def resized_ohem_cross_entropy(
         threshold: in [0, 1].
         min_kept: minimum number of hard pixels in the batch, >= 0.
         class_weight: (C,); ``"mean"`` then divides by the summed weights of the kept pixels.
-        align_corners: of the resize.
+        align_corners: convention of the resize.
         reduction: ``"mean"`` over the kept pixels, ``"mean_all"``, ``"sum"``, ``"batchmean"``, ``"none"``: (N, H, W).
     """
     labels = Labels(target, class_weight, ignore_index, align_corners)
@@ -369,7 +369,7 @@ def resized_dice_loss(
         present: True leaves out classes without a labelled pixel.
         class_weight: (C,), multiplies each class's loss; ``"mean"`` then divides by the summed weights of the counted
             classes.
-        align_corners: of the resize.
+        align_corners: convention of the resize.
         reduction: ``"mean"`` over the counted classes (and images), ``"sum"``, ``"none"``: (C,), or (N, C) per image.
     """
     labels = Labels(target, class_weight, ignore_index, align_corners)
@@ -477,7 +477,7 @@ def resized_binary_cross_entropy(
         pos_weight: (C,), multiplies the terms of ones, as in `torch.nn.functional.binary_cross_entropy_with_logits`.
         pixel_weight: (N, H, W), or (N, h', w') of another size, resized like the logits; scales the terms, not the
             count.
-        align_corners: of the resize.
+        align_corners: convention of the resize.
         reduction: ``"mean"`` over counted elements, ``"mean_all"``, ``"sum"``, ``"batchmean"``, ``"none"``: shaped like
             ``target``.
     """
@@ -639,7 +639,7 @@ def difficulty_mask(
         confidence: probability of the largest (``"max"``) or of the labelled class (``"label"``); 1 where ignored.
         select: ``"xor"``, ``"or"``, ``"and"``, ``"student"`` (plain OHEM), ``"student_only"`` (student hard, teacher
             easy).
-        align_corners: of the resize.
+        align_corners: convention of the resize.
 
     Returns:
         bool (N, H, W), False where ignored, without gradient.

@@ -50,8 +50,8 @@ class Outer:
         ({"share": True}, "share must be a number 0 to 1, got True"),
         ({"share": "x"}, "share must be a number 0 to 1, got 'x'"),
         ({"inner": Inner((1, 0))}, "inner.pair must be 2 values, each a whole number at least 1, got (1, 0)"),
-        ({"inner": Inner((1, 2, 3))}, "inner.pair must be 2 of"),
-        ({"inner": Inner((1, 1.5))}, "inner.pair must be 2 of"),
+        ({"inner": Inner((1, 2, 3))}, "inner.pair must be 2 values"),
+        ({"inner": Inner((1, 1.5))}, "inner.pair must be 2 values"),
         ({"inner": Inner(weights=(1, -1))}, "inner.weights must be a list, each a number above 0 or null, got (1, -1)"),
     ],
 )

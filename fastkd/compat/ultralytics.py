@@ -23,7 +23,7 @@ class SemanticSegmentationLoss(nn.Module):
         class_weight: (C,), for both cross-entropies.
         aux_weight: weight of the auxiliary head.
         ignore_index: label that does not count.
-        align_corners: of the resize.
+        align_corners: convention of the resize.
     """
 
     class_weight: Tensor | None
