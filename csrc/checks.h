@@ -1,4 +1,4 @@
-// What the operators of every C++ and CUDA library check of their tensors before a kernel sees plain pointers.
+// Checks on operator arguments, shared by the C++ and CUDA libraries.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -33,7 +33,7 @@ inline DType dtype_of(const Tensor& x, const char* name) {
     return DType::f32;
 }
 
-// Size-1 dimensions do not matter; H*W == 1 or C == 1 is the same memory in both formats and counts as NCHW.
+// Size-1 dimensions are ignored. With H*W == 1 or C == 1 both formats have the same memory layout; this counts as NCHW.
 inline bool is_channels_last(const Tensor& x, const char* name) {
     const auto matches = [&](std::initializer_list<int> order) {
         int64_t stride = 1;
@@ -67,7 +67,7 @@ inline Pair pair_of(const Tensor& student, const Tensor& teacher) {
 inline ScalarType acc_type(DType type) { return type == DType::f64 ? ScalarType::Double : ScalarType::Float; }
 inline ScalarType acc_type(const Pair& in) { return acc_type(in.student_type); }
 
-// The pointer of a contiguous tensor in the accumulation type, with `numel` elements.
+// Data pointer of a contiguous tensor with `numel` elements in the accumulation type.
 inline const void* acc_data(const Tensor& x, DType type, int64_t numel, const char* name) {
     STD_TORCH_CHECK(x.scalar_type() == acc_type(type), name, " must be float32, or float64 for float64 inputs");
     STD_TORCH_CHECK(x.numel() == numel, name, " must have ", numel, " elements, got ", x.numel());
@@ -142,7 +142,7 @@ inline Pixels pixels_of(const Pair& in, const std::optional<Tensor>& target,
     return pixels;
 }
 
-// ---- losses at label resolution --------------------------------------------------------------------------------------
+// Losses at label resolution
 
 inline Map map_of(const Tensor& x, const char* name) {
     STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0, name, " must be (N, C, H, W) and not empty, got ", x.dim(),
@@ -161,7 +161,7 @@ inline Label label_of(const Tensor& target) {
     return Label::none;
 }
 
-// A contiguous (n, height, width) map; 0 for a size that may be any.
+// A contiguous (n, height, width) map; a height or width of 0 accepts any size.
 inline void check_pixels(const Tensor& x, int64_t n, int64_t height, int64_t width, const char* name) {
     STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == n && (!height || x.size(1) == height) && (!width || x.size(2) == width),
                     name, " must be (", n, ", ", height, ", ", width, "), where 0 is any size");
@@ -204,7 +204,6 @@ inline LabelPixels label_pixels(const Map& logits, int64_t height, int64_t width
     return pixels;
 }
 
-// Dense, in the memory format of x.
 inline Tensor empty_like_as(const Tensor& x, ScalarType type) {
     if (x.scalar_type() == type) return empty_like(x);
     if (!is_channels_last(x, "logits")) return new_empty(x, Sizes{x.size(0), x.size(1), x.size(2), x.size(3)}, type);

@@ -1,5 +1,5 @@
-// The operators torch.ops.fastkd_cpu.*, on LibTorch's stable ABI: checks and allocation; the work is in cpu/. Their schemas
-// are defined in Python (fastkd/ops).
+// The operators torch.ops.fastkd_cpu.* on LibTorch's stable ABI: checks and allocation. The kernels are in cpu/, the
+// schemas in Python (fastkd/ops).
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -17,8 +17,8 @@ using namespace fastkd;
 using Two = std::tuple<Tensor, Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
-// A gradient: dense, dtype and memory format of the student. Large fresh memory costs a page fault every 4 KB when it
-// is first written, more than the arithmetic; 2 MB pages make that rare where the system grants them on request.
+// Allocates a gradient: dense, dtype and memory format of the student. The first write to large fresh memory costs a
+// page fault per 4 KB, more than the arithmetic. 2 MB pages avoid most of them, if the system grants them on request.
 Tensor gradient_like(const Tensor& student) {
     Tensor out = empty_like(student);
 #if defined(__linux__)
@@ -31,7 +31,7 @@ Tensor gradient_like(const Tensor& student) {
     return out;
 }
 
-// The loss that an operator returns: one number, or `sizes` terms; and, unless `kept` is given, the count.
+// Outputs of a loss operator: one number, or `sizes` terms; and the count, unless `kept` is given.
 struct Out {
     Out(const Tensor& student, const std::string& reduction, double scale, Sizes sizes,
         std::optional<Tensor> kept = std::nullopt)
@@ -45,7 +45,7 @@ struct Out {
     const fastkd::Loss kernel;
 };
 
-// The upstream gradient of a late loss: one number, or one a group.
+// Upstream gradient of a loss with a separate backward: one number, or one per group.
 Upstream upstream_of(const Tensor& grad, const Pair& in, const std::string& reduction, double scale, int64_t groups) {
     const Reduce reduce = reduce_of(reduction);
     return {acc_data(grad, in, reduce == Reduce::none ? groups : 1, "grad"), reduce, scale};
@@ -89,7 +89,7 @@ Tensor cwd_backward(const Tensor& grad, const Tensor& student, const Tensor& tea
     return out;
 }
 
-// An operator with an early gradient, with and without it: f(gradient) returns its loss and count.
+// The gradient variant of an operator whose forward computes the gradient: f(gradient) returns loss and count.
 template <class F>
 Three with_gradient(const Tensor& student, const F& f) {
     Tensor gradient = gradient_like(student);
@@ -186,7 +186,7 @@ Three resized_shaped_cross_entropy_gradient(const Tensor& logits, const Tensor& 
                          [&](void* g) { return resized_cross_entropy(logits, target, args, align_corners, shape, g); });
 }
 
-// ---- Dice and cross-entropy from sums ---------------------------------------------------------------------------------
+// Dice and cross-entropy from sums
 
 struct DiceArgs {
     int64_t ignore_index;
@@ -229,7 +229,7 @@ Tensor resized_dice_backward(const Tensor& grad, const Tensor& logits, const Ten
     return out;
 }
 
-// ---- binary cross-entropy -----------------------------------------------------------------------------------------------
+// Binary cross-entropy
 
 struct BinaryArgs {
     const std::optional<Tensor>&pos_weight, &pixel_weight;
@@ -410,7 +410,7 @@ std::string chosen_isa() { return kernels().isa; }
 
 }  // namespace
 
-#if !defined(FASTKD_LIBRARY_IMPL)  // builds for the Kernel Hub have a namespace of their own
+#if !defined(FASTKD_LIBRARY_IMPL)  // Kernel Hub builds have their own namespace
 #define FASTKD_LIBRARY_IMPL(key, m) STABLE_TORCH_LIBRARY_IMPL(fastkd_cpu, key, m)
 #endif
 

@@ -1,16 +1,16 @@
 // CWD: per sample and channel tau^2 KL(softmax(T/tau) || softmax(S/tau)) over the pixels; gradient tau (p_s - p_t).
 //
-// Forward reads S and T once (online softmax over tiles, merged in fp64), backward reads each once and writes the
-// gradient from four numbers a channel.
+// The forward reads S and T once (online softmax over tiles, merged in fp64). The backward reads both again and writes
+// the gradient from four numbers per channel.
 #include "reduce.h"
 #include "softmax.h"
 
 namespace fastkd::FASTKD_ISA {
 namespace {
 
-constexpr int64_t kSpan = 2048;       // elements of each input that share the L1 cache
-constexpr int64_t kItem = 8 * kSpan;  // elements of a channel that one work item reduces
-constexpr int64_t kChannels = 128;    // channels_last: channels and pixels of one work item
+constexpr int64_t kSpan = 2048;       // elements per input; both inputs fit the L1 cache
+constexpr int64_t kItem = 8 * kSpan;  // elements of a channel per work item
+constexpr int64_t kChannels = 128;    // channels_last: channels and pixels per work item
 constexpr int64_t kPixels = 2048;
 constexpr int64_t kStats = 4;
 
@@ -18,15 +18,15 @@ template <class Acc>
 void finish(const SoftmaxPair& m, double tau, Acc* loss, Acc* stats) {
     const double kl = m.dot / m.sum_t + __builtin_log(m.sum_s / m.sum_t);
     *loss = static_cast<Acc>((kl < 0 ? 0 : kl) * tau * tau);
-    stats[0] = static_cast<Acc>(m.max_s);  // an element: exact
+    stats[0] = static_cast<Acc>(m.max_s);  // an input element, so the conversion is exact
     stats[1] = static_cast<Acc>(__builtin_log(m.sum_s));
     stats[2] = static_cast<Acc>(m.max_t);
     stats[3] = static_cast<Acc>(__builtin_log(m.sum_t));
 }
 
-// ---- forward ------------------------------------------------------------------------------------------------------
+// Forward
 
-// Merges the work items of each channel in order; partial is (n * c, items).
+// Merges the work items of each channel in order; `partial` is (n * c, items).
 template <class Acc>
 void finish_groups(const CwdForward& a, const SoftmaxPair* partial, int64_t items) {
     const Terms<Acc> terms(a.out, a.in.n * a.in.c);
@@ -64,7 +64,7 @@ void forward_runs(const CwdForward& a) {
     finish_groups<Acc>(a, partial, items);
 }
 
-// channels_last: lanes are channels, reduced over pixels.
+// channels_last: lanes are channels; reduces over pixels.
 template <class Acc>
 void forward_channels(const CwdForward& a) {
     constexpr int W = kLanes<Acc>;
@@ -95,7 +95,7 @@ void forward_channels(const CwdForward& a) {
     finish_groups<Acc>(a, partial, items);
 }
 
-// ---- backward -----------------------------------------------------------------------------------------------------
+// Backward
 
 template <class T>
 struct Coefficients {
@@ -147,7 +147,7 @@ void backward_channels(const CwdBackward& a) {
     const Acc inv_tau = static_cast<Acc>(1 / a.temperature);
     const int64_t rows = min(in.hw, max(64, kItem / in.c)), items = ceil_div(in.hw, rows);
     const int64_t padded = tile_size<Acc>(1, in.c);
-    const int64_t chunk = max(1, kSpan / in.c);  // rows converted at a time
+    const int64_t chunk = max(1, kSpan / in.c);  // rows per conversion to Acc
     parallel_items(in.parallel_for, in.n * items, rows * in.c, [&](const Items& mine) {
         const Scratch<Acc> k(5 * padded);
         const Scratch<Acc> s_scratch(chunk * in.c), t_scratch(chunk * in.c), out_scratch(chunk * in.c);
@@ -169,7 +169,7 @@ void backward_channels(const CwdBackward& a) {
                         const Coefficients<Vec<Acc>> c{load(k + l), load(k + padded + l), load(k + 2 * padded + l),
                                                        load(k + 3 * padded + l), load(k + 4 * padded + l)};
                         const int64_t i = row + l, left = in.c - l;
-                        if (i + W <= size)  // what spills over is the next row's to overwrite
+                        if (i + W <= size)  // lanes past the row are overwritten by the next row
                             store(out + i, gradient(c, load(s + i), load(t + i), inv_tau));
                         else
                             store_part(out + i, left, gradient(c, load_part(s + i, left, Acc(0)),

@@ -1,4 +1,4 @@
-// Which instruction set runs: the widest this machine has, or the one FASTKD_CPU_ISA names. Asked once.
+// Selects the instruction set once per process: FASTKD_CPU_ISA if set, else the widest that the machine supports.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>

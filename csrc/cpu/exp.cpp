@@ -1,5 +1,5 @@
-// The vector exponential on its own, so that its error bound can be tested and its speed measured; and the table of
-// kernels of this instruction set.
+// The vector exponential as an operator, for tests of its error bound and for benchmarks; and the table of kernels of
+// this instruction set.
 #include "tile.h"
 
 namespace fastkd::FASTKD_ISA {

@@ -1,8 +1,9 @@
-// KD: per pixel tau^2 KL(softmax(T/tau) || softmax(S/tau)) over the channels; gradient tau (p_s - p_t). With a sigmoid of each
-// class instead, the KL of Bernoulli distributions, summed over the channels.
+// KD: per pixel tau^2 KL(softmax(T/tau) || softmax(S/tau)) over the channels; gradient tau (p_s - p_t). The sigmoid
+// variant sums the KL of Bernoulli distributions over the channels.
 //
-// The loss and its gradient come from one read of S and T. A tile of pixels is loaded into cache with one pixel per vector lane (channels_last: transposed on the way), so the softmax
-// needs no horizontal operation and each exponential is computed once per direction.
+// One read of S and T gives loss and gradient. A tile of pixels is loaded into cache with one pixel per vector lane
+// (channels_last: transposed while loading). So the softmax needs no horizontal reduction, and each exponential is
+// computed once per direction.
 #include "reduce.h"
 #include "sigmoid.h"
 #include "softmax.h"
@@ -10,7 +11,7 @@
 namespace fastkd::FASTKD_ISA {
 namespace {
 
-// Per pixel: factor = scale * weight, and whether the pixel counts. Returns how many do.
+// Per pixel: factor = scale * weight, and a validity flag. Returns the number of valid pixels.
 template <class Acc>
 int64_t pixel_factors(const Pixels& pixels, int64_t classes, int64_t first, int64_t n, Acc scale, Acc* factor,
                       Acc* valid) {
@@ -36,7 +37,7 @@ int64_t pixel_factors(const Pixels& pixels, int64_t classes, int64_t first, int6
     return count;
 }
 
-constexpr int64_t kRows = 64;  // channels summed on their own first: two levels keep fp32 sums short
+constexpr int64_t kRows = 64;  // channels per partial sum: two levels keep fp32 sums short
 
 template <class Acc>
 inline void maxima(const Acc* s, const Acc* t, int64_t rows, Vec<Acc>& max_s, Vec<Acc>& max_t) {
@@ -49,7 +50,7 @@ inline void maxima(const Acc* s, const Acc* t, int64_t rows, Vec<Acc>& max_s, Ve
     }
 }
 
-// The loss of one vector of pixels, from the sums of its softmaxes; factor = tau^2 * weight.
+// Loss of one vector of pixels from its softmax sums; factor = tau^2 * weight.
 template <class Acc>
 inline Vec<Acc> pixel_loss(const SoftmaxSums<Acc>& sums, Vec<Acc> factor, Vec<Acc> valid) {
     const Vec<Acc> kl = sums.dot / sums.t + log(sums.s / sums.t);
@@ -57,7 +58,7 @@ inline Vec<Acc> pixel_loss(const SoftmaxSums<Acc>& sums, Vec<Acc> factor, Vec<Ac
     return valid == 0 ? Vec<Acc>{} : weighted;
 }
 
-// How many pixels count; before the gradient, which is divided by it.
+// Number of valid pixels. Needed before the gradient, which is divided by it.
 double count_pixels(const Kd& a) {
     const Pair& in = a.in;
     if (a.pixels.label == Label::none) return static_cast<double>(in.n * in.hw);
@@ -75,7 +76,7 @@ double count_pixels(const Kd& a) {
     return static_cast<double>(count);
 }
 
-// kGradient: exponentials stay in the tile and become tau (p_s - p_t) times the pixel's factor.
+// kGradient: the exponentials stay in the tile and become tau (p_s - p_t) times the factor of the pixel.
 template <class Acc, bool kGradient, bool kSigmoid>
 void run(const Kd& a) {
     constexpr int W = kLanes<Acc>;
@@ -105,7 +106,7 @@ void run(const Kd& a) {
             for (int64_t l = 0; l < count; l += W) {
                 Acc *s = s_tile + l * in.c, *t = t_tile + l * in.c;
                 if constexpr (kSigmoid) {
-                    const Vec<Acc> weight = load(factor + l);  // tau times the pixel's
+                    const Vec<Acc> weight = load(factor + l);  // tau * pixel weight
                     const auto counts = load(valid + l) != 0;
                     [[maybe_unused]] const Vec<Acc> f = slope * weight;
                     Vec<Acc> kl{};
@@ -142,7 +143,7 @@ void run(const Kd& a) {
                         const Vec<Acc> dt = (load(t + r * W) - max_t) * inv_tau, et = exp(dt);
                         part.s += es;
                         part.t += et;
-                        part.dot += et == 0 ? Vec<Acc>{} : et * (dt - ds);  // probability 0 adds 0, even at -inf
+                        part.dot += et == 0 ? Vec<Acc>{} : et * (dt - ds);  // probability 0 contributes exactly 0, also at -inf
                         if constexpr (kGradient) {
                             out.fetch(r, l);
                             store(s + r * W, es);
@@ -151,7 +152,7 @@ void run(const Kd& a) {
                     }
                     sums.add(part);
                 }
-                const Vec<Acc> weight = load(factor + l);  // tau times the pixel's
+                const Vec<Acc> weight = load(factor + l);  // tau * pixel weight
                 const Vec<Acc> value = pixel_loss(sums, set1(tau) * weight, load(valid + l));
                 store(loss + l, value * scale);
                 sum += value;

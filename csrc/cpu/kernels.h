@@ -1,7 +1,7 @@
-// What registration.cpp and the kernels agree on: plain structs, one table of functions per instruction set.
+// Interface between registration.cpp and the kernels: plain structs and one table of functions per instruction set.
 //
-// The kernels are compiled several times with different flags. They see no torch header (an inline function of one,
-// compiled for AVX-512, could be the copy the linker keeps for everyone), so tensors arrive here as pointers and sizes.
+// The kernels are compiled several times with different flags. They include no torch header: the linker could keep the
+// AVX-512 copy of one of its inline functions for all callers. So tensors are passed as pointers and sizes.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ enum class Reduce { sum, mean, none };
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
 
-// Student and teacher, both (n, c, hw) in memory, or both (n, hw, c) if channels_last. acc below is double if the
+// Student and teacher: both (n, c, hw) in memory, or both (n, hw, c) if channels_last. Below, acc is double if the
 // student is f64, else float.
 struct Pair {
     const void* student;
@@ -28,17 +28,17 @@ struct Pair {
     ParallelFor parallel_for;
 };
 
-// What the terms of pixels or groups become: scale * sum, the same divided by what is counted, or scale * term each.
+// Reduction of the terms (per pixel or group): scale * sum, the same divided by the count, or scale * term each.
 struct Loss {
     Reduce reduce;
     double scale;
-    void* loss;   // acc, one number; Reduce::none: one a term
-    void* count;  // acc, one number, or null: how many pixels count, or their summed class weights
+    void* loss;   // acc scalar; Reduce::none: one per term
+    void* count;  // acc scalar or null: number of valid pixels, or the sum of their class weights
 };
 
-// What the gradient of a reduced loss is multiplied by.
+// Upstream gradient of a reduced loss.
 struct Upstream {
-    const void* grad;  // acc, one number; Reduce::none: one a group
+    const void* grad;  // acc scalar; Reduce::none: one per group
     Reduce reduce;
     double scale;
 };
@@ -59,7 +59,7 @@ struct NfdBackward {
     void* out;          // dtype and layout of student
 };
 
-// What a pixel counts: nothing if its label is ignored or outside [0, c), else its weight.
+// Weight of each pixel: 0 if its label is ignored or outside [0, c).
 struct Pixels {
     const void* target;  // (n, hw) or null
     Label label;
@@ -73,7 +73,7 @@ struct Kd {
     double temperature;
     Loss out;
     void* gradient;  // null, or dtype and layout of student
-    bool sigmoid;    // of each class, instead of a softmax over them
+    bool sigmoid;    // sigmoid per class instead of a softmax over classes
 };
 
 struct CwdForward {
@@ -99,8 +99,8 @@ struct Map {
     int64_t n, c, h, w;
 };
 
-// What a label pixel counts: nothing if its label is ignored or outside [0, c) or its mask is 0, else its class weight
-// times its weight, a map of any size that is resized bilinearly.
+// Weight of each label pixel: 0 if its label is ignored or outside [0, c) or its mask is 0, else class weight * pixel
+// weight. The map of pixel weights may have any size; it is resized bilinearly.
 struct LabelPixels {
     const void* target;  // (n, height, width) or null
     Label label;
@@ -109,9 +109,9 @@ struct LabelPixels {
     const void* weight;        // acc (n, weight_h, weight_w) or null
     int64_t weight_h, weight_w;
     const uint8_t* mask;  // (n, height, width) or null
-    int64_t classes;      // how many labels there are
-    int64_t weight_planes = 1;  // samples in a row that share a map of weights
-    bool keep_weight = false;   // whether the weight is wanted without the class weight as well
+    int64_t classes;      // number of classes in the labels
+    int64_t weight_planes = 1;  // consecutive samples that share a weight map
+    bool keep_weight = false;   // also keep the weight without the class weight
 };
 
 struct Resized {
@@ -126,20 +126,21 @@ struct Resized {
 struct ResizedCrossEntropy {
     Map logits;
     Resized to;
-    double label_smoothing, focal_gamma;  // at most one is not 0
+    double label_smoothing, focal_gamma;  // at most one is nonzero
 };
 
-// Sums over label pixels for Dice and cross-entropy, or, if to.gradient is not null, their gradient (fastkd/ops/resized_dice.py).
+// Sums over label pixels for Dice and cross-entropy, or, if to.gradient is not null, their gradient
+// (fastkd/ops/resized_dice.py).
 struct ResizedDice {
     Map logits;
-    Resized to;  // of to.out nothing is written
+    Resized to;  // to.out is not written
     bool square;
     int64_t columns;
     double* sums;        // (n, c, columns), or null
     const double* grad;  // (n, c, columns), or null
 };
 
-// Each class is a sample of one class: the target is (n * c, height, width) with labels 0 and 1.
+// Each class is treated as a sample with one class: the target is (n * c, height, width) with labels 0 and 1.
 struct ResizedBinaryCrossEntropy {
     Map logits;
     Resized to;
@@ -150,14 +151,14 @@ struct ResizedKd {
     Map student, teacher;
     double temperature;
     Resized to;
-    bool sigmoid;  // of each class, instead of a softmax over them
+    bool sigmoid;  // sigmoid per class instead of a softmax over classes
 };
 
 struct TeacherConfidence {
     Pair in;             // main, aux
     bool aux_main;        // KL(aux || main), else KL(main || aux)
     void* confidence;     // acc (n, hw)
-    const void* student;  // null, or a third map of the same shape and layout: its KD with main, at temperature 1
+    const void* student;  // null, or a third map of the same shape and layout: KD from main at temperature 1
     DType student_type;
     Loss out;
     void* gradient;  // null, or dtype and layout of student
@@ -175,16 +176,16 @@ struct DifficultyMask {
     bool by_label;  // confidence in the labelled class, else in the largest
     Select select;
     uint8_t* mask;  // (n, height, width)
-    void* share;    // acc, one number: selected of the valid pixels
+    void* share;    // acc scalar: fraction of the valid pixels that is selected
     ParallelFor parallel_for;
 };
 
-// gradient *= factor, and nothing where that is exactly 1.
+// gradient *= factor; nothing is written if the factor is exactly 1.
 struct Rescale {
     void* gradient;
     DType type;
     int64_t n;
-    const void* factor;  // acc, one number
+    const void* factor;  // acc scalar
     ParallelFor parallel_for;
 };
 
@@ -214,7 +215,7 @@ struct Kernels {
     void (*exp)(const float* in, float* out, int64_t n, ParallelFor parallel_for);
 };
 
-// The table for this machine, chosen once; FASTKD_CPU_ISA=baseline|avx2|avx512 forces one.
+// The table for this machine, chosen once. FASTKD_CPU_ISA=baseline|avx2|avx512 overrides the choice.
 const Kernels& kernels();
 
 }  // namespace fastkd

@@ -1,4 +1,4 @@
-// The first label that is neither a class nor ignored.
+// Finds the first label that is neither a class nor ignore_index.
 #include "tile.h"
 
 namespace fastkd::FASTKD_ISA {
@@ -18,7 +18,7 @@ int64_t first_bad(const Labels& a) {
         for (const int64_t item : mine) {
             const int64_t first = item * kSpan, last = min(a.n, first + kSpan);
             int64_t any = 0;
-            for (int64_t i = first; i < last; ++i) any |= bad(i);  // without a branch, so that it vectorises
+            for (int64_t i = first; i < last; ++i) any |= bad(i);  // no branch, so that the loop vectorises
             found[item] = -1;
             for (int64_t i = first; any && i < last && found[item] < 0; ++i)
                 if (bad(i)) found[item] = i;

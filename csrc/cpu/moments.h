@@ -1,4 +1,4 @@
-// Centred moments of a pair of samples: taken in Acc about the tile's own mean, merged in fp64 by Chan's rule.
+// Centred moments of a pair of samples: in Acc about the mean of each tile, merged in fp64 by Chan's rule.
 #pragma once
 
 #include "vec.h"
@@ -21,7 +21,7 @@ inline void merge(Moments& a, const Moments& b) {
     a.st += b.st + ds * dt * cross;
 }
 
-// Sums of deviations about a shift near the mean. The first-order sums correct what the shift's rounding left over.
+// Sums of deviations from a shift near the mean. The first-order sums correct the rounding of the shift.
 template <class V>
 struct Deviations {
     V s{}, t{}, ss{}, tt{}, st{};
@@ -53,7 +53,7 @@ inline Moments moments_about(double n, double shift_s, double shift_t, const Dev
             d.st - n * rem_s * rem_t};
 }
 
-// Of n contiguous elements that fit the L1 cache: the shifts first, then the deviations from them.
+// Moments of n contiguous elements that fit the L1 cache: first the shifts, then the deviations.
 template <class Acc>
 inline Moments span_moments(const Acc* s, const Acc* t, int64_t n) {
     constexpr int W = kLanes<Acc>;
@@ -88,7 +88,7 @@ inline Moments span_moments(const Acc* s, const Acc* t, int64_t n) {
                                sum_lanes<Acc>(a.st)});
 }
 
-// One group per lane, fed by tile blocks of (rows, W).
+// One group per lane; add() takes tile blocks of (rows, W).
 template <class Acc>
 struct LaneMoments {
     static constexpr int W = kLanes<Acc>;

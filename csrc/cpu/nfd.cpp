@@ -1,19 +1,19 @@
-// NFD: mean of (z(S) - z(T))^2 per group of M elements, z the z-score of the group; d below is that mean.
+// NFD: mean of (z(S) - z(T))^2 per group of M elements, where z is the z-score within the group; d below is that mean.
 //
-//     d = vs is^2 + vt it^2 - 2 c is it,  is = (vs + eps)^-1/2,  it = (vt + eps)^-1/2
-//     dd/ds = A (s - mean_s) - B (t - mean_t),  A = 2/M is^2 (1 - vs is^2 + c is it),  B = 2/M is it
+//   d = vs is^2 + vt it^2 - 2 c is it,  is = (vs + eps)^-1/2,  it = (vt + eps)^-1/2
+//   dd/ds = A (s - mean_s) - B (t - mean_t),  A = 2/M is^2 (1 - vs is^2 + c is it),  B = 2/M is it
 //
-// Forward reads S and T once, backward reads each once and writes the gradient from six numbers a group. A mean is
-// kept as shift + remainder, since one fp32 number is not enough of it where |mean| >> std.
+// The forward reads S and T once. The backward reads both again and writes the gradient from six numbers per group.
+// Means are stored as shift + remainder: a single fp32 number is too coarse if |mean| >> std.
 #include "moments.h"
 #include "reduce.h"
 
 namespace fastkd::FASTKD_ISA {
 namespace {
 
-constexpr int64_t kSpan = 2048;       // elements of each input that share the L1 cache
-constexpr int64_t kItem = 8 * kSpan;  // elements of a group that one work item reduces
-constexpr int64_t kChannels = 128;    // channels_last: channels and pixels of one work item
+constexpr int64_t kSpan = 2048;       // elements per input; both inputs fit the L1 cache
+constexpr int64_t kItem = 8 * kSpan;  // elements of a group per work item
+constexpr int64_t kChannels = 128;    // channels_last: channels and pixels per work item
 constexpr int64_t kPixels = 2048;
 constexpr int64_t kStats = 6;
 
@@ -21,7 +21,8 @@ struct Finished {
     double loss, a, b;
 };
 
-// A variance that rounding left below 0, or a covariance above what the variances allow, would be divided by eps alone.
+// Clamps moments that rounding made inconsistent (a negative variance, a covariance beyond sqrt(vs vt)): with variances
+// near 0 their error would be divided by eps.
 inline Finished finished(const Moments& m, double eps) {
     const double vs = m.ss < 0 ? 0 : m.ss / m.n, vt = m.tt < 0 ? 0 : m.tt / m.n, most = __builtin_sqrt(vs * vt);
     const double st = m.st / m.n, c = st > most ? most : st < -most ? -most : st;
@@ -46,9 +47,9 @@ inline void finish(const Moments& m, double eps, Acc* loss, Acc* stats) {
     save(m, finished(m, eps), loss, stats);
 }
 
-// ---- forward ------------------------------------------------------------------------------------------------------
+// Forward
 
-// Merges the work items of each group in order; partial is (groups, items).
+// Merges the work items of each group in order; `partial` is (groups, items).
 template <class Acc>
 void finish_groups(const NfdForward& a, Acc* terms, const Moments* partial, int64_t groups, int64_t items) {
     parallel_items(a.in.parallel_for, groups, items * 16, [&](const Items& mine) {
@@ -60,7 +61,7 @@ void finish_groups(const NfdForward& a, Acc* terms, const Moments* partial, int6
     });
 }
 
-// A group is `runs` contiguous runs; a work item is kItem elements of them, seen end to end.
+// A group is `runs` contiguous runs. A work item is kItem elements of the concatenated runs.
 template <class Acc>
 void forward_runs(const NfdForward& a, Acc* terms) {
     const Pair& in = a.in;
@@ -89,7 +90,7 @@ void forward_runs(const NfdForward& a, Acc* terms) {
     if (items > 1) finish_groups<Acc>(a, terms, partial, groups, items);
 }
 
-// channels_last, a group per channel: lanes are channels, reduced over pixels.
+// channels_last, one group per channel: lanes are channels; reduces over pixels.
 template <class Acc>
 void forward_channels(const NfdForward& a, Acc* terms) {
     constexpr int W = kLanes<Acc>;
@@ -119,11 +120,11 @@ void forward_channels(const NfdForward& a, Acc* terms) {
     finish_groups<Acc>(a, terms, partial, outer * in.c, items);
 }
 
-// A group per pixel: lanes are pixels, reduced over channels.
+// One group per pixel: lanes are pixels; reduces over channels.
 template <class Acc>
 void forward_pixels(const NfdForward& a, Acc* terms) {
     constexpr int W = kLanes<Acc>;
-    constexpr int64_t kRows = 32;  // merged in fp64 after that many, so that fp32 sums stay short
+    constexpr int64_t kRows = 32;  // rows per fp64 merge: keeps fp32 sums short
     const Pair& in = a.in;
     const int64_t lanes = pixel_lanes(in.c), tiles = ceil_div(in.hw, lanes);
     parallel_items(in.parallel_for, in.n * tiles, lanes * in.c, [&](const Items& mine) {
@@ -137,7 +138,7 @@ void forward_pixels(const NfdForward& a, Acc* terms) {
                 LaneMoments<Acc> m;
                 for (int64_t r = 0; r < in.c; r += kRows)
                     m.add(s_tile + l * in.c + r * W, t_tile + l * in.c + r * W, min(kRows, in.c - r));
-                double loss[W], slope_s[W], slope_t[W];  // computed lane by lane in a loop that vectorises
+                double loss[W], slope_s[W], slope_t[W];  // computed per lane in a loop that vectorises
                 for (int i = 0; i < W; ++i) {
                     const Finished f = finished(m.lane(i), a.eps);
                     loss[i] = f.loss;
@@ -153,9 +154,9 @@ void forward_pixels(const NfdForward& a, Acc* terms) {
     });
 }
 
-// ---- backward -----------------------------------------------------------------------------------------------------
+// Backward
 
-// grad * (A x - B y) = b (q x - y) with b = grad B, q = A / B: exactly 0 where student and teacher agree (q = 1).
+// grad * (A x - B y) = b (q x - y) with b = grad B, q = A / B: exactly 0 if student and teacher are equal (q = 1).
 template <class T>
 struct Coefficients {
     T shift_s, rem_s, shift_t, rem_t, q, b;
@@ -173,7 +174,7 @@ inline V gradient(const Coefficients<V>& k, V s, V t) {
     return k.b * (k.q * ((s - k.shift_s) - k.rem_s) - ((t - k.shift_t) - k.rem_t));
 }
 
-// n elements of one group.
+// Gradient of n elements of one group.
 template <class Acc>
 inline void gradient_run(const Coefficients<Acc>& c, const Acc* s, const Acc* t, int64_t n, Acc* out) {
     constexpr int W = kLanes<Acc>;
@@ -184,7 +185,7 @@ inline void gradient_run(const Coefficients<Acc>& c, const Acc* s, const Acc* t,
     for (; i < n; ++i) out[i] = gradient(c, s[i], t[i]);
 }
 
-// Every run of `length` elements of memory belongs to one group.
+// Each run of `length` contiguous elements belongs to one group.
 template <class Acc>
 void backward_runs(const NfdBackward& a, int64_t length) {
     const Pair& in = a.in;
@@ -207,7 +208,7 @@ void backward_runs(const NfdBackward& a, int64_t length) {
     });
 }
 
-// The coefficients of rows whose lanes belong to a group each, padded to whole vectors.
+// Coefficients of rows with one group per lane, padded to whole vectors.
 template <class Acc>
 struct LaneCoefficients {
     explicit LaneCoefficients(int64_t n) : lanes(tile_size<Acc>(1, n)), data(6 * lanes) {
@@ -222,7 +223,8 @@ struct LaneCoefficients {
         }
     }
 
-    // One row of n lanes. room >= n elements may be read and written: what spills over is the next row's to overwrite.
+    // One row of n lanes. room >= n elements may be read and written: lanes past the row are overwritten by the next
+    // row.
     void gradient_row(const Acc* s, const Acc* t, int64_t n, int64_t room, Acc* out) const {
         constexpr int W = kLanes<Acc>;
         const Acc* k = data;
@@ -243,12 +245,12 @@ struct LaneCoefficients {
     const Scratch<Acc> data;
 };
 
-// channels_last, a group per channel: rows are pixels, contiguous.
+// channels_last, one group per channel: rows are pixels and contiguous.
 template <class Acc>
 void backward_channels(const NfdBackward& a) {
     const Pair& in = a.in;
     const int64_t rows = min(in.hw, max(64, kItem / in.c)), items = ceil_div(in.hw, rows);
-    const int64_t chunk = max(1, kSpan / in.c);  // rows converted at a time
+    const int64_t chunk = max(1, kSpan / in.c);  // rows per conversion to Acc
     parallel_items(in.parallel_for, in.n * items, in.c * rows, [&](const Items& mine) {
         LaneCoefficients<Acc> k(in.c);
         const Scratch<Acc> s_scratch(chunk * in.c), t_scratch(chunk * in.c), out_scratch(chunk * in.c);
@@ -268,7 +270,7 @@ void backward_channels(const NfdBackward& a) {
     });
 }
 
-// NCHW, a group per pixel: rows are channels.
+// NCHW, one group per pixel: rows are channels.
 template <class Acc>
 void backward_pixels(const NfdBackward& a) {
     const Pair& in = a.in;

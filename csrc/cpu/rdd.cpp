@@ -1,14 +1,14 @@
 // RDD's maps (arXiv 2407.03719): the teacher's confidence, with KD and its gradient from the same read; the mask of
-// relatively difficult pixels; and the exact k-th smallest that its threshold may need, by histogram.
+// relatively difficult pixels; the exact k-th smallest for its threshold, by radix select.
 #include "resize.h"
 #include "softmax.h"
 
 namespace fastkd::FASTKD_ISA {
 namespace {
 
-constexpr int64_t kRows = 64;  // channels summed on their own first: two levels keep fp32 sums short
+constexpr int64_t kRows = 64;  // channels per partial sum: two levels keep fp32 sums short
 
-// The sums of up to three softmaxes and two divergences of one vector of pixels.
+// Sums of up to three softmaxes and two divergences for one vector of pixels.
 template <class Acc>
 struct HeadSums {
     Vec<Acc> main{}, aux{}, student{}, heads{}, kd{};
@@ -68,7 +68,7 @@ void confidence(const TeacherConfidence& a) {
                         const Vec<Acc> p = a.aux_main ? ex : em, d = a.aux_main ? dx - dm : dm - dx;
                         part.main += em;
                         part.aux += ex;
-                        part.heads += p == 0 ? Vec<Acc>{} : p * d;  // probability 0 adds 0, even at -inf
+                        part.heads += p == 0 ? Vec<Acc>{} : p * d;  // probability 0 contributes exactly 0, also at -inf
                         if constexpr (kStudent) {
                             const Vec<Acc> ds = load(s + r * W) - top_s, es = exp(ds);
                             part.student += es;
@@ -86,7 +86,7 @@ void confidence(const TeacherConfidence& a) {
                     store(kl, divergence<Acc>(sums.kd, sums.main, sums.student));
                     for (int64_t i = 0; i < min(W, count - l); ++i) total += kl[i];
                     const Vec<Acc> ratio = sums.student / sums.main, scale = slope / sums.student;
-                    for (int64_t r = 0; r < in.c; ++r)  // exactly 0 where student and teacher agree
+                    for (int64_t r = 0; r < in.c; ++r)  // exactly 0 if student and teacher are equal
                         store(s + r * W, scale * (load(s + r * W) - load(m + r * W) * ratio));
                 }
             }
@@ -100,7 +100,7 @@ void confidence(const TeacherConfidence& a) {
     if constexpr (kStudent) totals.finish<Acc>(a.out);
 }
 
-// ---- k-th smallest --------------------------------------------------------------------------------------------------
+// K-th smallest
 
 template <class Acc>
 struct KeyOf;
@@ -113,7 +113,7 @@ struct KeyOf<double> {
     using type = uint64_t;
 };
 
-// Unsigned integers in the order of the numbers; NaN, of either sign, is the largest.
+// Maps floats to unsigned integers of the same order; NaN of either sign becomes the largest.
 template <class Acc>
 inline typename KeyOf<Acc>::type key_of(Acc x) {
     using Key = typename KeyOf<Acc>::type;
@@ -134,8 +134,8 @@ inline Acc number_of(typename KeyOf<Acc>::type key) {
     return x;
 }
 
-// Radix select, from the highest digit: each pass counts the digit among the keys that agree so far, and keeps the one in
-// which the k-th lies. Reads x once a digit and orders nothing.
+// Radix select from the highest digit. Each pass counts the digit among the keys whose higher digits match, and keeps
+// the digit value that contains the k-th. One read of x per digit, no sorting.
 template <class Acc>
 Acc kth(const Acc* x, int64_t n, int64_t k, ParallelFor parallel_for) {
     using Key = typename KeyOf<Acc>::type;
@@ -171,9 +171,9 @@ Acc kth(const Acc* x, int64_t n, int64_t k, ParallelFor parallel_for) {
     return number_of<Acc>(prefix);
 }
 
-// ---- difficulty -----------------------------------------------------------------------------------------------------
+// Difficulty
 
-// One network's confidence, label row by label row.
+// Confidence of one network, one label row at a time.
 template <class Acc>
 class Confidence {
     static constexpr int W = kLanes<Acc>;
@@ -188,7 +188,7 @@ public:
           laid_out_(columns.phases * columns.padded),
           by_label_(a.by_label) {}
 
-    // Label row y in label order: 1 where ignored. Returns how many pixels are valid.
+    // Label row y in label order; 1 where ignored. Returns the number of valid pixels.
     double row(int64_t n, int64_t y, Acc* out) {
         logits_.load(n, rows_.tap(y), 1);
         const double valid = pixels_.load(n, y);
@@ -242,11 +242,11 @@ inline bool selected(Select select, bool student_hard, bool teacher_hard) {
     }
 }
 
-// mask[x], which holds whether a pixel is valid, &= select. Returns how many pixels are selected.
+// mask[x], on entry the validity of the pixel, &= selected. Returns the number of selected pixels.
 template <class Acc>
 int64_t select_row(Select select, const Acc* student, const Acc* teacher, Acc student_limit, Acc teacher_limit, int64_t n,
                    uint8_t* mask) {
-    uint8_t table[4];  // by student hard, teacher hard
+    uint8_t table[4];  // index: student hard, teacher hard
     for (int i = 0; i < 4; ++i) table[i] = selected(select, i & 1, i & 2);
     int64_t count = 0;
     for (int64_t x = 0; x < n; ++x) {
@@ -256,9 +256,9 @@ int64_t select_row(Select select, const Acc* student, const Acc* teacher, Acc st
     return count;
 }
 
-// Without min_kept the thresholds are known and a row's confidences live in cache. With it they are kept, 4 bytes a pixel
-// and side, until both thresholds are: the k-th smallest is at most the threshold exactly when k confidences are, and
-// only otherwise it is looked for.
+// Without min_kept the thresholds are known, and the confidences of a row stay in cache. With it, the confidences are
+// stored (4 bytes per pixel and side) until both thresholds are known. The k-th smallest is at most the threshold
+// exactly if at least k confidences are; the radix select runs only otherwise.
 template <class Acc>
 void mask(const DifficultyMask& a) {
     constexpr int64_t kRowsAtATime = 8;
@@ -267,7 +267,7 @@ void mask(const DifficultyMask& a) {
     const int64_t pixels = a.student.n * a.height * a.width, chunks = ceil_div(a.height, kRowsAtATime),
                   items = a.student.n * chunks, k = min(a.min_kept, pixels);
     const bool keep = k > 0;
-    // Plain OHEM compares a network with itself.
+    // Plain OHEM passes the same network as student and teacher.
     const bool same = a.student.data == a.teacher.data && a.student.h == a.teacher.h && a.student.w == a.teacher.w;
     const Acc threshold = static_cast<Acc>(a.threshold);
     const Scratch<Acc> student_map(keep ? pixels : 0), own_teacher_map(keep && !same ? pixels : 0);
@@ -308,7 +308,7 @@ void mask(const DifficultyMask& a) {
         const auto limit = [&](const Acc* map, int64_t hard) {
             if (hard >= k) return threshold;
             const Acc smallest = kth(map, pixels, k, a.parallel_for);
-            return smallest <= threshold ? threshold : smallest;  // NaN stays, and nothing is hard
+            return smallest <= threshold ? threshold : smallest;  // a NaN is returned; no pixel is then hard
         };
         const Acc student_limit = limit(student_map, sum(student_hard));
         const Acc teacher_limit = same ? student_limit : limit(teacher_map, sum(teacher_hard));

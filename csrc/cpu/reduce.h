@@ -1,11 +1,11 @@
-// The one place where terms become a loss: in fp64 and in the order of the items, whatever thread had them.
+// Reduction of the terms to the loss: in fp64 and in item order, independent of the threads.
 #pragma once
 
 #include "tile.h"
 
 namespace fastkd::FASTKD_ISA {
 
-// Writes the loss, unless it has one number a term, and the count.
+// Writes the count, and the loss unless Reduce::none.
 template <class Acc>
 inline void finish(const Loss& out, double total, double count) {
     if (out.count) *static_cast<Acc*>(out.count) = static_cast<Acc>(count);
@@ -14,19 +14,19 @@ inline void finish(const Loss& out, double total, double count) {
     *static_cast<Acc*>(out.loss) = static_cast<Acc>(out.reduce == Reduce::mean ? (count == 0 ? 0 : scaled / count) : scaled);
 }
 
-// What the gradient of the summed terms is multiplied by.
+// Factor of the gradient of the summed terms.
 template <class Acc>
 inline Acc gradient_scale(const Loss& out, double count) {
     return static_cast<Acc>(out.reduce == Reduce::mean ? (count == 0 ? 0 : out.scale / count) : out.scale);
 }
 
-// The same where the upstream gradient is there: of one group, or of all.
+// The same with an upstream gradient, of one group or of all.
 template <class Acc>
 inline Acc gradient_scale(const Upstream& up, int64_t group) {
     return static_cast<const Acc*>(up.grad)[up.reduce == Reduce::none ? group : 0] * static_cast<Acc>(up.scale);
 }
 
-// Sums of the items.
+// Sums per work item.
 struct Totals {
     explicit Totals(int64_t items) : loss(items), count(items), items(items) {}
 
@@ -46,7 +46,7 @@ struct Totals {
     const int64_t items;
 };
 
-// One term a group: kept where they are wanted, else only until they are added up.
+// One term per group: stored in the output for Reduce::none, else in scratch until they are summed.
 template <class Acc>
 class Terms {
 public:

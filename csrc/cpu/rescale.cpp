@@ -1,4 +1,5 @@
-// An early gradient times what its backward brings. Reads and writes nothing where that is exactly 1.
+// Multiplies a precomputed gradient by the factor that the backward supplies. A factor of exactly 1 reads and writes
+// nothing.
 #include "tile.h"
 
 namespace fastkd::FASTKD_ISA {

@@ -1,23 +1,23 @@
-// Bilinear interpolation as the resized losses see it: by cells.
+// Bilinear interpolation for the resized losses, organised in cells.
 //
-// A cell is the space between a logit and its neighbour to the right (and the rows y and y + 1). The label pixels of a
-// row that fall into one cell are its phases. A vector holds one phase of neighbouring cells, so the logits it needs are
-// two plain loads, whatever the ratio, and the transpose of the interpolation is two plain adds: no gather, no
-// permutation, no atomic. A ratio that is no whole number leaves some phases of some cells empty; they weigh 0.
+// A cell is the area between a logit and its right neighbour (and between rows y and y + 1). The label pixels of one
+// row within a cell are its phases. A vector holds one phase of neighbouring cells. So it needs two contiguous loads of
+// logits at any ratio, and the transposed interpolation is two contiguous adds: no gather, permutation or atomic. At a
+// fractional ratio some phases of some cells are empty; their weight is 0.
 #pragma once
 
 #include "reduce.h"
 
 namespace fastkd::FASTKD_ISA {
 
-// One direction of a bilinear resize, in exact integers: torch's source coordinate without its rounding.
+// One axis of a bilinear resize in exact integer arithmetic: torch's source coordinate without its rounding.
 class Axis {
 public:
     Axis(int64_t in, int64_t out, bool align_corners) : in_(in), out_(out), align_(align_corners) {}
 
     struct Tap {
         int64_t left, right;
-        double weight;  // of right; left has the rest
+        double weight;  // of `right`; `left` has 1 - weight
     };
 
     Tap tap(int64_t x) const {
@@ -28,7 +28,7 @@ public:
         return {left, left + 1, static_cast<double>(over - left * under) / static_cast<double>(under)};
     }
 
-    // first[cell] = the first output of that cell or a later one; first[in] = out.
+    // first[cell] = first output of this cell or of a later one; first[in] = out.
     void starts(int64_t* first) const {
         int64_t cell = 0;
         for (int64_t x = 0; x < out_; ++x)
@@ -44,7 +44,7 @@ private:
     bool align_;
 };
 
-// The label columns by phase and cell.
+// Label columns by phase and cell.
 template <class Acc>
 struct Columns {
     explicit Columns(const Axis& axis)
@@ -68,8 +68,8 @@ struct Columns {
 
     const int64_t cells, padded, width, phases;
     const Scratch<int32_t> slot;  // (width,): label column -> phase * padded + cell
-    const Scratch<Acc> right;     // (phases, padded): the weight of the logit to the right
-    bool blend = false;           // whether any weight is not 0
+    const Scratch<Acc> right;     // (phases, padded): weight of the right logit
+    bool blend = false;           // whether any weight is nonzero
 
 private:
     static int64_t most(const Axis& axis) {
@@ -82,12 +82,13 @@ private:
 };
 
 template <class Acc>
-constexpr Acc kLowest = sizeof(Acc) == sizeof(double) ? Acc(-0x1p1022) : Acc(-0x1p126);  // two of them add up
+constexpr Acc kLowest = sizeof(Acc) == sizeof(double) ? Acc(-0x1p1022) : Acc(-0x1p126);  // the sum of two does not overflow
 
-// The row of logits a label row sees: loaded as Acc, blended from two, less a bound of each pixel's maximum.
+// The interpolated row of logits for a label row: converted to Acc, blended from two rows, minus a bound on the maximum
+// of each pixel.
 //
-// The largest class of an interpolated pixel is at most the interpolation of the largest classes, so subtracting that
-// bound keeps every exponential at or below 1 (but for rounding) and costs one operation a logit, not one a label pixel.
+// The maximum over classes of an interpolated pixel is at most the interpolated maximum. Subtracting that bound keeps
+// every exponential at or below 1 (up to rounding). It costs one operation per logit instead of one per label pixel.
 template <class Acc>
 class Row {
     static constexpr int W = kLanes<Acc>;
@@ -101,7 +102,7 @@ public:
           plain_(map.c * stride),
           scratch_(map.channels_last ? map.w * map.c : 0) {}
 
-    // Blends rows tap.left and tap.right of sample n, times scale.
+    // Blends rows tap.left and tap.right of sample n and multiplies by scale.
     void load(int64_t n, const Axis::Tap& tap, Acc scale) {
         top_ = row(n, tap.left), bottom_ = row(n, tap.right), weight_ = tap.weight, scale_ = scale;
         have_plain_ = false;
@@ -115,14 +116,15 @@ public:
                     v = a * v + b * load_at(bottom + c * stride + x);
                     m = a * m + b * load_at(bottom_max + x);
                 }
-                // Rounding may leave a huge logit above its bound, where exp() has no meaning, and a difference or a product
-                // may overflow, where the weight 0 of a neighbour would make NaN; -inf and NaN stay.
+                // Clamps to [kLowest, 0]. Rounding can leave a huge logit above its bound, outside the range of exp().
+                // A difference or product can overflow to -inf, and its product with a weight of 0 would be NaN. An
+                // input of -inf or NaN is kept.
                 const Vec<Acc> d = (v - m) * factor, below = d > 0 ? Vec<Acc>{} : d;
                 store(values_ + c * stride + x, v > none ? max(lowest, below) : d);
             }
     }
 
-    // Only plain() is wanted.
+    // Only plain() is needed.
     void load_plain(int64_t n, const Axis::Tap& tap, Acc scale) {
         top_ = row(n, tap.left), bottom_ = row(n, tap.right), weight_ = tap.weight, scale_ = scale;
         have_plain_ = false;
@@ -130,7 +132,7 @@ public:
     }
 
     const Acc* values() const { return values_; }  // (c, stride), the last logit repeated to the right
-    // The same without a bound subtracted. Far below the bound the values have lost what its magnitude rounds away.
+    // The values without the bound subtracted. Far below the bound, the subtraction has rounded away their low digits.
     const Acc* plain() {
         if (have_plain_) return plain_;
         const Vec<Acc> a = set1(static_cast<Acc>(1 - weight_)), b = set1(static_cast<Acc>(weight_)), factor = set1(scale_);
@@ -179,7 +181,7 @@ private:
     }
 
     const Map map_;
-    const Scratch<Acc> loaded_[2];  // (c, stride) and the maximum over c (stride,)
+    const Scratch<Acc> loaded_[2];  // (c, stride), and (stride,): maximum over c
     const Scratch<Acc> values_, plain_, scratch_;
     const Acc *top_ = nullptr, *bottom_ = nullptr;
     double weight_ = 0;
@@ -188,18 +190,18 @@ private:
     int64_t n_[2] = {-1, -1}, y_[2] = {-1, -1};
 };
 
-// A sum this small may have lost terms below fp32's range: the bound was far above the true maximum.
+// True if the sum may have lost terms to fp32 underflow: the bound was far above the true maximum.
 template <class Acc>
 constexpr Acc kTiny = sizeof(Acc) == sizeof(double) ? Acc(1e-140) : Acc(1e-17);
 
-// The values of a vector of label pixels: interpolated from a row of logits, or, if kAhead, laid out by phase before.
+// Logits of a vector of label pixels: interpolated from a row of logits, or, if kAhead, already laid out by phase.
 template <class Acc, bool kAhead>
 struct Side {
     const Acc* values;
     int64_t stride;  // between classes
     int64_t phase;   // between phases, if kAhead
 
-    // kCareful: a neighbour of weight 0 contributes exactly 0, even at -inf, whose product with 0 is NaN.
+    // kCareful: a neighbour of weight 0 contributes exactly 0, even at -inf (0 * inf is NaN).
     template <bool kBlend, bool kCareful>
     Vec<Acc> value(Vec<Acc> right, int64_t c, int64_t k) const {
         const Acc* at = values + c * stride;
@@ -212,7 +214,7 @@ struct Side {
     }
 };
 
-// Each pixel's value of the class it is labelled with (of class 0 where it is not).
+// Value of the labelled class per pixel (class 0 if unlabelled).
 template <class Acc>
 inline Vec<Acc> labelled_value(const Side<Acc, false>& side, const Acc* labels, Vec<Acc> right) {
     constexpr int W = kLanes<Acc>;
@@ -225,7 +227,7 @@ inline Vec<Acc> labelled_value(const Side<Acc, false>& side, const Acc* labels, 
     return load(out);
 }
 
-// table[label] of each pixel, 0 where it has no label.
+// table[label] per pixel, 0 if unlabelled.
 template <class Acc>
 inline Vec<Acc> by_label(const Acc* table, Vec<Acc> label) {
     constexpr int W = kLanes<Acc>;
@@ -235,16 +237,16 @@ inline Vec<Acc> by_label(const Acc* table, Vec<Acc> label) {
     return load(out);
 }
 
-// The softmaxes of G vectors of label pixels. `e` gets exp(value), classes `e_stride` apart, vectors W apart.
-// Where a sum is small or not a number, the pixel is far below its bound or has no number: it is done again, carefully,
-// from its plain values and about their maximum.
+// Softmaxes of G vectors of label pixels. `e` receives exp(value), classes `e_stride` apart, vectors W apart. If a sum
+// is tiny or NaN, the bound was too loose or a value is not finite. Those pixels are recomputed from the plain values
+// about their true maximum.
 template <class Acc, int G, bool kAhead>
 struct Softmax {
     static constexpr int W = kLanes<Acc>;
     Vec<Acc> sum[G], most[G];
     bool careful = false;
 
-    // `plain` gives the Side of the plain values; it is asked for only where they are needed.
+    // `plain` returns the Side of the plain values; called only if needed.
     template <bool kStore, bool kMost, bool kBlend, class Plain>
     void compute(const Side<Acc, kAhead>& side, const Plain& plain, const Vec<Acc>* right, int64_t classes, Acc* e,
                  int64_t e_stride) {
@@ -255,12 +257,12 @@ struct Softmax {
         for (int j = 0; j < G; ++j) top_[j] = set1(Acc(-__builtin_inff()));
         for (int64_t c = 0; c < classes; ++c)
             for (int j = 0; j < G; ++j) top_[j] = max(plain_.template value<kBlend, true>(right[j], c, j), top_[j]);
-        for (int j = 0; j < G; ++j)  // no other pixel: a pixel's result has nothing to do with its neighbours
+        for (int j = 0; j < G; ++j)  // only those pixels: a result must not depend on its neighbours
             again_[j] = (!(sum[j] >= kTiny<Acc>)) & (top_[j] != -__builtin_inff());
         run<kStore, kMost, kBlend, true>(side, right, classes, e, e_stride);
     }
 
-    // What the exponential of class c of vector j was taken of; kCareful if this or another side is `careful`.
+    // The argument of the exponential of class c of vector j; kCareful if `careful` is set for this or another side.
     template <bool kBlend, bool kCareful>
     Vec<Acc> value(const Side<Acc, kAhead>& side, Vec<Acc> right, int64_t c, int64_t j) const {
         const Vec<Acc> own = side.template value<kBlend, kCareful>(right, c, j);
@@ -268,14 +270,15 @@ struct Softmax {
         return again_[j] ? plain_.template value<kBlend, true>(right, c, j) - top_[j] : own;
     }
 
-    // The same of the class that each pixel is labelled with.
+    // The same for the labelled class of each pixel.
     Vec<Acc> labelled(const Side<Acc, kAhead>& side, const Acc* labels, Vec<Acc> right, int64_t j) const {
         const Vec<Acc> own = labelled_value(side, labels, right);
         if (!careful) return own;
         return again_[j] ? labelled_value(plain_, labels, right) - top_[j] : own;
     }
 
-    // A weighted sum of the classes, in the frame that the exponentials had: `own` of values, `plain` of plain values.
+    // A weighted sum over the classes, on the same scale as the exponentials: `own` is computed from values, `plain`
+    // from plain values.
     template <bool kBlend, class PlainSum>
     Vec<Acc> combined(const Acc* own, const PlainSum& plain, Vec<Acc> right, Acc weights, int64_t j) const {
         const Vec<Acc> v = Side<Acc, false>{own, 0, 0}.template value<kBlend, true>(right, 0, 0);
@@ -292,7 +295,7 @@ private:
             left[j] = set1(Acc(1)) - right[j];
             sum[j] = most[j] = Vec<Acc>{};
         }
-        constexpr int64_t kRows = 64;  // classes summed on their own first: two levels keep fp32 sums short
+        constexpr int64_t kRows = 64;  // classes per partial sum: two levels keep fp32 sums short
         for (int64_t first = 0; first < classes; first += kRows) {
             Vec<Acc> part[G] = {};
             const int64_t last = min(classes, first + kRows);
@@ -322,7 +325,7 @@ private:
     Mask again_[G];
 };
 
-// f(Type) with an integral constant 1 to 4 for the number of vectors taken together: it hides the latency of exp.
+// f(Type) with an integral constant 1 to 4: the number of vectors processed together, which hides the latency of exp.
 template <int N>
 struct Count {
     static constexpr int value = N;
@@ -337,9 +340,10 @@ inline void by_count(int64_t n, const F& f) {
     }
 }
 
-// ---- the gradient ---------------------------------------------------------------------------------------------------
+// The gradient
 
-// What label rows add to a row of logits: to the left and to the right logit of each cell, (c, stride) each.
+// Gradient contributions of label rows to a row of logits: to the left and to the right logit of each cell, (c, stride)
+// each.
 template <class Acc>
 struct RowGradient {
     static constexpr int W = kLanes<Acc>;
@@ -357,7 +361,8 @@ struct RowGradient {
             store(right + i, load(right + i) + load(o.right + i));
         }
     }
-    // Logit (c, x): its own cell and the one to its left. The last cell's right logit is the last logit itself.
+    // Gradient of logit (c, x): from its own cell and the cell to its left. The right logit of the last cell is the
+    // last logit.
     Acc at(int64_t c, int64_t x, int64_t w) const {
         const Acc* r = right + c * stride;
         return left[c * stride + x] + (x ? r[x - 1] : Acc(0)) + (x == w - 1 ? r[x] : Acc(0));
@@ -367,8 +372,8 @@ struct RowGradient {
     const Scratch<Acc> left, right;
 };
 
-// The gradient at logit size, in the type it is computed in until its scale is known; and the last row of each band, which
-// is added to the next band's first.
+// Gradient at logit size, in the accumulation type until its scale is known; and the last row of each band, which is
+// added to the first row of the next band.
 template <class Acc>
 class GradientRows {
 public:
@@ -392,7 +397,7 @@ public:
             for (int64_t x = 0; x < map_.w; ++x)
                 rows_[offset(n, c, y) + x * step()] += spill_[(item * map_.c + c) * map_.w + x];
     }
-    // Scales all of it, and converts it to the type of the logits.
+    // Scales the gradient and converts it to the dtype of the logits.
     void finish(Acc scale, ParallelFor parallel_for) const {
         if (scale == 1 && in_place<Acc>(map_.type)) return;
         constexpr int64_t kSpan = 16384;
@@ -419,16 +424,16 @@ private:
     const Scratch<Acc> spill_;  // (items, c, w)
 };
 
-// Bands of cell rows, by the shape alone: some 32 in all, so that threads share them evenly.
+// Bands of cell rows, about 32 in total so that threads share them evenly. Depends on the shape only.
 struct Bands {
     Bands(int64_t n, int64_t h) : per_sample(min(h, max(1, ceil_div(32, n)))), h(h) {}
     int64_t first(int64_t band) const { return band * h / per_sample; }
     const int64_t per_sample, h;
 };
 
-// ---- label pixels ---------------------------------------------------------------------------------------------------
+// Label pixels
 
-// One label row by phase and cell: the class (-1 where nothing counts) and what the pixel's term is multiplied by.
+// One label row by phase and cell: the class (-1 if not counted) and the factor of the pixel's term.
 template <class Acc>
 class PixelRow {
 public:
@@ -458,7 +463,7 @@ public:
         }
     }
 
-    // Reads label row y of sample n. Returns the class weights of the pixels that count, summed.
+    // Reads label row y of sample n. Returns the summed class weights of the counted pixels.
     double load(int64_t n, int64_t y) const {
         switch (pixels_.label) {
             case Label::none: return read(n, y, [](int64_t) { return 0; });
@@ -468,8 +473,8 @@ public:
         }
     }
 
-    const Scratch<Acc> label, factor;  // -1 and 0 where nothing counts
-    const Scratch<Acc> weight;         // the factor without the class weight, if it is kept
+    const Scratch<Acc> label, factor;  // -1 and 0 if not counted
+    const Scratch<Acc> weight;         // the factor without the class weight, if kept
 
 private:
     template <class T>
@@ -526,7 +531,7 @@ private:
     const Scratch<int32_t> weight_left_, weight_next_;
 };
 
-// Exponentials of uncounted pixels that are not finite, seen by their sum, become 0: 0 times them would be NaN.
+// Sets non-finite exponentials of uncounted pixels to 0, since 0 * inf is NaN. They are detected from their sum.
 template <class Acc, class Mask>
 inline void clear_uncounted(Mask counted, Vec<Acc> sum, Acc* e, int64_t classes, int64_t stride) {
     const Vec<Acc> nan = sum - sum;
@@ -537,8 +542,7 @@ inline void clear_uncounted(Mask counted, Vec<Acc> sum, Acc* e, int64_t classes,
     }
 }
 
-// Phases whose exponentials are kept at a time: as many as fit half the second-level cache's share of a side, at most
-// kMaxPhases.
+// Phases whose exponentials are kept at a time: they fit half of a side's share of the L2 cache; at most kMaxPhases.
 constexpr int64_t kMaxPhases = 16;
 template <class Acc>
 inline int64_t phases_kept(int64_t phases, int64_t classes) {
@@ -546,12 +550,12 @@ inline int64_t phases_kept(int64_t phases, int64_t classes) {
     return min(phases, min(fit, kMaxPhases));
 }
 
-// Where a label row's gradient goes: shares of a row of logits and of the one below.
+// Destination of a label row's gradient: weighted shares of a row of logits and of the next row.
 template <class Acc>
 struct GradientShare {
     RowGradient<Acc> *top, *bottom;
     Vec<Acc> up, down;
-    bool blend;  // whether `down` is not 0
+    bool blend;  // whether `down` is nonzero
 
     void add(int64_t c, int64_t cell, Vec<Acc> to_left, Vec<Acc> to_right) const {
         const int64_t at = c * top->stride + cell;
@@ -563,9 +567,9 @@ struct GradientShare {
     }
 };
 
-// Every label row once, by bands of logit rows. make_term() gives each thread its Term, and
-// term.row(n, label_y, pixels, share, losses) adds up one label row: it returns the loss, adds the gradient to
-// `share` unless to.gradient is null, and writes the loss of each pixel to `losses` (phases, padded) unless that is null.
+// Visits every label row once, in bands of logit rows. make_term() creates one Term per thread. term.row(n, label_y,
+// pixels, share, losses) processes one label row: it returns the loss, adds the gradient to `share` unless to.gradient
+// is null, and writes the loss per pixel to `losses` (phases, padded) unless that is null.
 template <class Acc, class MakeTerm>
 inline void each_label_row(const Map& map, const Resized& to, const Columns<Acc>& columns, const MakeTerm& make_term) {
     const Axis rows(map.h, to.height, to.align_corners);

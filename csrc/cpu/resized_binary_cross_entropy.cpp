@@ -1,7 +1,8 @@
-// Binary cross-entropy at label resolution, softplus(-z) or softplus(z) of z = bilinear(logits) by the label, and its gradient.
+// Binary cross-entropy at label resolution and its gradient. With z = bilinear(logits), the loss is softplus(-z) for
+// label 1 and softplus(z) for label 0.
 //
-// The classes have nothing to do with each other, so each is a sample of one class, and its logits one plane. A map in
-// channels_last is brought into planes first, at logit size, and its gradient back.
+// Classes are independent, so each is a sample with one class, and its logits are one plane. A channels_last map is
+// first transposed to planes at logit size; its gradient is transposed back.
 #include "resize.h"
 
 namespace fastkd::FASTKD_ISA {
@@ -28,13 +29,13 @@ public:
             const Side<Acc, false> side{logits_.plain() + cell, logits_.stride, 0};
             Vec<Acc> slope{}, to_right{};
             for (int64_t k = 0; k < columns_.phases; k += kMaxPhases) {
-                Vec<Acc> sum{};  // of a few vectors: a longer fp32 sum of equal terms drifts
+                Vec<Acc> sum{};  // short fp32 sums: a longer sum of equal terms drifts
                 for (int64_t j = k; j < min(columns_.phases, k + kMaxPhases); ++j) {
                     const int64_t at = j * columns_.padded + cell;
                     const Vec<Acc> right = load(columns_.right + at), label = load(pixels.label + at);
                     const Vec<Acc> z = side.template value<kBlend, true>(right, 0, 0);
                     const auto is_one = label > 0, counted = label >= 0;
-                    const Vec<Acc> x = is_one ? -z : z;  // softplus(x), whose derivative is sigmoid(x)
+                    const Vec<Acc> x = is_one ? -z : z;  // the derivative of softplus(x) is sigmoid(x)
                     const Vec<Acc> e = exp(x > 0 ? -x : x);
                     const Vec<Acc> factor = load(pixels.factor + at) * (is_one ? positive : one);
                     const Vec<Acc> loss = factor * ((x > 0 ? x : Vec<Acc>{}) + log1p(e));
@@ -63,7 +64,7 @@ private:
     const bool gradient_;
 };
 
-// planes (n * c, h, w) of a map in channels_last, and back; a row of the map at a time.
+// Transposes a channels_last map to planes (n * c, h, w) and back, one row of the map at a time.
 template <class Acc>
 void to_planes(const Map& map, ParallelFor parallel_for, Acc* planes) {
     parallel_items(parallel_for, map.n * map.h, map.w * map.c, [&](const Items& mine) {

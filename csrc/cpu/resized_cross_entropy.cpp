@@ -1,11 +1,12 @@
-// Cross-entropy at label resolution: -log softmax(bilinear(logits))[y], times the pixel's weights; and its gradient. With
-// label smoothing or a focal factor a pixel has other factors of p and onehot (fastkd/ops/resized_cross_entropy.py); the weighted sum
-// of all logits that smoothing needs is linear in them, so it is made of a row of logits, and interpolated as one more class.
+// Cross-entropy at label resolution and its gradient: -log softmax(bilinear(logits))[y] times the weights of the pixel.
+// With label smoothing or focal loss, p and onehot have other factors (fastkd/ops/resized_cross_entropy.py). Label
+// smoothing needs a weighted sum of all logits. It is linear, so it is computed from a row of logits and interpolated
+// like one more class.
 //
-// Each label row blends two rows of logits once (1 / ratio of the work), then every vector of label pixels is
-// interpolated, exponentiated and summed in registers. Where a gradient is wanted the exponentials of a few vectors stay
-// in cache, and become p - onehot in the same visit. The gradient of a row of logits is added up in cache and written
-// once. Threads own bands of logit rows; a band's last row goes to the next band in a fixed order.
+// Each label row blends two rows of logits once (1 / ratio of the work). Then every vector of label pixels is
+// interpolated, exponentiated and summed in registers. For a gradient, the exponentials of a few vectors stay in cache
+// and become p - onehot in the same pass. The gradient of a row of logits accumulates in cache and is written once.
+// Each thread processes bands of logit rows; the last row of a band is added to the next band in a fixed order.
 #include "resize.h"
 
 namespace fastkd::FASTKD_ISA {
@@ -42,7 +43,7 @@ public:
         for (int64_t cell = 0; cell < columns_.padded; cell += W)
             for (int64_t k = 0; k < columns_.phases; k += kept_) {
                 const int64_t phases = min(kept_, columns_.phases - k);
-                Vec<Acc> sum{};  // of a few vectors: a longer fp32 sum of equal terms drifts
+                Vec<Acc> sum{};  // short fp32 sums: a longer sum of equal terms drifts
                 for (int64_t j = 0; j < phases; j += 4)
                     by_count(phases - j, [&](auto g) { sum += losses_of<decltype(g)::value>(pixels, cell, k, j, losses); });
                 total += static_cast<double>(sum_lanes<Acc>(sum));
@@ -54,7 +55,7 @@ public:
 private:
     Acc weight_of(int64_t c) const { return class_weight_ ? class_weight_[c] : Acc(1); }
 
-    // The weighted sum of the classes of a row of logits.
+    // Weighted sum over the classes of a row of logits.
     void add_classes(const Acc* values, Acc* out) const {
         for (int64_t x = 0; x < logits_.stride; x += W) {
             Vec<Acc> sum{};
@@ -68,14 +69,14 @@ private:
         return plain_all_;
     }
 
-    // (1 - p)^gamma by 1 - p.
+    // (1 - p)^gamma, given 1 - p.
     Vec<Acc> power(Vec<Acc> rest) const {
         if (gamma_ == 2) return rest * rest;
         const Vec<Acc> least = set1(sizeof(Acc) == sizeof(double) ? Acc(0x1p-1022) : Acc(0x1p-126));
         return rest < least ? Vec<Acc>{} : exp(set1(gamma_) * log(rest));
     }
 
-    // Phases k + j to k + j + G of the cells from `cell` on; leaves what the gradient needs at j.
+    // Phases [k + j, k + j + G) of the vector of cells at `cell`; stores the values for the gradient at index j.
     template <int G>
     Vec<Acc> losses_of(const PixelRow<Acc>& pixels, int64_t cell, int64_t k, int64_t j, Acc* losses) {
         const Side<Acc, false> side{logits_.values() + cell, logits_.stride, 0};
@@ -123,7 +124,8 @@ private:
         return total;
     }
 
-    // scale * exp - factor * onehot, less what smoothing gives each class, added to the cells' left and right logits.
+    // Adds scale * exp - factor * onehot, minus the smoothing term of each class, to the left and right logits of the
+    // cells.
     template <bool kSmooth>
     void add_gradient(int64_t cell, int64_t phases, const GradientShare<Acc>& share) {
         [[maybe_unused]] Vec<Acc> each{}, each_right{};
@@ -158,7 +160,7 @@ private:
     const bool gradient_;
     const Acc smoothing_, gamma_;
     const Acc* const class_weight_;
-    const Scratch<Acc> all_, plain_all_;  // (stride,): the weighted sum of the classes
+    const Scratch<Acc> all_, plain_all_;  // (stride,): weighted sum over the classes
     bool have_plain_all_ = false;
     Acc total_weight_;
     Vec<Acc> each_[kMaxPhases];

@@ -1,8 +1,9 @@
-// Sums of probabilities by class at label resolution, of which Dice and cross-entropy are made, and their gradient. The
-// formulas are in fastkd/ops/resized_dice.py.
+// Sums of probabilities per class at label resolution for Dice and cross-entropy, and their gradient. Formulas:
+// fastkd/ops/resized_dice.py.
 //
-// The sums and the gradient are a pass of exponentials each; nothing is kept between them. A band of label rows has sums of its
-// own, in fp64 lanes that a block of at most 16 vectors of label pixels is added to, and the bands are added in order.
+// The sums and the gradient each compute the exponentials; nothing is kept between the two passes. Each band of label
+// rows accumulates into its own fp64 lanes, at most 16 vectors of label pixels at a time. The bands are summed in
+// order.
 #include "resize.h"
 
 namespace fastkd::FASTKD_ISA {
@@ -62,7 +63,8 @@ private:
             const Vec<Acc> nll = log_sum - softmax.labelled(side, pixels.label + at, right_[j + i], i);
             nll_[j + i] = counted ? nll : Vec<Acc>{};
             if (width_ < 5) continue;
-            // -log p of all classes is linear in the logits, but where the exponentials were taken about another maximum.
+            // -log p summed over all classes is linear in the logits, unless the exponentials were taken about another
+            // maximum.
             const auto linear = softmax.careful ? label < label : counted;
             log_sum_[j + i] = linear ? log_sum : Vec<Acc>{};
             one_[j + i] = linear ? set1(Acc(1)) : Vec<Acc>{};
@@ -73,7 +75,7 @@ private:
         }
     }
 
-    // The phases of the cells from `cell` on.
+    // The phases of the vector of cells at `cell`.
     void add(int64_t cell, int64_t phases) {
         Vec<Acc> low = set1(static_cast<Acc>(classes_)), high{}, log_sum{}, to_left{}, to_right{};
         for (int64_t j = 0; j < phases; ++j) {
@@ -84,7 +86,7 @@ private:
             to_left += one_[j] * (set1(Acc(1)) - right_[j]);
             to_right += one_[j] * right_[j];
         }
-        const Acc first = -max_lanes<Acc>(-low), last = max_lanes<Acc>(high);  // few classes meet in so few pixels
+        const Acc first = -max_lanes<Acc>(-low), last = max_lanes<Acc>(high);  // few distinct labels occur in so few pixels
         for (int64_t c = 0; c < classes_; ++c) {
             const Acc* e = e_ + c * kept_ * W;
             const Vec<Acc> own = set1(static_cast<Acc>(c));
@@ -108,7 +110,7 @@ private:
             add_to(c, 1, sum);
             if (width_ < 5) continue;
             const Acc* at = logits_.values() + c * logits_.stride + cell;
-            // A logit of weight 0 adds 0, even at -inf.
+            // A weight of 0 contributes exactly 0, also at -inf.
             const Vec<Acc> left = to_left == 0 ? Vec<Acc>{} : to_left * load(at);
             const Vec<Acc> right = to_right == 0 ? Vec<Acc>{} : to_right * load(at + 1);
             add_to(c, 4, log_sum - left - right);
@@ -162,7 +164,7 @@ void sums(const ResizedDice& a) {
         }
 }
 
-// As a term of each_label_row that adds a gradient and no loss.
+// A term for each_label_row: gradient only, no loss.
 template <class Acc, bool kBlend>
 class Slopes {
     static constexpr int W = kLanes<Acc>;
@@ -197,7 +199,7 @@ public:
     }
 
 private:
-    // The upstream gradient of sample n, by column.
+    // Loads the upstream gradient of sample n by column.
     void load_slopes(int64_t n) {
         if (n == sample_) return;
         sample_ = n;
@@ -244,10 +246,10 @@ private:
         }
     }
 
-    // dot += sum over the classes of B p, B = sum_, of square times p
+    // dot += sum over classes of B p, where B = sum_, times p if kSquare.
     template <int G, bool kSquare>
     void add_dot(int64_t j, Vec<Acc>* dot) const {
-        constexpr int64_t kRows = 64;  // classes summed on their own first: two levels keep fp32 sums short
+        constexpr int64_t kRows = 64;  // classes per partial sum: two levels keep fp32 sums short
         for (int64_t first = 0; first < classes_; first += kRows) {
             Vec<Acc> part[G] = {};
             for (int64_t c = first; c < min(classes_, first + kRows); ++c) {
@@ -276,7 +278,7 @@ private:
                 const Vec<Acc> p = load(e + j * W) * scale_[j];
                 Vec<Acc> g = p * ((kSquare ? b * p : b) + all_[j]);
                 g += label_[j] == own ? own_[j] : Vec<Acc>{};
-                if (!finite_) g = label_[j] >= 0 ? g : Vec<Acc>{};  // 0 times it would be NaN
+                if (!finite_) g = label_[j] >= 0 ? g : Vec<Acc>{};  // 0 * inf or 0 * NaN would be NaN
                 sum += g;
                 if constexpr (kBlend) to_right += right_[j] * g;
             }
@@ -294,9 +296,9 @@ private:
     Row<Acc> logits_;
     const int64_t kept_;
     const Scratch<Acc> e_;                                // (classes, kept, W)
-    const Scratch<Acc> intersection_, sum_, nll_, each_;  // (classes,): upstream gradient of the columns; sum_ twice if square
+    const Scratch<Acc> intersection_, sum_, nll_, each_;  // (classes,): upstream gradient per column; sum_ doubled if square
     Acc total_each_ = 0;
-    bool finite_ = true;  // whether all of them are
+    bool finite_ = true;  // whether all of them are finite
     int64_t sample_ = -1;
     Vec<Acc> right_[kMaxPhases], label_[kMaxPhases], scale_[kMaxPhases], all_[kMaxPhases], own_[kMaxPhases], one_[kMaxPhases];
 };

@@ -1,15 +1,18 @@
-// KD at label resolution: tau^2 KL(softmax(bilinear(T) / tau) || softmax(bilinear(S) / tau)) per pixel; and its gradient.
+// KD at label resolution and its gradient: tau^2 KL(softmax(bilinear(T) / tau) || softmax(bilinear(S) / tau)) per
+// pixel.
 //
-// As in resized_cross_entropy.cpp, with two sides. The teacher's logits may be of another width; their cells are not the
-// student's then, and each label row of them is laid out by the student's phases first, in cache. With a sigmoid of each class
-// there is no sum over the classes to wait for: the difference of the probabilities is kept instead of the exponentials.
+// Same structure as resized_cross_entropy.cpp, with two sides. If the teacher's logits have another width, their cells
+// differ from the student's. Each label row of the teacher is then laid out by the student's phases first, in cache.
+// The sigmoid variant has no sum over classes to wait for, so it keeps the difference of the probabilities instead of
+// the exponentials.
 #include "resize.h"
 #include "sigmoid.h"
 
 namespace fastkd::FASTKD_ISA {
 namespace {
 
-// A row of the teacher's logits, (classes, stride), at each label pixel, by the student's phases and cells.
+// Interpolates a row of the teacher's logits, (classes, stride), at each label pixel; stores it by the student's phases
+// and cells.
 template <class Acc>
 void lay_out(const Columns<Acc>& columns, const Axis& teacher, int64_t classes, const Acc* row, int64_t stride, Acc* out) {
     for (int64_t x = 0; x < columns.width; ++x) {
@@ -55,7 +58,7 @@ public:
         for (int64_t cell = 0; cell < columns_.padded; cell += W)
             for (int64_t k = 0; k < columns_.phases; k += kept_) {
                 const int64_t phases = min(kept_, columns_.phases - k);
-                Vec<Acc> sum{};  // of a few vectors: a longer fp32 sum of equal terms drifts
+                Vec<Acc> sum{};  // short fp32 sums: a longer sum of equal terms drifts
                 for (int64_t j = 0; j < phases; j += 2)
                     if (phases - j == 1)
                         sum += losses_of<1>(pixels, cell, k, j, losses);
@@ -103,7 +106,7 @@ private:
             total += value;
             if (losses) store(losses + at, value);
             if (!gradient_) continue;
-            // p_s - p_t as (es - et * ratio) / sum_s: exactly 0 where student and teacher agree.
+            // p_s - p_t as (es - et * ratio) / sum_s: exactly 0 if student and teacher are equal.
             ratio_[j + i] = counted ? s.sum[i] / t.sum[i] : Vec<Acc>{};
             scale_[j + i] = counted ? factor * tau_ / s.sum[i] : Vec<Acc>{};
             clear_uncounted<Acc>(counted, s.sum[i], e_s_ + (j + i) * W, classes_, kept_ * W);
@@ -116,7 +119,7 @@ private:
         return {at, columns_.phases * columns_.padded, columns_.padded};
     }
 
-    // dot += exp(t) (t - s), both as their exponentials saw them
+    // dot += exp(t) (t - s), with the same values as in the exponentials.
     template <int G, bool kCareful>
     void add_dot(const Side<Acc, false>& student, const Side<Acc, kAhead>& teacher, const Softmax<Acc, G, false>& s,
                  const Softmax<Acc, G, kAhead>& t, int64_t j, Vec<Acc>* dot) const {
@@ -125,7 +128,7 @@ private:
                 const Vec<Acc> et = load(e_t_ + (c * kept_ + j + i) * W);
                 const Vec<Acc> d = t.template value<kBlend, kCareful>(teacher, right_[j + i], c, i) -
                                    s.template value<kBlend, kCareful>(student, right_[j + i], c, i);
-                dot[i] += et == 0 ? Vec<Acc>{} : et * d;  // probability 0 adds 0, even at -inf
+                dot[i] += et == 0 ? Vec<Acc>{} : et * d;  // probability 0 contributes exactly 0, also at -inf
             }
     }
 
@@ -186,7 +189,7 @@ public:
         for (int64_t cell = 0; cell < columns_.padded; cell += W)
             for (int64_t k = 0; k < columns_.phases; k += kept_) {
                 const int64_t phases = min(kept_, columns_.phases - k);
-                Vec<Acc> sum{};  // of a few vectors: a longer fp32 sum of equal terms drifts
+                Vec<Acc> sum{};  // short fp32 sums: a longer sum of equal terms drifts
                 for (int64_t j = 0; j < phases; j += 2)
                     sum += phases - j == 1 ? losses_of<1>(pixels, cell, k, j, losses) : losses_of<2>(pixels, cell, k, j, losses);
                 total += static_cast<double>(sum_lanes<Acc>(sum));
@@ -204,7 +207,7 @@ private:
             kAhead ? Side<Acc, kAhead>{laid_out_ + first, columns_.phases * columns_.padded, columns_.padded}
                    : Side<Acc, kAhead>{teacher_.plain() + cell, teacher_.stride, 0};
         for (int i = 0; i < G; ++i) right_[j + i] = load(columns_.right + first + i * columns_.padded);
-        constexpr int64_t kRows = 64;  // classes summed on their own first: two levels keep fp32 sums short
+        constexpr int64_t kRows = 64;  // classes per partial sum: two levels keep fp32 sums short
         Vec<Acc> kl[G] = {}, total{};
         for (int64_t row = 0; row < classes_; row += kRows) {
             Vec<Acc> part[G] = {};

@@ -1,4 +1,4 @@
-// Online softmax of a pair: two maxima, two sums of exponentials about them, and the dot product KL needs.
+// Online softmax of a pair: two maxima, two sums of exponentials, and the dot product for the KL divergence.
 #pragma once
 
 #include "vec.h"
@@ -11,14 +11,14 @@ struct SoftmaxPair {
     double max_s = -__builtin_inf(), max_t = -__builtin_inf(), sum_s = 0, sum_t = 0, dot = 0;
 };
 
-// The factor that moves a sum from one maximum to another; an empty sum has maximum -inf and stays 0.
+// Factor that rescales a sum from one maximum to another. An empty sum has maximum -inf and stays 0.
 inline double rescale(double from, double to, double inv_tau) {
     return from == to || from == -__builtin_inf() ? 1 : __builtin_exp((from - to) * inv_tau);
 }
 
 inline void merge(SoftmaxPair& a, const SoftmaxPair& b, double inv_tau) {
     const double max_s = a.max_s > b.max_s ? a.max_s : b.max_s, max_t = a.max_t > b.max_t ? a.max_t : b.max_t;
-    // Moving both maxima adds (move of t - move of s) to every difference under the sum.
+    // Changing both maxima adds (shift of t - shift of s) to every difference in the sum.
     const auto moved = [&](const SoftmaxPair& x) {
         const double move = ((x.max_t - max_t) - (x.max_s - max_s)) * inv_tau;
         return x.sum_t == 0 ? 0 : rescale(x.max_t, max_t, inv_tau) * (x.dot + (move == 0 ? 0 : x.sum_t * move));
@@ -31,7 +31,7 @@ inline void merge(SoftmaxPair& a, const SoftmaxPair& b, double inv_tau) {
     a.dot = dot;
 }
 
-// The sums of one vector of each side about given maxima; T is the lane type.
+// Sums of one vector per side for given maxima; T is the lane type.
 template <class T>
 struct SoftmaxSums {
     Vec<T> s{}, t{}, dot{};
@@ -40,7 +40,7 @@ struct SoftmaxSums {
         const Vec<T> et = exp(dt);
         s += exp(ds);
         t += et;
-        dot += et == 0 ? Vec<T>{} : et * (dt - ds);  // probability 0 adds 0, even at -inf
+        dot += et == 0 ? Vec<T>{} : et * (dt - ds);  // probability 0 contributes exactly 0, also at -inf
     }
     void add(const SoftmaxSums& o) {
         s += o.s;
@@ -49,13 +49,13 @@ struct SoftmaxSums {
     }
 };
 
-// A maximum of -inf would turn -inf - max into NaN; any finite stand-in makes the exponentials 0.
+// With a maximum of -inf, -inf - max would be NaN; any finite replacement makes the exponentials 0.
 template <class V>
 inline V finite_max(V m) {
     return m == -__builtin_inff() ? V{} : m;
 }
 
-// One group per lane, fed by tile blocks of (rows, W).
+// One group per lane; add() takes tile blocks of (rows, W).
 template <class Acc>
 struct LaneSoftmax {
     static constexpr int W = kLanes<Acc>;
@@ -77,7 +77,7 @@ struct LaneSoftmax {
         sums.s *= exp(move_s);
         sums.dot = sums.t == 0 ? Vec<Acc>{} : scale_t * (sums.dot + sums.t * (move_t - move_s));
         sums.t *= scale_t;
-        SoftmaxSums<Acc> tile;  // summed on its own first: two levels keep fp32 sums short
+        SoftmaxSums<Acc> tile;  // partial sum: two levels keep fp32 sums short
         for (int64_t r = 0; r < rows; ++r)
             tile.add((load(s + r * W) - ref_s) * inv_tau, (load(t + r * W) - ref_t) * inv_tau);
         sums.add(tile);
@@ -86,7 +86,7 @@ struct LaneSoftmax {
     }
 };
 
-// Of n contiguous elements that fit the L1 cache.
+// Softmax sums of n contiguous elements that fit the L1 cache.
 template <class Acc>
 inline SoftmaxPair span_softmax(const Acc* s, const Acc* t, int64_t n, Acc inv_tau) {
     constexpr int W = kLanes<Acc>;

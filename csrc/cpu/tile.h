@@ -1,7 +1,7 @@
-// Rows and tiles: how a kernel reads its inputs in the type it computes in, whatever their dtype and memory format.
+// Spans and tiles: reading inputs of any dtype and memory format in the accumulation type.
 //
-// A kernel works on spans or tiles of Acc that fit in the L1 or L2 cache. An input already in Acc is read in place
-// where the loop is linear; others are converted a span at a time into scratch. So a kernel exists once per Acc, not
+// A kernel works on spans or tiles of Acc that fit the L1 or L2 cache. An input that is already Acc is read in place if
+// the loop is linear; others are converted to scratch one span at a time. So each kernel is compiled once per Acc, not
 // once per pair of dtypes and memory format.
 #pragma once
 
@@ -28,7 +28,7 @@ inline void with_type(DType type, const F& f) {
     }
 }
 
-// Runs f(Type<Acc>) with the type the inputs are computed in.
+// Runs f(Type<Acc>) with the accumulation type.
 template <class F>
 inline void with_acc(DType type, const F& f) {
     if (type == DType::f64)
@@ -50,10 +50,10 @@ inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// ---- threads -------------------------------------------------------------------------------------------------------
+// Threads
 
-// The items of one thread: it takes the next block of them when it has done one, so that none waits for a thread that
-// another process holds up.
+// The items of one thread, claimed dynamically in blocks, so that no thread waits for one that the system has
+// descheduled.
 class Items {
 public:
     Items(int64_t* next, int64_t items, int64_t block) : next_(next), items_(items), block_(block) {}
@@ -84,13 +84,14 @@ private:
     const int64_t items_, block_;
 };
 
-// body(items) on each thread, `for (int64_t item : items)`, for items [0, count), each of about `cost` elements. Items are
-// independent and fixed by the shape alone, so the result does not depend on which thread has which.
+// Runs body(items) on each thread, with `for (int64_t item : items)`, for items [0, count) of about `cost` elements
+// each. Items are independent and depend on the shape only, so results do not depend on the assignment to threads.
 template <class F>
 inline void parallel_items(ParallelFor parallel_for, int64_t count, int64_t cost, const F& body) {
     const int64_t grain = cost >= 32768 ? 1 : 32768 / (cost > 0 ? cost : 1);
     int64_t next = 0;
-    // Neighbouring items share pages and prefetched lines, hence blocks; 64 of them leave little to wait for at the end.
+    // Blocks, because neighbouring items share pages and prefetched lines; 64 of them keep the imbalance at the end
+    // small.
     const Items items(&next, count, max(1, count / 64));
     const auto run = [&] { body(items); };
     parallel_for(
@@ -100,7 +101,7 @@ inline void parallel_items(ParallelFor parallel_for, int64_t count, int64_t cost
 
 inline int64_t bytes_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
 
-// ---- spans ---------------------------------------------------------------------------------------------------------
+// Spans
 
 // The first n < kLanes elements as Acc; the other lanes are 0.
 template <class Acc, class T>
@@ -132,7 +133,7 @@ inline void convert_back(const Acc* in, int64_t n, T* out) {
     if (i < n) store_tail<Acc>(out + i, n - i, load_part(in + i, n - i, Acc(0)));
 }
 
-// Elements [offset, offset + n) as Acc: in place if they are, else converted into scratch (n elements).
+// Elements [offset, offset + n) as Acc: in place if they are Acc, else converted to scratch (n elements).
 template <class Acc>
 inline const Acc* view(const void* data, DType type, int64_t offset, int64_t n, Acc* scratch) {
     if (in_place<Acc>(type)) return static_cast<const Acc*>(data) + offset;
@@ -143,7 +144,7 @@ inline const Acc* view(const void* data, DType type, int64_t offset, int64_t n, 
     return scratch;
 }
 
-// Where to write elements [offset, offset + n): the output itself, or scratch that commit() then converts.
+// Destination of elements [offset, offset + n): the output itself, or scratch that commit() converts.
 template <class Acc>
 inline Acc* target_span(void* data, DType type, int64_t offset, Acc* scratch) {
     return in_place<Acc>(type) ? static_cast<Acc*>(data) + offset : scratch;
@@ -157,16 +158,17 @@ inline void commit(void* data, DType type, int64_t offset, int64_t n, const Acc*
     });
 }
 
-// ---- tiles ---------------------------------------------------------------------------------------------------------
-// A tile of rows x lanes is kept as one block of (rows, W) per W lanes, so a kernel that reduces over the rows of a
-// block walks linear memory. Lanes that do not exist hold 0.
+// Tiles
+//
+// A tile of rows x lanes is stored as one (rows, W) block per W lanes, so that a reduction over the rows of a block
+// reads memory linearly. Lanes past the end hold 0.
 
 template <class Acc>
 inline int64_t tile_size(int64_t rows, int64_t lanes) {
     return ceil_div(lanes, kLanes<Acc>) * kLanes<Acc> * rows;
 }
 
-// Rows are short and far apart: the hardware does not see the next one coming.
+// Rows are short and far apart, out of reach of the hardware prefetcher.
 constexpr int64_t kRowsAhead = 4;
 
 // Element (row, lane) is at offset + row * stride + lane.
@@ -227,7 +229,7 @@ inline void transpose4(const float* in, int64_t in_stride, float* out, int64_t o
     store_raw(out + 3 * out_stride, shuffle<2, 3, 6, 7>(ab1, cd1));
 }
 
-// in is (lanes, rows) in memory and becomes a tile of rows x lanes, and back.
+// Transposes (lanes, rows) in memory to a tile of rows x lanes, and back.
 template <class Acc>
 inline void transpose_in(const Acc* in, int64_t rows, int64_t lanes, Acc* tile) {
     constexpr int W = kLanes<Acc>;
@@ -264,14 +266,13 @@ inline void transpose_out(const Acc* tile, int64_t rows, int64_t lanes, Acc* out
         for (int64_t r = 0; r < rows; ++r) out[l * rows + r] = tile[(l / W) * W * rows + r * W + l % W];
 }
 
-// ---- pixel tiles: rows are channels, lanes are pixels, in either memory format -------------------------------------
+// Pixel tiles: rows are channels, lanes are pixels, in either memory format
 
-// Pixels per tile. About 16 KB an input, so that both share the L1 cache, but not fewer than 64 pixels, 4 cache lines
-// of each channel, while the tile fits the L2 cache.
+// Pixels per tile: about 16 KB per input, so that both fit the L1 cache; but at least 64 pixels, 4 cache lines per
+// channel, while the tile fits the L2 cache.
 inline int64_t pixel_lanes(int64_t c) { return c > 1024 ? 16 : max(64, min(256, 4096 / c / 16 * 16)); }
 
-// Where a tile of pixels lies in memory, so that a kernel can ask for it while it computes: the next tile of the
-// inputs, this tile of the output.
+// Address of a tile of pixels for prefetching: the next tile of the inputs, this tile of the output.
 class TileAddress {
 public:
     TileAddress(const Pair& in, const void* data, DType type, int64_t n, int64_t first, int64_t width) {

@@ -1,7 +1,8 @@
-// One vector type for every instruction set: GCC and Clang vectors, as wide as the flags of this compilation allow.
+// One vector type for every instruction set: GCC and Clang vector extensions, as wide as this compilation's flags
+// allow.
 //
-// Everything lives in the namespace of the instruction set, and nothing here comes from a std:: template: the linker
-// may keep any one of several copies of an inline function, and the AVX-512 copy must not serve an older processor.
+// Everything is in the namespace of the instruction set and uses no std:: template: the linker keeps one copy of an
+// inline function, and an AVX-512 copy must not run on an older processor.
 #pragma once
 
 #include <cstdint>
@@ -52,7 +53,7 @@ inline Vec<T> set1(T x) {
     return x - Vec<T>{};
 }
 
-// ---- memory -------------------------------------------------------------------------------------------------------
+// Memory
 
 template <class V>
 inline V load_raw(const void* p) {
@@ -80,8 +81,7 @@ inline void store(bf16* p, Float v) {
     store_raw(p, __builtin_convertvector(v == v ? rounded : nan, Half));
 }
 
-// The processor's own conversion, rounding to nearest even (maskz: GCC warns about the undefined operand of the plain
-// form).
+// Hardware conversion, rounding to nearest even (maskz: GCC warns about the undefined operand of the plain form).
 #if defined(__AVX512F__)
 inline Float load(const f16* p) { return (Float)_mm512_maskz_cvtph_ps(0xffff, load_raw<__m256i>(p)); }
 inline void store(f16* p, Float v) { store_raw(p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, 0)); }
@@ -89,8 +89,8 @@ inline void store(f16* p, Float v) { store_raw(p, _mm512_maskz_cvtps_ph(0xffff, 
 inline Float load(const f16* p) { return (Float)_mm256_cvtph_ps(load_raw<__m128i>(p)); }
 inline void store(f16* p, Float v) { store_raw(p, _mm256_cvtps_ph((__m256)v, 0)); }
 #else
-// Shift exponent and mantissa into place, then correct the exponent's bias by a multiplication, which also normalises
-// half subnormals; infinity and NaN get the exponent the multiplication cannot give them.
+// Shifts exponent and mantissa into place. A multiplication then corrects the exponent bias and normalises subnormals.
+// Infinity and NaN need their exponent set separately.
 inline Float load(const f16* p) {
     const Bits h = __builtin_convertvector(load_raw<Half>(p), Bits);
     const Bits body = (h & 0x7fff) << 13;
@@ -98,7 +98,7 @@ inline Float load(const f16* p) {
     const Bits special = body | 0x7f800000;
     return (Float)((body >= (0x7c00 << 13) ? special : value) | ((h & 0x8000) << 16));
 }
-// Round to nearest even on the integer bits; below the smallest normal half the addition of 0.5 aligns and rounds.
+// Rounds to nearest even on the integer bits. Below the smallest normal half, adding 0.5 aligns and rounds.
 inline void store(f16* p, Float v) {
     const Bits b = (Bits)v & 0x7fffffff;
     const Bits normal = (b + 0xfff + ((b >> 13) & 1) - (112u << 23)) >> 13;
@@ -123,13 +123,13 @@ inline void store_part(T* p, int64_t n, Vec<T> v) {
     for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
-// A hint, harmless at any address, even past the end.
+// A prefetch hint; any address is allowed, also past the end.
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
-// ---- arithmetic ---------------------------------------------------------------------------------------------------
+// Arithmetic
 
-// a > b ? a : b: a NaN in b is kept, one in a is not; callers see NaN through their sums. Compilers do not turn the
-// comparison of vectors into the one instruction that x86 has for it.
+// a > b ? a : b. A NaN in b is kept, one in a is not; callers detect NaN in their sums. Compilers do not turn the
+// vector comparison into x86's single instruction.
 inline Double max(Double a, Double b) { return a > b ? a : b; }
 inline Float max(Float a, Float b) {
 #if defined(__AVX512F__)
@@ -177,16 +177,17 @@ inline T max_lanes(Vec<T> v) {
 }
 
 // e^x for x <= 88, at most 2 ulp; results below 2^-126 become 0; NaN stays NaN.
-// x = n ln2 + r, |r| <= ln2 / 2, with ln2 in two parts so that n ln2 is exact; a degree-6 minimax polynomial in r;
-// 2^n enters through the exponent bits.
+//
+// x = n ln2 + r, |r| <= ln2 / 2, with ln2 split in two so that n ln2 is exact; degree-6 minimax polynomial in r; 2^n is
+// added to the exponent bits.
 inline Float exp(Float x) {
     const Float lowest = set1(-88.0f);
     x = max(lowest, x);
-    const Float shifter = set1(0x1.8p23f);  // adding it rounds to an integer and leaves that in the low bits
+    const Float shifter = set1(0x1.8p23f);  // adding it rounds to an integer, left in the low bits
     const Float shifted = x * set1(0x1.715476p0f) + shifter;
     const Float n = shifted - shifter;
     const Float r = (x - n * set1(0x1.63p-1f)) + n * set1(0x1.bd0106p-13f);
-    const Float r2 = r * r;  // Estrin's order: half the latency of Horner's, and latency is what limits a softmax
+    const Float r2 = r * r;  // Estrin's scheme: half the latency of Horner's, and a softmax is latency-bound
     const Float p01 = r + set1(1.0f);
     const Float p23 = r * set1(0x1.5554a2p-3f) + set1(0.5f);
     const Float p46 = r2 * set1(0x1.6b6de6p-10f) + (r * set1(0x1.123008p-7f) + set1(0x1.55568ap-5f));
@@ -194,7 +195,8 @@ inline Float exp(Float x) {
     return p * (Float)(((Bits)shifted + 127) << 23);
 }
 
-// ln x for a positive normal x, about 1 ulp; exactly 0 at 1; NaN stays NaN.
+// ln x for positive normal x, about 1 ulp; exactly 0 at 1; NaN stays NaN.
+//
 // x = 2^e m, m in [sqrt(1/2), sqrt(2)); ln m = 2 atanh(f), f = (m - 1) / (m + 1), an odd series in f, |f| < 0.172.
 inline Float log(Float x) {
     const Bits b = (Bits)x - 0x3f3504f3;
@@ -211,7 +213,7 @@ inline Float log(Float x) {
     return (e * set1(0x1.63p-1f) + small) + (x - x);
 }
 
-// 1 - e^-x for x >= 0, to a few ulp also near 0.
+// 1 - e^-x for x >= 0, within a few ulp, also near 0.
 inline Float one_minus_exp(Float x) {
     Float p = set1(2.7557319e-6f);
     p = p * x - set1(2.4801587e-5f);
@@ -224,7 +226,7 @@ inline Float one_minus_exp(Float x) {
     p = p * x + set1(1.0f);
     return x < 0.5f ? x * p : set1(1.0f) - exp(-x);
 }
-// ln(1 + x) for 0 <= x <= 1, to a few ulp also near 0: 2 atanh(f), f = x / (2 + x), an odd series in f <= 1 / 3.
+// ln(1 + x) for 0 <= x <= 1, within a few ulp, also near 0: 2 atanh(f), f = x / (2 + x), an odd series in f <= 1 / 3.
 inline Float log1p(Float x) {
     const Float f = x / (x + set1(2.0f));
     const Float z = f * f;
@@ -238,7 +240,7 @@ inline Float log1p(Float x) {
     return (f + f) + (f + f) * (z * p);
 }
 
-// fp64 serves exactness, not speed: the C library, lane by lane.
+// fp64 is for exactness, not speed: the C library per lane.
 inline Double exp(Double x) {
     for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
     return x;
@@ -257,7 +259,7 @@ inline Double log1p(Double x) {
     return x;
 }
 
-// Lane sums in fp64: lane i has what lanes i and, of Float, i + kLanes<double> hold.
+// Lane sums in fp64: for Float, lane i holds the sum of lanes i and i + kLanes<double>.
 inline Double widened(Double v) { return v; }
 inline Double widened(Float v) {
     typedef float Part __attribute__((vector_size(kVecBytes / 2)));
@@ -266,13 +268,13 @@ inline Double widened(Float v) {
     return __builtin_convertvector(parts[0], Double) + __builtin_convertvector(parts[1], Double);
 }
 
-// ---- scratch ------------------------------------------------------------------------------------------------------
+// Scratch
 
 // n uninitialised elements, aligned to a cache line.
 template <class T>
 class Scratch {
 public:
-    // Aligned by hand: the allocator's aligned calls bypass its caches of small blocks.
+    // Aligned manually: aligned allocation bypasses the allocator's caches of small blocks.
     explicit Scratch(int64_t n)
         : block_(n ? operator new(n * sizeof(T) + 64) : nullptr),
           data_(reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(block_) + 63) & ~uintptr_t{63})) {}

@@ -1,4 +1,4 @@
-// What a kernel may ask of the block of threads it runs in. emulation.h has the same for the CPU.
+// Interface of a kernel to its thread block. emulation.h implements the same for the CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -29,36 +29,38 @@ public:
         return reinterpret_cast<X*>(shared_ + offset);
     }
 
-    // The value that the lane whose index differs in `mask` gave. All lanes of a warp call these at the same place.
+    // XOR shuffle: the value of the lane whose index differs in `mask`. As with all exchanges, all lanes of a warp must
+    // call it together.
     template <class X>
     FASTKD_DEVICE X shuffle_xor(const X& x, int mask) {
         return exchange(x, [mask](int word) { return __shfl_xor_sync(0xffffffff, word, mask); });
     }
-    // That of the lane `by` below; its own for the lowest ones.
+    // The value of the lane `by` below; the lowest lanes get their own.
     template <class X>
     FASTKD_DEVICE X shuffle_up(const X& x, int by) {
         return exchange(x, [by](int word) { return __shfl_up_sync(0xffffffff, word, by); });
     }
     FASTKD_DEVICE bool any(bool x) { return __any_sync(0xffffffff, x); }
-    // To a counter in shared memory.
+    // Increments a counter in shared memory.
     FASTKD_DEVICE void count(int* counter) { atomicAdd(counter, 1); }
 
-    // ---- clusters (sm_90) --------------------------------------------------------------------------------------------
+    // Clusters (sm_90)
 
-    // The same place in the shared memory of another block of the cluster.
+    // The corresponding address in the shared memory of another block of the cluster.
     template <class X>
     FASTKD_DEVICE const X* remote(const X* p, int rank) {
         const X* out;
         asm("mapa.u64 %0, %1, %2;" : "=l"(out) : "l"(p), "r"(rank));
         return out;
     }
-    // Between the two of all threads of a cluster: what was written before the one is seen after the other.
+    // Split barrier over all threads of a cluster: writes before arrive are visible after wait.
     FASTKD_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
     FASTKD_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-    // ---- bulk copies to shared memory, counted by mbarriers (sm_90) ---------------------------------------------------
-    // One thread prepares all barriers, then, for each, says how many bytes come and starts the copies. Every barrier is
-    // used once. Addresses and sizes are multiples of 16 bytes.
+    // Bulk copies to shared memory, counted by mbarriers (sm_90)
+    //
+    // One thread initialises all barriers; then, for each, it sets the expected byte count and starts the copies. Each
+    // barrier is used once. Addresses and sizes are multiples of 16 bytes.
 
     FASTKD_DEVICE void prepare_barriers(int count) {
         for (int i = 0; i < count; ++i)
@@ -88,13 +90,13 @@ public:
             : "memory");
     }
 
-    // ---- copies of 16 bytes that a thread starts for itself -----------------------------------------------------------
+    // Asynchronous 16-byte copies (cp.async), per thread
 
     FASTKD_DEVICE void copy_16(void* to, const void* from) {
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address(to)), "l"(from) : "memory");
     }
     FASTKD_DEVICE void end_of_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-    // Until at most `later` groups, the last ones, are still on their way.
+    // Waits until at most the last `later` groups are in flight.
     template <int later>
     FASTKD_DEVICE void wait_for_groups() {
         asm volatile("cp.async.wait_group %0;" ::"n"(later) : "memory");
@@ -132,7 +134,7 @@ inline void check(cudaError_t code, const char* what) {
         throw std::runtime_error(std::string("fastkd: ") + what + " failed: " + cudaGetErrorString(code));
 }
 
-// Starts a kernel on a stream of the current device.
+// Launches a kernel on a stream of the current device.
 struct Launcher {
     cudaStream_t stream;
 

@@ -1,34 +1,37 @@
-// The losses at label resolution (docs/full-resolution.md) and their gradients at logit size (docs/cuda.md).
+// Losses at label resolution (docs/full-resolution.md) and their gradients at logit size (docs/cuda.md).
 //
-// The label pixels between four neighbouring logits are a cell, and a thread owns a cell or a part of one: its PY x PX label
-// pixels are registers, and lanes run along neighbouring cells. A loop over the classes reads the four corners once for all
-// of them, and sums exponentials; a second loop makes the gradient of the corners from the sums in registers, so nothing of
-// the labels' size is written. Logits are read less the maximum of their classes. The interpolated maximum is what stabilises
-// a label pixel's exponentials then: it bounds the pixel's logits, and the same for all classes. A pixel so far below it that
-// its exponentials would vanish (neighbours whose maxima are of other classes, by 90 or more) is done again on its own.
+// The label pixels between four neighbouring logits form a cell. A thread processes a cell or part of one: its PY x PX
+// label pixels are in registers, and lanes run along neighbouring cells. A first loop over the classes reads the four
+// corners once for all pixels and sums exponentials. A second loop computes the gradient of the corners from those
+// sums, so no map at label size is written.
 //
-// What a thread's pixels give to its left corners and the neighbouring lane's to its right ones is one number; the parts of
-// a cell are lanes of one warp. The two rows of corners go to two planes, and CellsJoin adds these, casts, and writes the
-// student's layout. Every sum has an order of its own, without atomics.
+// The maximum over the classes is subtracted from the logits. The interpolated maximum stabilises the exponentials of a
+// label pixel: it is an upper bound of the pixel's logits and the same for all classes. If a pixel's logits are so far
+// below it that the exponentials would underflow (neighbours whose maxima belong to different classes, by 90 or more),
+// the pixel is recomputed separately.
 //
-// Before them cells_prepare.h brings each map into one form; cells_run.h launches all of it.
+// The left corners of a cell are the right corners of its left neighbour, so both contributions are added within the
+// warp. The parts of a cell are also lanes of one warp. The upper and the lower corners go to separate planes.
+// CellsJoin adds the planes, casts, and writes the student's layout. Every sum has a fixed order; there are no atomics.
 //
-// A loss plugs in as a struct (losses.h) with
-//   A                the accumulation type
-//   kSides, kGrids   maps it reads, and sizes they have: 2 where the teacher's size differs
-//   kOwn, kWeights   whether the labelled class matters, and whether a gradient keeps a weight of each label pixel
-//   kWide            whether a gradient needs as many registers without
-//   kManySums        whether the sums of a loss without gradient need more than 168 registers for 32 label pixels
-//   kGradient, kForward, kKnown, kWritesSums   which kernels exist, and whether log-sum-exps may be given or are written
-//   Sums, add        what it sums over the classes of a label pixel, from each class's values and their powers of 2
-//   near             whether the sums lost no terms; otherwise the label pixel is done again from its own maximum
-//   term, ignored    what it makes of the sums, and what a pixel that does not count gets
-//   gradient, ratio  numbers of a label pixel, from which, its weight and the sums its gradient is made
-//   share, own       the gradient of a class, and what it becomes for the labelled one with kOwn
-//   Class, of_class  what it knows of a class beside its logits
-//   kSpreads         whether each label pixel has a term and a gradient of all classes alike: even, whole, rest, Class::spread
-//   Linear, add_corners  what it sums over the classes of a cell's corners for them
-// SoftmaxLoss in losses.h is what most losses have of these.
+// cells_prepare.h first converts each map to one format; cells_run.h does the launches.
+//
+// A loss is a struct (losses.h) with
+//   A                accumulation type
+//   kSides, kGrids   number of maps, and of distinct map sizes: 2 if the teacher's size differs
+//   kOwn, kWeights   whether the labelled class is special, and whether the gradient keeps a weight per label pixel
+//   kWide            whether the gradient needs as many registers even without kWeights
+//   kManySums        whether the forward without gradient needs more than 168 registers for the sums of 32 label pixels
+//   kGradient, kForward, kKnown, kWritesSums   which kernels exist; whether log-sum-exps can be passed in or are written
+//   Sums, add        sums over the classes of a label pixel, updated with the values of a class and their powers of 2
+//   near             false if the sums may have lost terms to underflow; the pixel is then recomputed about its own maximum
+//   term, ignored    loss of a pixel from its sums, and the value for ignored pixels
+//   gradient, ratio  numbers per label pixel that, with its weight and sums, determine its gradient
+//   share, own       gradient of a class, and its correction for the labelled class with kOwn
+//   Class, of_class  per-class data besides the logits
+//   kSpreads         whether each label pixel has a term and gradient spread over all classes: even, whole, rest, Class::spread
+//   Linear, add_corners  sums over the classes of a cell's corners for that term
+// SoftmaxLoss in losses.h has the common defaults.
 #pragma once
 
 #include "interpolation.h"
@@ -39,35 +42,35 @@ template <class Loss, int PY, int PX, bool kGradient>
 struct Cells {
     using A = typename Loss::A;
     static constexpr int kSides = Loss::kSides;
-    static constexpr int kGrids = Loss::kGrids;  // 2 where the maps' sizes differ, and so what their corners weigh
+    static constexpr int kGrids = Loss::kGrids;  // 2 if the maps' sizes, and so their interpolation weights, differ
     static constexpr int kThreadsOfBlock = 64;
-    // 255, 168 or 128 registers: what a thread's pixels take, so that nothing is spilled.
+    // Launch bounds: at most 255, 168 or 128 registers per thread, enough to avoid spills.
     static constexpr int kBlocksPerCores =
         PY * PX > 32 || sizeof(A) == 8 || (PY * PX > 16 && (kGradient ? Loss::kWeights || Loss::kWide : Loss::kManySums)) ? 4
         : PY * PX > 16 || (PY * PX == 16 && kGradient && (kGrids == 2 || Loss::kWide))                   ? 6
                                                                                                          : 8;
     static constexpr bool kMakesGradient = kGradient;
-    static constexpr bool kCentred = true;  // whether the logits are less the maximum of their classes
+    static constexpr bool kCentred = true;  // whether the maximum over classes is subtracted from the logits
     static constexpr bool kAddsClasses = false;
-    static constexpr bool kWeighs = !kGradient || !Loss::kOwn || Loss::kWeights;  // whether there may be weights
-    static constexpr bool kWeights = kGradient && Loss::kWeights;  // of pixels, in registers while the gradient is made
+    static constexpr bool kWeighs = !kGradient || !Loss::kOwn || Loss::kWeights;  // whether weights are possible
+    static constexpr bool kWeights = kGradient && Loss::kWeights;  // per pixel, in registers during the gradient
 
     CellsPlan plan;
     int64_t first, lines;   // the chunk: rows of cells
     LabelPixels pixels;
     Loss loss;
     const A* map[kSides];   // from CellsPrepare
-    const A* peak[kSides];  // the maxima of the classes
+    const A* peak[kSides];  // maxima over the classes
     Given<A> given[kSides];
-    const A* known;         // null, or (n, height, width): log-sum-exps, NaN where a pixel does not count
+    const A* known;         // null, or (n, height, width): log-sum-exps, NaN for uncounted pixels
     A* terms;               // null, or (n, height, width)
     A* sums_of;             // null, or (n, height, width): log-sum-exps of the first side
     double* parts;          // null, or (warps,): sums of terms
-    const double* counted;  // `counters` numbers whose sum divides the terms; counters is 0 where nothing does
+    const double* counted;  // `counters` numbers; terms are divided by their sum. counters == 0: no division
     int counters;
-    A scale;                // of the gradient, and of each term
+    A scale;                // of the gradient and of each term
     A* planes;              // (sets, lines, 2, c, w)
-    A* edges;               // (sets, groups, 2, c): what a warp's last cell gives to the right
+    A* edges;               // (sets, groups, 2, c): right-corner gradient of a warp's last cell
 
     FASTKD_ANYWHERE int64_t blocks() const { return ceil_div(plan.warps(lines), kThreadsOfBlock / kWarp); }
 
@@ -79,7 +82,7 @@ struct Cells {
         const A factor = factor_of(block, lane);
         const Place at = place_of(warp, lane);
 
-        // The thread's pixels: what the right and the lower corners weigh, which pixels count, and their labels.
+        // The thread's pixels: weights of the right and lower corners, which pixels are counted, labels.
         A right[kGrids][PX], down[kGrids][PY];
         int label[PY][PX];  // only with Loss::kOwn
         uint64_t counts = 0;
@@ -88,7 +91,6 @@ struct Cells {
         FASTKD_UNROLL
         for (int side = 0; side < kSides; ++side) start[side] = walk(at, side);
 
-        // Sums over the classes.
         typename Loss::Sums sums[PY][PX] = {};
         typename Loss::Linear linear;
         if (Loss::kKnown && known)
@@ -100,7 +102,7 @@ struct Cells {
         for (int i = 0; i < PY * PX; ++i)
             if (counts >> i & 1 && !Loss::near(sums[i / PX][i % PX])) far |= uint64_t{1} << i;
 
-        // The loss, and what the gradient of a pixel is made of.
+        // The loss, and the per-pixel factors of the gradient.
         double sum = 0;
         A slope[PY][PX], ratio[PY][PX], weight[PY][PX];
         Shares spread;
@@ -195,7 +197,7 @@ protected:
         return n == 0 ? scale : scale / static_cast<A>(n);
     }
 
-    // Returns the rows in which the warp has a pixel that counts.
+    // Returns a bitmask of the rows in which the warp has a counted pixel.
     template <class Block>
     FASTKD_DEVICE unsigned setup(Block& block, const Place& at, A (&right)[kGrids][PX], A (&down)[kGrids][PY],
                                  int (&label)[PY][PX], uint64_t& counts) const {
@@ -231,7 +233,7 @@ protected:
         return axis.template right<A>(at.down.begin + i, side == 1 ? at.down.other : at.y);
     }
 
-    // What a label pixel takes from the map of weights, which may have any size: where from, in one direction.
+    // Source position of a label pixel in the weight map, which may have any size; one axis.
     struct Between {
         int from, step;
         A right;
@@ -258,12 +260,12 @@ protected:
         return blended(blended(top[0], low[0], down.right), blended(top[across.step], low[across.step], down.right),
                        across.right);
     }
-    // Of a pixel that counts.
+    // Class weight of a counted pixel.
     FASTKD_DEVICE A class_weight(int label) const {
         return pixels.class_weight ? static_cast<const A*>(pixels.class_weight)[label] : A(1);
     }
 
-    // A side's row of the padded map, counted from the chunk's first.
+    // Row of a side's padded map, relative to the chunk's first.
     FASTKD_DEVICE int64_t row_of(const Place& at, int side) const {
         if (side == 1 && kGrids == 2)
             return (at.n - plan.sample(first)) * (plan.rows.other.in + 2) + at.down.other + 1;
@@ -274,7 +276,7 @@ protected:
         const A* top = map[side] + row_of(at, side) * plan.classes * step(side) + x;
         return {top, top + static_cast<int64_t>(below(side)) * plan.classes * step(side)};
     }
-    // What the first side's logits of a label pixel are less.
+    // The maxima that were subtracted from the first side's logits, at the corners.
     FASTKD_DEVICE Corners<A> peaks(const Place& at) const {
         const int w = step(0);
         const A* top = peak[0] + row_of(at, 0) * w + at.x + 1;
@@ -287,8 +289,8 @@ protected:
         return (side == 1 && kGrids == 2 ? plan.columns.other.in : plan.columns.own.in) + 2;
     }
 
-    // Steps to the right and to the lower corners: 0 along an axis that is not resized, since a weight of 0 times a NaN is NaN.
-    // One column a cell has the shape with the fewest.
+    // Offsets of the right and lower corners: 0 along an axis that is not resized, because 0 * NaN is NaN. Only the
+    // smallest shape can have one column per cell.
     FASTKD_DEVICE int beside(int side) const {
         const Axis& axis = side == 1 && kGrids == 2 ? plan.columns.other : plan.columns.own;
         return PX > kShape[0].columns ? 1 : axis.in != axis.out;
@@ -298,7 +300,7 @@ protected:
         return axis.in != axis.out;
     }
 
-    // f(class, corners of each side) for every class; the next class's corners are on their way meanwhile.
+    // f(class, corners of each side) for every class, with the corners of the next class prefetched.
     template <class F>
     FASTKD_DEVICE void each_class(const Walk<A> (&start)[kSides], const F& f) const {
         Walk<A> walk[kSides];
@@ -314,13 +316,13 @@ protected:
             FASTKD_UNROLL
             for (int side = 0; side < kSides; ++side) {
                 now[side] = next[side];
-                next[side] = walk[side].next(step(side), beside(side));  // behind the last class another row begins
+                next[side] = walk[side].next(step(side), beside(side));  // past the last class this reads the next row
             }
             f(c, now);
         }
     }
 
-    // f(row, column, logit of each side) for the pixels of the rows.
+    // f(row, column, logit of each side) for the pixels in `rows`.
     template <class F, class G>
     FASTKD_DEVICE static void each_pixel(const Corners<A> (&corners)[kSides], unsigned rows, const A (&right)[kGrids][PX],
                                          const A (&down)[kGrids][PY], const F& f, const G& end_of_row) {
@@ -365,7 +367,7 @@ protected:
         });
     }
 
-    // The log-sum-exps are given; the labelled class is read where it is.
+    // The log-sum-exps are given; only the labelled class is read.
     FASTKD_DEVICE void take_known(const Place& at, const Walk<A>& start, const A (&right)[PX], const A (&down)[PY],
                                   const int (&label)[PY][PX], uint64_t counts, typename Loss::Sums (&sums)[PY][PX]) const {
         const Blend<A> top(peaks(at));
@@ -390,7 +392,7 @@ protected:
     }
 
     struct Shares {
-        A all = 0, right = 0, low = 0, low_right = 0;  // sums of the gradient by 1, right, down, right * down
+        A all = 0, right = 0, low = 0, low_right = 0;  // gradient summed with weights 1, right, down, right * down
 
         FASTKD_DEVICE void add(A x, A by_right, A by_down) {
             all += x;
@@ -407,10 +409,10 @@ protected:
         }
     };
 
-    // Where a lane's corners go, class by class.
+    // Destination of a lane's corner gradients, one class after the other.
     struct Planes {
         A *to, *edge;
-        int64_t low;  // from the upper to the lower corners' plane, where the lane has both
+        int64_t low;  // offset from the upper to the lower corners' plane, if the lane writes both
         int w, group, classes;
         bool owns, last, first, odd;
     };
@@ -430,17 +432,18 @@ protected:
                 odd};
     }
 
-    // Merges the parts of a cell and what the cell to the left gives to this one's left corners, and puts it in the planes:
-    // what is there is kept where kMore.
+    // Merges the parts of a cell, adds the left neighbour's contribution to the left corners, and writes both to the
+    // planes. kMore adds to the planes instead of overwriting.
     template <bool kMore, class Block>
     FASTKD_DEVICE void put(Block& block, Planes& planes, Shares mine) const {
-        if (!beside(0)) mine.right = mine.low_right = 0;  // where a NaN times a weight of 0 would be NaN
+        if (!beside(0)) mine.right = mine.low_right = 0;  // otherwise a weight of 0 times NaN would be NaN
         if (!below(0)) mine.low = mine.low_right = 0;
         const auto write = [](A* to, A value) { *to = kMore ? *to + value : value; };
         const A top_right = mine.right - mine.low_right, low_left = mine.low - mine.low_right;
         const A top_left = (mine.all - mine.right) - low_left, low_right = mine.low_right;
         if (plan.team > 1) {
-            // Even parts keep the upper corners and get those of the odd ones; the lower ones the other way round.
+            // Even parts keep the upper corners and receive those of the odd parts; odd parts do the same for the lower
+            // corners.
             const bool odd = planes.odd;
             A left = odd ? low_left : top_left, right = odd ? low_right : top_right;
             const A give_left = odd ? top_left : low_left, give_right = odd ? top_right : low_right;
@@ -469,14 +472,14 @@ protected:
         ++planes.edge;
     }
 
-    // Fills the planes for all classes. Where none of a lane's pixels `counts`, its logits may be NaN.
+    // Fills the planes for all classes. If none of a lane's pixels is counted, its logits may be NaN.
     template <class Block>
     FASTKD_DEVICE void gradient(Block& block, const Place& at, const Walk<A> (&start)[kSides], unsigned rows, bool counts,
                                 const A (&right)[kGrids][PX], const A (&down)[kGrids][PY], const int (&label)[PY][PX],
                                 const A (&weight)[PY][PX], const A (&slope)[PY][PX], const A (&ratio)[PY][PX],
                                 const Shares& spread, A factor) const {
         Planes planes = planes_of(at);
-        uint64_t present = 0;  // a bit for the classes among the warp's labels, modulo 64
+        uint64_t present = 0;  // bit (class mod 64) for each label in the warp
         if constexpr (Loss::kOwn) {
             FASTKD_UNROLL
             for (int i = 0; i < PY * PX; ++i)
@@ -518,7 +521,7 @@ protected:
         });
     }
 
-    // Pixels whose exponentials vanish, one of each lane at a time, from the maximum of their own logits.
+    // Recomputes pixels whose exponentials underflow about the maximum of their own logits, one per lane at a time.
     template <class Block>
     FASTKD_DEVICE void far_pixels(Block& block, const Place& at, uint64_t far, A factor, double& sum) const {
         typename Given<A>::Places places[kSides];

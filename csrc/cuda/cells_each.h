@@ -1,7 +1,7 @@
-// Losses at label resolution of each class against the rest: KD with sigmoids, and binary cross-entropy.
+// Losses at label resolution with one sigmoid per class: sigmoid KD and binary cross-entropy.
 //
-// As in cells.h a thread owns a cell or a part of one. No number of a label pixel is shared by its classes, so one loop over
-// them makes loss and gradient, and logits are read as they are.
+// Same decomposition into cells as cells.h. The classes of a label pixel are independent, so a single loop over them
+// computes loss and gradient, and no maximum is subtracted.
 #pragma once
 
 #include "cells_run.h"
@@ -9,7 +9,7 @@
 
 namespace fastkd::gpu {
 
-// What cells.h needs to know of such a loss.
+// The members of a loss that cells.h requires.
 template <class T, int sides, int grids>
 struct EachLoss {
     using A = T;
@@ -32,7 +32,7 @@ struct CellsEach : Cells<EachLoss<T, sides, grids>, PY, PX, kGradient> {
     static constexpr bool kCentred = false;
 
 protected:
-    // The weights of a thread's label pixels, of map `n`: 0 where none counts.
+    // Weights of a thread's label pixels from map `n`: 0 for uncounted pixels.
     FASTKD_DEVICE void weigh(const Place& at, int64_t n, uint64_t counts, A (&weight)[PY][PX]) const {
         Place from = at;
         from.n = n;
@@ -48,7 +48,7 @@ protected:
         }
     }
 
-    // Fills the planes from f(class, corners), the shares of a class.
+    // Fills the planes with f(class, corners), the gradient shares of a class.
     template <class Block, class F>
     FASTKD_DEVICE void each_gradient(Block& block, const Place& at, const Walk<A> (&start)[sides], uint64_t counts, A factor,
                                      const F& f) const {
@@ -64,7 +64,7 @@ protected:
         });
     }
 
-    // The shares of the gradients that of(row, column, logits) gives.
+    // Sums of the gradients of(row, column, logits), weighted for each corner.
     template <class F>
     FASTKD_DEVICE static Shares shares_of(const Corners<A> (&corners)[sides], unsigned rows, const A (&right)[grids][PX],
                                           const A (&down)[grids][PY], const F& of) {
@@ -99,7 +99,7 @@ protected:
     }
 };
 
-// kSame: the teacher's map has the student's size.
+// kSame: student and teacher maps have the same size.
 template <class T, bool kSame, int PY, int PX, bool kGradient>
 struct CellsKdSigmoid : CellsEach<T, 2, kSame ? 1 : 2, PY, PX, kGradient> {
     using Base = CellsEach<T, 2, kSame ? 1 : 2, PY, PX, kGradient>;
@@ -152,7 +152,7 @@ struct CellsBinary : CellsEach<T, 1, 1, PY, PX, kGradient> {
 
     const uint64_t* codes;  // (n, classes, height, code_words(width))
     const A* pos_weight;    // null, or (classes,)
-    int weight_classes;     // of pixels.weight: 1, or all
+    int weight_classes;     // classes of pixels.weight: 1 or all
 
     template <class Block>
     FASTKD_DEVICE void operator()(Block& block) const {
@@ -202,22 +202,22 @@ struct CellsBinary : CellsEach<T, 1, 1, PY, PX, kGradient> {
     }
 
 private:
-    // From a bit of one half of a word on, and of the next word.
+    // Bits from `bit` on of one half of a word, continued in the next word.
     FASTKD_DEVICE static unsigned bits_of(uint64_t code, uint64_t next, int half, int bit) {
         const uint64_t both = (code >> half & 0xffffffffu) | next >> half << kWarp;
         return static_cast<unsigned>(both >> bit);
     }
 };
 
-// Reads the targets once: counts them, and packs 32 into a word. A warp has 32 neighbours of a row at a time.
+// Reads the targets once: counts them and packs 32 per word. A warp reads 32 neighbours in a row at a time.
 struct BinaryCodes {
     static constexpr int kBlocksPerCores = 4;
-    static constexpr int kAtOnce = 4;  // words whose targets are on their way together
+    static constexpr int kAtOnce = 4;  // words whose loads are in flight together
 
     LabelPixels pixels;
     int64_t rows, width;
     uint64_t* codes;
-    double* parts;  // (blocks,): how many count
+    double* parts;  // (blocks,): counted targets
     int blocks;
 
     template <class Block>

@@ -1,23 +1,23 @@
-// What runs after the loops over cells: the planes of gradient shares become the gradient.
+// The step after the loops over cells: combines the planes of gradient shares into the gradient.
 #pragma once
 
 #include "pixels.h"
 
 namespace fastkd::gpu {
 
-// Adds the planes of a chunk's rows of cells: of a row of logits the upper ones of the cells below it and the lower ones of
-// the cells above it. The lower ones of the chunk's last row wait in `carry` for the next chunk.
+// Adds the planes of a chunk. A row of logits is the sum of the upper plane of the cells below it and the lower plane
+// of the cells above it. The lower plane of the chunk's last row is stored in `carry` for the next chunk.
 template <class T>
 struct CellsJoin {
     using A = Accumulator<T>;
     static constexpr int kBlocksPerCores = 4;
-    static constexpr int kClasses = 64;  // of a block
+    static constexpr int kClasses = 64;  // per block
     static constexpr int kStride = kWarp + 1;
     static constexpr int64_t kShared = kWarp * kStride * 8;
 
     CellsPlan plan;
     int64_t first, lines;
-    const A *planes, *edges, *before;  // before: (c, w), the carry of the chunk above
+    const A *planes, *edges, *before;  // before: (c, w), carry of the previous chunk
     A* carry;
     Sink<T, 1> out;
     bool channels_last;
@@ -56,7 +56,7 @@ struct CellsJoin {
 
 private:
     struct Place {
-        bool exists, carries, above, below;  // whether it has cells above and below it
+        bool exists, carries, above, below;  // above, below: whether there are cells on that side
         int64_t line, out;
         int x;
     };

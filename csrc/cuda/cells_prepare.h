@@ -1,14 +1,14 @@
-// What runs before the loops over cells: the count that a mean divides by, and the copy of a map that the loops read.
+// The steps before the loops over cells: the count for a mean, and a copy of each map in a common format.
 //
-// The copy is (row, class, column), in the accumulation type, times log2(e) / temperature, borders repeated, whatever the map's
-// dtype and layout; for a softmax less the maximum over the classes.
+// The copy is (row, class, column), in the accumulation type, times log2(e) / temperature, with borders repeated, for
+// any dtype and layout of the map. For a softmax the maximum over the classes is subtracted.
 #pragma once
 
 #include "interpolation.h"
 
 namespace fastkd::gpu {
 
-// Counts the label pixels, by their class weights where there are any.
+// Counts the label pixels, or sums their class weights.
 template <class A>
 struct CellsCount {
     static constexpr int kBlocksPerCores = 4;
@@ -32,8 +32,8 @@ struct CellsCount {
     }
 };
 
-// Brings `rows` rows of a map, from `first` of all its padded ones on, into the form that the loops read. kCentred: less the
-// maximum over the classes.
+// Converts `rows` rows of a map, starting at row `first` of all its padded rows. kCentred: subtracts the maximum over
+// the classes.
 template <class T, bool kCentred = true>
 struct CellsPrepare {
     using A = Accumulator<T>;
@@ -46,7 +46,7 @@ struct CellsPrepare {
     int64_t c, h, w, first, rows;
     A scale;
     A* out;   // (rows, c, w + 2)
-    A* peak;  // kCentred: (rows, w + 2): the maxima, scaled
+    A* peak;  // kCentred: (rows, w + 2): scaled maxima
 
     FASTKD_ANYWHERE int64_t blocks() const { return ceil_div(rows * (w + 2), kWarp); }
 
@@ -83,7 +83,7 @@ struct CellsPrepare {
 private:
     FASTKD_DEVICE static A higher(A a, A b) { return a != a ? a : b != b ? b : largest(a, b); }
 
-    // f(class, logit) for this thread's share of the classes of its place.
+    // f(class, logit) for this thread's classes at its position.
     template <class Block, class F>
     FASTKD_DEVICE void each(Block& block, const F& f) const {
         const int lane = block.thread() % kWarp, warp = block.thread() / kWarp;
@@ -106,7 +106,7 @@ private:
             block.sync();
         }
     }
-    // Class 0 of what stands at a place of the padded map.
+    // Offset of class 0 at a position of the padded map.
     FASTKD_DEVICE int64_t pixel(int64_t at) const {
         const int64_t row = first + at / (w + 2), n = row / (h + 2);
         const int64_t y = least(most(row % (h + 2) - 1, 0), h - 1), x = least(most(at % (w + 2) - 1, 0), w - 1);

@@ -1,4 +1,4 @@
-// How a loss at label resolution is launched: count, then for each chunk of rows copy, loops and join, then the sum.
+// Launches a loss at label resolution: the count; per chunk of rows the copies, the loops and the join; the final sum.
 #pragma once
 
 #include <type_traits>
@@ -24,7 +24,7 @@ void prepare(const Map& map, double scale, int64_t first, int64_t rows, A* out, 
     map.type == DType::f64 ? run(Kind<double, 1>{}) : run(Kind<Any, 1>{});
 }
 
-// What is the same for all chunks of a call; `body` is a loss's Cells. after(body): what a chunk needs behind it.
+// Runs the chunks of a call; `body` is a loss's Cells. after(body) runs after the loops of each chunk.
 template <class Body, class Launch, class After>
 void run_cells(const Resized& a, Body body, const Launch& launch, const After& after) {
     using A = typename Body::A;
@@ -70,7 +70,7 @@ void run_cells(const Resized& a, Body body, const Launch& launch, const After& a
     }
 }
 
-// f(ShapeOf) for one of the first `count` shapes.
+// f(ShapeOf) for shape number `shape` of the first `count`.
 template <int PY, int PX>
 struct ShapeOf {
     static constexpr int rows = PY, columns = PX;
@@ -83,7 +83,8 @@ void with_shape(int shape, const F& f) {
     }
 }
 
-// The chunks of a loss: make(shape, gradient) is the kernel, `counters` parts of a count divide its terms.
+// Runs the chunks of a loss: make(shape, gradient) returns the kernel; its terms are divided by the sum of `counters`
+// numbers.
 template <class Loss, class Make, class Launch, class After>
 void run_loss(const Resized& a, int counters, double scale, const Make& make, const Launch& launch, const After& after) {
     using A = typename Loss::A;
@@ -113,7 +114,7 @@ struct NothingAfter {
     void operator()(const Body&, const Buffers&) const {}
 };
 
-// One loss of label pixels: counts, runs the chunks, and adds up.
+// A complete loss over label pixels: count, chunks, final sum.
 template <class Loss, class Make, class Launch>
 void resized_as(const Resized& a, const Make& make, const Launch& launch) {
     using A = typename Loss::A;
@@ -133,7 +134,7 @@ void resized_as(const Resized& a, const Make& make, const Launch& launch) {
                      a.parts, launch);
 }
 
-// `loss` is a struct of losses.h.
+// `loss` is a struct from losses.h.
 template <class Loss, class Launch>
 void resized(const Resized& a, const Loss& loss, const Launch& launch) {
     const auto make = [&](auto shape, auto gradient) {

@@ -16,8 +16,7 @@ int attribute(cudaDeviceAttr which, int index) {
     return value;
 }
 
-// The most blocks of a cluster that this device runs when each takes all the shared memory it may; part of a GPU may have
-// fewer than a whole one.
+// Maximum cluster size if each block uses the maximum shared memory. It can be smaller on a partitioned GPU.
 int largest_cluster(int shared) {
     check(cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "asking for shared memory");
     cudaLaunchConfig_t config{};

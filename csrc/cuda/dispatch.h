@@ -1,11 +1,11 @@
-// What every operator does with dtypes.
+// Dispatch over dtypes, shared by all operators.
 #pragma once
 
 #include "plan.h"
 
 namespace fastkd::gpu {
 
-// f(Kind<T, V>) for the dtype of a pair, read `vector` elements at a time.
+// Calls f(Kind<T, V>) for the dtypes of a pair that is read `vector` elements at a time.
 template <class T, int V>
 struct Kind {
     using type = T;

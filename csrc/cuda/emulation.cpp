@@ -1,7 +1,7 @@
 // torch.ops.fastkd_cuda.* for CPU tensors, on the emulated GPU of emulation.h: built and loaded by tests only.
 //
-// torch.ops.fastkd_cuda_emulation.configure(...) says what the GPU is like and in which order its threads run; the other
-// operators there print plans. Their schemas are in tests/emulation.py.
+// torch.ops.fastkd_cuda_emulation.configure(...) sets the properties of the GPU and the order of its threads. The other
+// operators there return plans as tables. Their schemas are in tests/emulation.py.
 #include "emulation.h"
 
 #include "../checks.h"
@@ -17,7 +17,7 @@
 namespace fastkd::gpu {
 namespace {
 
-Device emulated{227 * 1024, 228 * 1024, 132, 8, 256};  // small groups in clusters too
+Device emulated{227 * 1024, 228 * 1024, 132, 8, 256};  // clusters for small groups too
 Order order = Order::random;
 
 void configure(int64_t shared_per_block, int64_t shared_per_cores, int64_t multiprocessors, int64_t cluster,
@@ -26,7 +26,7 @@ void configure(int64_t shared_per_block, int64_t shared_per_cores, int64_t multi
     order = threads == "forwards" ? Order::forwards : threads == "backwards" ? Order::backwards : Order::random;
 }
 
-// A table of int64, in memory like `like`.
+// A table of int64 on the device of `like`.
 Tensor table(const Tensor& like, const std::vector<std::vector<int64_t>>& lines) {
     const auto width = static_cast<int64_t>(lines.empty() ? 0 : lines[0].size());
     Tensor out = new_empty(like, std::vector<int64_t>{static_cast<int64_t>(lines.size()), width},
@@ -36,7 +36,7 @@ Tensor table(const Tensor& like, const std::vector<std::vector<int64_t>>& lines)
     return out;
 }
 
-// Of each unit of a streaming kernel: group, part of the group, parts a group has, first element and how many.
+// Per unit of a streaming kernel: group, part index, parts per group, first element, number of elements.
 Tensor row_units(const Tensor& like, int64_t runs, int64_t groups, int64_t length, int64_t vector) {
     const RowCut c = cut(Rows{runs, groups, length}, static_cast<int>(vector));
     std::vector<std::vector<int64_t>> lines;
@@ -46,7 +46,7 @@ Tensor row_units(const Tensor& like, int64_t runs, int64_t groups, int64_t lengt
     return table(like, lines);
 }
 
-// Of each block of a streaming kernel: outer index, first column, width, part, parts of a group, first and last row.
+// Per block of a streaming kernel: outer index, first column, width, part index, parts per group, first and last row.
 Tensor column_blocks(const Tensor& like, int64_t outer, int64_t rows, int64_t inner, int64_t vector) {
     const ColumnCut c = cut(Columns{outer, rows, inner}, static_cast<int>(vector));
     std::vector<std::vector<int64_t>> lines;
@@ -63,7 +63,8 @@ void check_layout(const SharedLayout& at, int64_t columns, int64_t share_bytes) 
         throw std::logic_error("emulation: parts of shared memory overlap or are not aligned");
 }
 
-// Of each piece that one bulk copy brings: group, rank, stage, where it is in memory, which elements of the group, how many.
+// Per bulk copy: group, rank, stage, offset in memory, first element within the group, number of elements, bytes of
+// shared memory.
 Tensor row_pieces(const Tensor& like, int64_t runs, int64_t groups, int64_t length, int64_t bytes) {
     const RowShares plan = share_out(Rows{runs, groups, length}, static_cast<int>(bytes), emulated);
     std::vector<std::vector<int64_t>> lines;
@@ -79,19 +80,20 @@ Tensor row_pieces(const Tensor& like, int64_t runs, int64_t groups, int64_t leng
     return table(like, lines);
 }
 
-// Whether a whole H100 makes the gradient of NFD in one read.
+// Whether a full H100 computes the gradient of NFD in one read.
 Tensor nfd_reads(const Tensor& student, const Tensor& teacher, std::string dims) {
     const Device h100{227 << 10, 228 << 10, 132, 8};
     return table(student, {{plan_nfd(pair_of(student, teacher), group_of(dims), h100).one_read()}});
 }
 
-// Pixels a tile, tiles of a line of pixels, pixels of that line, bytes of shared memory; no pixels where nothing fits.
+// Pixels per tile, tiles per line of pixels, pixels per line, bytes of shared memory; 0 pixels if nothing fits.
 Tensor kd_tiles(const Tensor& x) {
     const KdPlan plan = plan_kd(pair_of(x, x), emulated);
     return table(x, {{plan.pixels, plan.tiles, plan.inner, plan.total}});
 }
 
-// Of each output of a resize: the cell it lies in, and the first output of that cell and of the next.
+// Per output of a resize: its cell, the first output of that cell and of the next one, the largest number of outputs in
+// a cell.
 Tensor axis_cells(const Tensor& like, int64_t in, int64_t out, bool align_corners) {
     const Axis axis{static_cast<int>(in), static_cast<int>(out), align_corners};
     std::vector<std::vector<int64_t>> lines;
@@ -108,7 +110,7 @@ CellsChoice choice(const Tensor& student, const Tensor& teacher, int64_t height,
     return out;
 }
 
-// Of each part of a cell that has label pixels: sample, cell, the teacher's cell, rows and columns of label pixels.
+// Per part of a cell that has label pixels: sample, cell, the teacher's cell, rows and columns of label pixels.
 Tensor cell_parts(const Tensor& student, const Tensor& teacher, int64_t height, int64_t width, bool align_corners) {
     const CellsChoice chosen = choice(student, teacher, height, width, align_corners);
     const CellsPlan& plan = chosen.plan;
@@ -128,7 +130,8 @@ Tensor cell_parts(const Tensor& student, const Tensor& teacher, int64_t height, 
     return table(student, lines);
 }
 
-// Rows and columns of the shape, lanes and teams a cell, rows of cells in all and of a chunk, bytes of scratch memory.
+// Rows and columns of the shape, lanes per team and teams per cell, rows of cells in total and per chunk, bytes of
+// scratch memory, warps.
 Tensor cells_plan(const Tensor& student, const Tensor& teacher, int64_t height, int64_t width, bool align_corners) {
     const CellsChoice chosen = choice(student, teacher, height, width, align_corners);
     const CellsPlan& plan = chosen.plan;

@@ -1,14 +1,14 @@
-// A GPU in slow motion on the CPU, for tests: the kernels as they are, thread by thread, with a GPU's freedom to be nasty.
+// An emulated GPU for tests: runs the kernels' source unchanged on the CPU, thread by thread.
 //
-// Each thread of a cluster is a context of its own that runs until it must wait for others; who runs next is up to the
-// chosen order, so a missing barrier shows as a result that depends on the order. Shared memory starts as NaN. Data of
-// asynchronous copies is not there before it is waited for. What a GPU leaves undefined is an error here: addresses that
-// are not aligned, an mbarrier that expects other bytes than come, shared memory of a block that has ended, writes past
-// the end of shared memory, threads that wait for each other for ever, lanes of a warp that exchange values at different
-// places.
+// Each thread of a cluster is a separate context that runs until it waits for others. The configured order decides
+// which thread runs next, so a missing barrier shows up as a result that depends on the order. Shared memory is
+// initialised to NaN. Data of asynchronous copies appears only when it is waited for. Undefined behaviour on a GPU is
+// an error here: misaligned addresses, an mbarrier with a wrong byte count, shared memory of a block that has exited,
+// writes past the end of shared memory, deadlocks, and lanes of a warp that exchange values at different places.
 #pragma once
 
-// Its longjmp lets nobody jump between stacks, and some compilers turn it on by default. Before the first header.
+// Fortified longjmp rejects jumps between stacks, and some compilers enable it by default. Must precede the first
+// header.
 #undef _FORTIFY_SOURCE
 
 #include <setjmp.h>
@@ -30,7 +30,7 @@ namespace fastkd::gpu {
 
 enum class Order { forwards, backwards, random };
 
-// Threads wait here until as many have arrived as there are.
+// A barrier: threads wait until all of them have arrived.
 struct Gate {
     int members = 0, arrived = 0;
     int64_t generation = 0;
@@ -51,7 +51,7 @@ struct EmulatedBarrier {
 struct EmulatedWarp {
     Gate gate;
     char given[2][kWarp][64];
-    int64_t place[2][kWarp];  // which exchange a lane is in
+    int64_t place[2][kWarp];  // which exchange each lane is in
 };
 
 struct EmulatedSharedMemory {
@@ -85,13 +85,13 @@ struct EmulatedBlock {
 };
 
 struct EmulatedThread {
-    ucontext_t start{};  // to begin with; from then on it is left and entered by jumps, which make no system calls
+    ucontext_t start{};  // used for the first entry; later switches use longjmp, which makes no system calls
     jmp_buf place{};
     bool started = false;
     std::vector<char> stack = std::vector<char>(64 * 1024);
     EmulatedBlock* block = nullptr;
     int thread = 0, parity = 0;
-    Gate* gate = nullptr;  // what it waits for, and since when
+    Gate* gate = nullptr;  // the gate it waits for, and since which generation
     int64_t generation = 0;
     const bool* flag = nullptr;
     bool done = false;
@@ -169,7 +169,7 @@ public:
     }
 
 private:
-    // The value that lane `from` gave; all lanes must come to the same exchange.
+    // The value of lane `from`; all lanes must reach the same exchange.
     template <class X>
     X exchange(const X& x, int from, int64_t kind) {
         static_assert(sizeof(X) <= 64);
@@ -210,11 +210,11 @@ public:
         if (blocks % size) throw std::logic_error("emulation: the grid is not a multiple of the cluster");
         body_ = [&body](Block& block) { body(block); };
         const int64_t clusters = blocks / size;
-        for (int64_t i = 0; i < clusters; ++i)  // clusters know nothing of each other: any order must do
+        for (int64_t i = 0; i < clusters; ++i)  // clusters are independent: any order is valid
             run_cluster(order_ == Order::backwards ? clusters - 1 - i : i, size, shared_bytes);
     }
 
-    // From a thread to the scheduler, and, once it is that thread's turn again, back.
+    // Switches from a thread to the scheduler; returns when the thread is resumed.
     [[gnu::noinline]] void yield(EmulatedThread& thread) {
         if (_setjmp(thread.place) == 0) _longjmp(scheduler_, 1);
     }
@@ -356,7 +356,7 @@ inline void Block::wait(int which) {
     b.complete = true;
 }
 
-// Runs a kernel as block.h's Launcher starts it.
+// Same launch interface as block.h's Launcher.
 struct Launcher {
     Order order;
 

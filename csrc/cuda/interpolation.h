@@ -8,7 +8,7 @@
 namespace fastkd::gpu {
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
-// Instead of -inf, which times a neighbour's weight of 0 is NaN: its exponential is 0 whatever it is blended with.
+// Replaces -inf, whose product with a neighbour's weight of 0 would be NaN. Its exponential is 0 after any blending.
 constexpr double kLow = -1e37, kMasked = -1e29;
 
 template <class A>
@@ -16,7 +16,7 @@ struct Corners {
     A top_left, top_right, bottom_left, bottom_right;
 };
 
-// A side's logits at a thread's cell, from class to class.
+// Iterates over the classes of a side's logits at a thread's cell.
 template <class A>
 struct Walk {
     const A *top, *bottom;
@@ -29,7 +29,7 @@ struct Walk {
     }
 };
 
-// A label pixel is one fused multiplication and addition a row for each end, and one more a pixel.
+// Coefficients for label pixels: per row one FMA for each end, then one FMA per pixel.
 template <class A>
 struct Blend {
     A left, down_left, step, down_step;
@@ -39,7 +39,7 @@ struct Blend {
           down_step((c.bottom_right - c.bottom_left) - step) {}
 };
 
-// Where the digits must be kept: a neighbour that weighs 0 contributes exactly 0, whatever it is.
+// Exact interpolation: a neighbour of weight 0 contributes exactly 0, even at inf or NaN.
 template <class A>
 FASTKD_DEVICE A blended(A one, A other, A weight) {
     return weight == 0 ? one : multiply_add(weight, other, (1 - weight) * one);
@@ -49,7 +49,8 @@ FASTKD_DEVICE A exact_value(const Corners<A>& c, A down, A right) {
     return blended(blended(c.top_left, c.bottom_left, down), blended(c.top_right, c.bottom_right, down), right);
 }
 
-// A map as it came, for label pixels that are done again: less a maximum of 1e8, the digits that decide would be gone.
+// The original map, for label pixels that are recomputed: after subtracting a maximum of 1e8 the significant digits are
+// lost.
 template <class A>
 struct Given {
     using Element = std::conditional_t<sizeof(A) == 8, double, Any>;
@@ -60,7 +61,7 @@ struct Given {
     int64_t c, h, w;
     A scale;
 
-    // Four neighbours of class 0.
+    // Offsets of the four corners for class 0.
     struct Places {
         int64_t top_left, top_right, bottom_left, bottom_right;
     };

@@ -1,9 +1,9 @@
-// KD: per pixel tau^2 KL(softmax(T/tau) || softmax(S/tau)) over the classes; gradient tau (p_s - p_t) (docs/kd.md). With
-// kSigmoid the sum over the classes of the KL of each against the rest.
+// KD: per pixel tau^2 KL(softmax(T/tau) || softmax(S/tau)) over the classes; gradient tau (p_s - p_t) (docs/kd.md).
+// kSigmoid: the sum over classes of the KL of Bernoulli distributions.
 //
-// A block keeps all classes of a tile of pixels of S and T in shared memory: loss, gradient or both come from one read. The
-// classes of a pixel are shared by 256 / pixels threads. Sums over tiles are taken by a second kernel in a fixed order; the
-// number of pixels that count, which the mean divides by, is counted before, from the labels alone.
+// A block keeps all classes of a tile of pixels of S and T in shared memory, so loss and gradient need one read. 256 /
+// pixels threads share the classes of a pixel. A second kernel sums the tiles in a fixed order. The number of counted
+// pixels, the divisor of the mean, is computed before, from the labels alone.
 #pragma once
 
 #include "dispatch.h"
@@ -31,7 +31,7 @@ struct KdCount {
     }
 };
 
-// What shared memory holds of a map.
+// Shared-memory element type of a map.
 template <class T>
 struct HeldAs {
     using type = T;
@@ -54,7 +54,7 @@ struct KdTiles {
     A temperature, scale;
     A* losses;              // (n, hw), or null
     double* parts;          // (blocks,), or null
-    const double* counted;  // `counters` numbers that add up to what the gradient is divided by; counters is 0 for nothing
+    const double* counted;  // `counters` numbers; the gradient is divided by their sum. counters == 0: no division
     int counters;
 
     template <class Block>
@@ -95,7 +95,7 @@ struct KdTiles {
                 max_s = largest(max_s, value(s, c));
                 max_t = largest(max_t, value(t, c));
             }
-            if (subs > 1) {  // the threads of a pixel tell each other
+            if (subs > 1) {  // reduce over the threads of a pixel
                 shares[block.thread()] = max_s;
                 shares[kThreads + block.thread()] = max_t;
                 block.sync();
@@ -109,7 +109,7 @@ struct KdTiles {
                 const A ds = (value(s, c) - max_s) * inv_tau, dt = (value(t, c) - max_t) * inv_tau, et = exponential(dt);
                 sum_s += exponential(ds);
                 sum_t += et;
-                dot += et == 0 ? A(0) : et * (dt - ds);  // probability 0 adds 0, even at -inf
+                dot += et == 0 ? A(0) : et * (dt - ds);  // probability 0 contributes exactly 0, also at -inf
             }
             if (subs > 1) {
                 shares[block.thread()] = sum_s;
@@ -156,7 +156,7 @@ struct KdTiles {
                     continue;
                 }
                 const A es = exponential((value(s, c) - max_s) * inv_tau), et = exponential((value(t, c) - max_t) * inv_tau);
-                // p_s - p_t as (es - et * ratio) / sum_s: exactly 0 where student and teacher agree.
+                // p_s - p_t as (es - et * ratio) / sum_s: exactly 0 if student and teacher are equal.
                 s[plan.at(c, pixel)] = static_cast<Held>(valid ? factor * multiply_add(-et, ratio, es) : A(0));
             }
         }
@@ -176,7 +176,8 @@ private:
         if constexpr (V > 1) block.copy_16(to, map.data + from);
     }
 
-    // vector(place in the map, place in shared memory) for each 16 bytes of a tile, one(...) for each element that is left.
+    // vector(offset in the map, offset in shared memory) for each 16 bytes of a tile, one(...) for each remaining
+    // element.
     template <class Block, class Vector, class One>
     FASTKD_DEVICE void each_vector(Block& block, int64_t outer, int64_t first, int count, const Vector& vector,
                                    const One& one) const {

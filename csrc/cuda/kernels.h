@@ -1,14 +1,15 @@
-// What registration.cpp and the kernels agree on. Everything is asynchronous, on one stream; pointers are the device's.
+// Interface between registration.cpp and the kernels. Everything is asynchronous on one stream; pointers are device
+// pointers.
 #pragma once
 
 #include "plan.h"
 
 namespace fastkd::gpu {
 
-// Opaque here: registration.cpp is compiled without CUDA's headers.
+// Opaque, because registration.cpp is compiled without CUDA headers.
 using Stream = void*;
 
-// Every loss: scale * sum of its terms, for Reduce::mean divided by what counts, or scale * term each.
+// Losses are scale * sum of the terms, divided by the count for Reduce::mean, or scale * term each.
 
 struct NfdForward {
     Pair in;
@@ -17,18 +18,18 @@ struct NfdForward {
     NfdPlan plan;
     Reduce reduce;      // sum or none
     double scale;
-    void* loss;         // acc, one number; Reduce::none: (groups,)
+    void* loss;         // acc scalar; Reduce::none: (groups,)
     void* stats;        // acc (groups, 6)
     void* losses;       // Reduce::sum: acc (groups,)
     double* sum_parts;  // Reduce::sum: (count_blocks(groups),)
     void* parts;        // double (groups, plan.parts(), 6), or null
-    void* gradient;     // null, or dtype and layout of student: the gradient of the sum, in one read
+    void* gradient;     // null, or dtype and layout of student: gradient of the sum, in one read
 };
 
 struct NfdBackward {
     Pair in;
     Group group;
-    const void* grad;   // acc, one number; per_group: (groups,); null: 1
+    const void* grad;   // acc scalar; per_group: (groups,); null: 1
     bool per_group;
     double scale;
     const void* stats;  // acc (groups, 6)
@@ -43,19 +44,19 @@ struct Kd {
     Reduce reduce;
     double scale;
 
-    void* loss;           // acc, one number; Reduce::none: (n, hw)
-    void* count;          // acc, one number: how many pixels count
+    void* loss;           // acc scalar; Reduce::none: (n, hw)
+    void* count;          // acc scalar: number of counted pixels
     double* parts;        // (part_space(plan.blocks()),), null for Reduce::none
-    double* count_parts;  // (count_blocks(n * hw),), where there are labels
+    double* count_parts;  // (count_blocks(n * hw),), if there are labels
     void* gradient;       // null, or dtype and layout of student
 };
 
-// Of logits, or of student and teacher.
+// A loss of logits, or of student and teacher logits, at label resolution.
 struct Resized {
     int sides;
     Map maps[2];
     LabelPixels pixels;
-    const void* known;    // null, or acc (n, height, width): log-sum-exps of the logits, NaN where a pixel does not count
+    const void* known;    // null, or acc (n, height, width): log-sum-exps of the logits, NaN for uncounted pixels
     CellsChoice choice;
     double temperature;
     Reduce reduce;
@@ -63,15 +64,15 @@ struct Resized {
 
     void* terms;          // Reduce::none: acc (n, height, width)
     void* sums;           // null, or acc (n, height, width): log-sum-exps
-    void* loss;           // acc, one number
-    void* count;          // acc, one number: the summed class weights of the pixels that count
+    void* loss;           // acc scalar
+    void* count;          // acc scalar: sum of the class weights of counted pixels
     double* parts;        // (part_space(total_warps(plan)),), null for Reduce::none
-    double* count_parts;  // (count_blocks(n * height * width),), where something can leave pixels out
+    double* count_parts;  // (count_blocks(n * height * width),), if pixels can be ignored
     void* gradient;       // null, or dtype and layout of the student
-    void* scratch;        // of scratch_bytes(...)
+    void* scratch;        // scratch_bytes(...) bytes
 };
 
-// Of the sums, `on` has only what is not the result.
+// For the sums, the output fields of `on` are unused.
 struct ResizedDice {
     Resized on;
     bool square;
@@ -82,32 +83,32 @@ struct ResizedDice {
     void* upstream;      // grad: acc (n, 4 c + 1)
 };
 
-// Each class against the rest: the target is (n, c, height, width), and so is on.terms.
+// One sigmoid per class: the target and on.terms are (n, c, height, width).
 struct ResizedBinaryCrossEntropy {
     Resized on;              // without pixels
     const void* target;      // (n, c, height, width)
     Label label;
     int64_t ignore_index;
     const void* pos_weight;  // null, or acc (c,)
-    const void* weight;      // null, or acc (n, weight_classes, weight_h, weight_w), of 1 or c classes
+    const void* weight;      // null, or acc (n, weight_classes, weight_h, weight_w), weight_classes 1 or c
     int64_t weight_classes, weight_h, weight_w;
     uint64_t* codes;         // (n, c, height, code_words(width))
 };
 
-// Relatively difficult pixels.
+// Selection of relatively difficult pixels.
 struct Difficulty {
     LabelPixels pixels;
     int64_t classes, total;  // total: n * height * width
     bool wide;               // acc is double
     const void* student;     // acc (n, height, width): confidences, 1 where ignored
     const void* teacher;
-    const void* limits[2];   // null, or acc, one number: the k-th smallest of each
+    const void* limits[2];   // null, or acc scalar: the k-th smallest of each
     double threshold;
     Select select;
     uint8_t* mask;           // null, or (n, height, width)
     void* lse;               // null, or acc (n, height, width): NaN where not selected
     double* parts;           // (2, count_blocks(total))
-    void* share;             // acc, one number: selected of the valid pixels
+    void* share;             // acc scalar: fraction of the valid pixels that is selected
 };
 
 struct Kth {
@@ -124,7 +125,7 @@ struct Rescale {
     DType type;
     void* gradient;
     int64_t n;
-    const void* factor;  // acc, one number
+    const void* factor;  // acc scalar
 };
 
 Device device(int index);

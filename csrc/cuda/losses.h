@@ -1,25 +1,25 @@
-// What the losses at label resolution make of a label pixel's logits s (and t of a teacher), interpolated and less what
-// stabilises the exponentials, in units of log 2.
+// Losses at label resolution per label pixel, from its interpolated logits s (and t of a teacher) minus the stabilising
+// maximum, in units of log 2.
 //
-//     cross-entropy: weight * -log softmax(s)[label],                         gradient weight * (p_s - onehot)
-//     KD:            weight * tau^2 KL(softmax(t / tau) || softmax(s / tau)), gradient weight * tau * (p_s - p_t)
-//     confidence:    the largest probability, or that of the label; forward only
+//   cross-entropy: weight * -log softmax(s)[label],                         gradient weight * (p_s - onehot)
+//   KD:            weight * tau^2 KL(softmax(t / tau) || softmax(s / tau)), gradient weight * tau * (p_s - p_t)
+//   confidence:    the largest probability, or that of the label; forward only
 //
-// A loss has the sums that it needs over the classes (`add`), its `term`, and the gradient of a class, `share`.
+// A loss defines its sums over the classes (`add`), its `term`, and the gradient of a class (`share`).
 #pragma once
 
 #include "cells_run.h"
 
 namespace fastkd::gpu {
 
-constexpr double kNear = 0x1p-96;  // sums of exponentials below this lose digits: single ones end at 2^-126
+constexpr double kNear = 0x1p-96;  // smaller sums of exponentials lose precision: single terms underflow at 2^-126
 
-// What most losses have of cells.h's list.
+// Defaults for the members that cells.h requires.
 template <class T, int sides, int grids = 1>
 struct SoftmaxLoss {
     using A = T;
     static constexpr int kSides = sides, kGrids = grids;
-    static constexpr int kFirstShapes = kShapes;  // it is compiled for
+    static constexpr int kFirstShapes = kShapes;  // number of shapes it is compiled for
     static constexpr bool kGradient = true, kForward = true;
     static constexpr bool kOwn = false, kWeights = false, kKnown = false, kWritesSums = false, kSpreads = false;
     static constexpr bool kWide = false, kManySums = false;
@@ -71,8 +71,9 @@ struct CrossEntropyLoss : SoftmaxLoss<T, 1> {
     }
 };
 
-// With label smoothing, or the focal factor (1 - p)^gamma; fastkd/ops/resized_cross_entropy.py has the formulas. Smoothing
-// sums w_c z_c over the classes, which is linear in the logits: the corners' sums are interpolated.
+// Cross-entropy with label smoothing, or with the focal factor (1 - p)^gamma; formulas in
+// fastkd/ops/resized_cross_entropy.py. Smoothing needs sum_c w_c z_c. It is linear in the logits, so the sums at the
+// corners are interpolated.
 template <class T>
 struct ShapedCrossEntropyLoss : SoftmaxLoss<T, 1> {
     using A = T;
@@ -86,7 +87,7 @@ struct ShapedCrossEntropyLoss : SoftmaxLoss<T, 1> {
         A sum = 0, own = 0;
     };
     struct Class {
-        A spread;  // its weight
+        A spread;  // class weight
     };
     struct Linear {
         Corners<A> logits{};
@@ -117,7 +118,7 @@ struct ShapedCrossEntropyLoss : SoftmaxLoss<T, 1> {
         const A pull = rest == 0 ? A(1) : p == 0 ? A(0) : p * (loss / rest);
         return power(rest) * multiply_add(gamma, pull, A(1));
     }
-    // What each class has of a label pixel of weight 1, by its class weight.
+    // Coefficient of each class, times its class weight, for a label pixel of weight 1.
     FASTKD_DEVICE A even() const { return smoothing / static_cast<A>(classes); }
     FASTKD_DEVICE static A whole(A even, const Linear& linear) { return even * linear.weight; }
     FASTKD_DEVICE static A rest(A even, const Sums& sums, const Linear& linear, A down, A right) {
@@ -136,7 +137,7 @@ private:
     FASTKD_DEVICE A power(A x) const { return exp2_of(gamma * log2_of(x)); }
 };
 
-// kSame: the teacher's map has the student's size.
+// kSame: student and teacher maps have the same size.
 template <class T, bool kSame>
 struct KdLoss : SoftmaxLoss<T, 2, kSame ? 1 : 2> {
     using A = T;
@@ -151,7 +152,7 @@ struct KdLoss : SoftmaxLoss<T, 2, kSame ? 1 : 2> {
     FASTKD_DEVICE static void add(Sums& sums, const A (&value)[2], const A (&power)[2], bool, const Class&) {
         sums.sum += power[0];
         sums.teacher += power[1];
-        sums.cross = multiply_add(power[1], value[1] - value[0], sums.cross);  // probability 0 adds 0
+        sums.cross = multiply_add(power[1], value[1] - value[0], sums.cross);  // probability 0 contributes exactly 0
     }
     FASTKD_DEVICE static bool near(const Sums& sums) {
         return sums.sum >= static_cast<A>(kNear) && sums.teacher >= static_cast<A>(kNear);
@@ -162,13 +163,13 @@ struct KdLoss : SoftmaxLoss<T, 2, kSame ? 1 : 2> {
     }
     FASTKD_DEVICE A gradient(const Sums&) const { return temperature; }
     FASTKD_DEVICE static A ratio(const Sums& sums, int64_t, int) { return sums.sum / sums.teacher; }
-    // Exactly 0 where student and teacher agree: the sums are the same then.
+    // Exactly 0 if student and teacher are equal: their sums are then identical.
     FASTKD_DEVICE static A share(const A (&power)[2], A slope, A ratio, const Class&) {
         return multiply_add(-power[1], ratio, power[0]) * slope;
     }
 };
 
-// Of the labelled class, or of the largest one. 1 where a pixel is ignored.
+// Probability of the labelled class, or the largest one; 1 for ignored pixels.
 template <class T, bool kLabel>
 struct Confidence : SoftmaxLoss<T, 1> {
     using A = T;
@@ -186,7 +187,7 @@ struct Confidence : SoftmaxLoss<T, 1> {
     FASTKD_DEVICE static A ignored() { return 1; }
 };
 
-// The gradient with weights needs a register more a pixel: a kernel of its own.
+// A gradient with weights needs one more register per pixel, hence a separate kernel.
 template <class Launch>
 void resized_cross_entropy(const Resized& a, const Launch& launch) {
     const auto run = [&](auto zero) {
@@ -219,7 +220,7 @@ void resized_kd(const Resized& a, const Launch& launch) {
     a.maps[0].type == DType::f64 ? run(double{}) : run(float{});
 }
 
-// Fills a.terms, and a.sums where it is there.
+// Fills a.terms, and a.sums unless null.
 template <class Launch>
 void confidence(const Resized& a, bool by_label, const Launch& launch) {
     const auto run = [&](auto zero) {

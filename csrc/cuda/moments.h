@@ -1,6 +1,6 @@
-// Centred moments of a pair of samples, taken tile by tile about each tile's own mean and merged by Chan's rule, in an
-// order that the shape alone decides. All means are kept relative to one element of the group: fp32 cannot hold the mean
-// itself where |mean| >> std.
+// Centred moments of a pair of samples, computed per tile about the tile's mean and merged by Chan's rule in an order
+// that depends only on the shape. Means are relative to one element of the group: fp32 cannot hold the mean itself if
+// mean| >> std.
 #pragma once
 
 #include "types.h"
@@ -13,7 +13,7 @@ struct Moments {
     A n, mean_s, mean_t, ss, tt, st;
 };
 
-// What merging two counts takes: the total, the second's share of it, and that times the first.
+// Factors for merging two counts: the total, the second's fraction of it, and that fraction times the first.
 template <class A>
 struct Counts {
     A total, share, cross;
@@ -36,7 +36,7 @@ FASTKD_DEVICE Moments<A> merged(const Moments<A>& a, const Moments<A>& b) {
     return merged(a, b, Counts<A>(a.n, b.n));
 }
 
-// Of a tile, whose elements become their deviations from the shifts.
+// Moments of a tile; replaces its elements by their deviations from the shifts.
 template <class A, int R, int V>
 FASTKD_DEVICE Moments<A> moments_of(A (&s)[R][V], A (&t)[R][V], A shift_s, A shift_t) {
     A sum_s = 0, sum_t = 0;
@@ -58,7 +58,7 @@ FASTKD_DEVICE Moments<A> moments_of(A (&s)[R][V], A (&t)[R][V], A shift_s, A shi
     return {static_cast<A>(R * V), mean_s, mean_t, ss, tt, st};
 }
 
-// The same means, no longer relative to the shifts.
+// Converts means relative to the shifts to absolute means.
 template <class A>
 FASTKD_DEVICE Moments<double> absolute(const Moments<A>& m, A shift_s, A shift_t) {
     return {static_cast<double>(m.n),
@@ -69,7 +69,7 @@ FASTKD_DEVICE Moments<double> absolute(const Moments<A>& m, A shift_s, A shift_t
             static_cast<double>(m.st)};
 }
 
-// Merges the lanes whose indices differ in the bits from `from` up, into the lowest of them.
+// Merges lanes whose indices differ in the bits from `from` up, into the lowest lane.
 template <class Block, class A>
 FASTKD_DEVICE Moments<A> merge_lanes(Block& block, Moments<A> m, int from = 1) {
     for (int bit = from; bit < kWarp; bit *= 2) m = merged(m, block.shuffle_xor(m, bit));

@@ -1,11 +1,11 @@
-// NFD: mean of (z(S) - z(T))^2 per group of M elements (docs/nfd.md), on a GPU (docs/cuda.md).
+// NFD: mean of (z(S) - z(T))^2 per group of M elements (docs/nfd.md), in CUDA (docs/cuda.md).
 //
-//     d = vs is^2 + vt it^2 - 2 c is it,  is = (vs + eps)^-1/2,  it = (vt + eps)^-1/2
-//     dd/ds = A (s - mean_s) - B (t - mean_t),  A = 2/M is^2 (1 - vs is^2 + c is it),  B = 2/M is it
+//   d = vs is^2 + vt it^2 - 2 c is it,  is = (vs + eps)^-1/2,  it = (vt + eps)^-1/2
+//   dd/ds = A (s - mean_s) - B (t - mean_t),  A = 2/M is^2 (1 - vs is^2 + c is it),  B = 2/M is it
 //
-// Two ways. Streaming: a forward that reads S and T, a backward that reads both and writes the gradient, 5 transfers of a
-// tensor, for groups in rows and in columns (plan.h). One read: a cluster of blocks keeps a group of S and T in shared memory
-// until its moments are known, and writes the gradient from there, 3 transfers; for groups in rows.
+// Two algorithms. Streaming: the forward reads S and T, the backward reads both again and writes the gradient, 5 tensor
+// transfers; for groups in rows and in columns (plan.h). One read: a cluster of blocks keeps a group of S and T in
+// shared memory until its moments are known, then writes the gradient, 3 transfers; for groups in rows.
 #pragma once
 
 #include "dispatch.h"
@@ -15,7 +15,7 @@
 
 namespace fastkd::gpu {
 
-constexpr int kStats = 6;  // of a group: both means as shift and remainder, A and B
+constexpr int kStats = 6;  // per group: both means as shift and remainder, A and B
 
 template <class A>
 FASTKD_DEVICE void finish(const Moments<double>& m, double eps, double scale, A* loss, A* stats) {
@@ -31,7 +31,7 @@ FASTKD_DEVICE void finish(const Moments<double>& m, double eps, double scale, A*
     stats[5] = static_cast<A>(2 / m.n * is * it);
 }
 
-// grad (A x - B y) as b (q x - y) with b = grad B, q = A / B: exactly 0 where student and teacher agree (q = 1).
+// grad (A x - B y) as b (q x - y) with b = grad B, q = A / B: exactly 0 if student and teacher are equal (q = 1).
 template <class A>
 struct Coefficients {
     A shift_s, rest_s, shift_t, rest_t, q, b;
@@ -46,18 +46,18 @@ FASTKD_DEVICE Coefficients<A> coefficients(const A* stats, A grad) {
     return {stats[0], stats[1], stats[2], stats[3], stats[4] / stats[5], grad * stats[5]};
 }
 
-// ---- what streaming and one read share -------------------------------------------------------------------------------
+// Shared by streaming and one read
 
 template <int V>
-constexpr int kTileRows = (V == 1 ? kTileOfOnes : kTile) / V;  // vectors of a tile
+constexpr int kTileRows = (V == 1 ? kTileOfOnes : kTile) / V;  // vectors per tile
 
 template <int N>
 struct Count {
     static constexpr int value = N;
 };
 
-// Adds the vectors member, member + team, ... of `vectors` that lie end to end from element `first` on. Index: 64 bits in
-// device memory, 32 in shared memory.
+// Adds the vectors member, member + team, ... of `vectors` contiguous ones starting at element `first`. Index: 64-bit
+// in device memory, 32-bit in shared memory.
 template <class Index, class T, int V, class A = Accumulator<T>>
 FASTKD_DEVICE void add_line(Moments<A>& m, const Source<T, V>& student, const Source<T, V>& teacher, Index first,
                             int member, int team, int vectors, A shift_s, A shift_t) {
@@ -75,10 +75,10 @@ FASTKD_DEVICE void add_line(Moments<A>& m, const Source<T, V>& student, const So
     FASTKD_ROLLED
     for (; v + (R - 1) * team < vectors; v += R * team) add(Count<R>{});
     FASTKD_ROLLED
-    for (; v < vectors; v += team) add(Count<1>{});  // fewer than R are left
+    for (; v < vectors; v += team) add(Count<1>{});  // fewer than R remain
 }
 
-// Adds rows row, row + slots, ... up to last to each of V columns. at(row) is where a row's V elements are.
+// Adds rows row, row + slots, ... up to last to V columns. at(row) is the offset of a row's V elements.
 template <class T, int V, class Index, class At, class A = Accumulator<T>>
 FASTKD_DEVICE void add_columns(Moments<A> (&m)[V], const Source<T, V>& student, const Source<T, V>& teacher, Index row,
                                Index last, int slots, const A (&shift_s)[V], const A (&shift_t)[V], const At& at) {
@@ -107,12 +107,12 @@ FASTKD_DEVICE void add_columns(Moments<A> (&m)[V], const Source<T, V>& student, 
     FASTKD_ROLLED
     for (; row + (R - 1) * slots < last; row += R * slots) add(Count<R>{});
     FASTKD_ROLLED
-    for (; row < last; row += slots) add(Count<1>{});  // fewer than R are left
+    for (; row < last; row += slots) add(Count<1>{});  // fewer than R remain
     FASTKD_UNROLL
     for (int i = 0; i < V; ++i) m[i].n = counted;
 }
 
-// The block's moments, in thread 0; `warps` is shared memory for kWarps of them.
+// The block's moments, returned in thread 0; `warps` is shared memory for kWarps of them.
 template <class Block, class A>
 FASTKD_DEVICE Moments<A> merge_block(Block& block, Moments<A> m, Moments<A>* warps) {
     if (block.thread() % kWarp == 0) warps[block.thread() / kWarp] = m;
@@ -121,7 +121,7 @@ FASTKD_DEVICE Moments<A> merge_block(Block& block, Moments<A> m, Moments<A>* war
     return m;
 }
 
-// A strip's moments, column by column: thread i returns those of column i. `warps` is (kWarps, lanes * V).
+// Moments of a strip by column: thread i returns those of column i. `warps` is (kWarps, lanes * V).
 template <class Block, class A, int V>
 FASTKD_DEVICE Moments<A> merge_strip(Block& block, const Moments<A> (&m)[V], int lanes, Moments<A>* warps) {
     const int width = lanes * V, lane = block.thread() % lanes;
@@ -136,7 +136,7 @@ FASTKD_DEVICE Moments<A> merge_strip(Block& block, const Moments<A> (&m)[V], int
     return out;
 }
 
-// The gradient of `vectors` vectors from element `to` of the map on; student and teacher have them from `from` on.
+// Gradient of `vectors` vectors starting at element `to` of the map; student and teacher are read starting at `from`.
 template <class Index, class T, int V, class A = Accumulator<T>>
 FASTKD_DEVICE void gradient_line(const Coefficients<A>& k, const Source<T, V>& student, const Source<T, V>& teacher,
                                  Index from, const Sink<T, V>& out, int64_t to, int member, int team, int vectors) {
@@ -163,8 +163,8 @@ FASTKD_DEVICE void gradient_line(const Coefficients<A>& k, const Source<T, V>& s
     for (; v < vectors; v += team) write(Count<1>{});
 }
 
-// The gradient of V columns: rows row, row + slots, ... up to last. from(row) is where student and teacher are, to(row)
-// where the gradient goes. `all` is shared memory (6, width): the fields of the columns' coefficients.
+// Gradient of V columns: rows row, row + slots, ... up to last. from(row) is the offset of student and teacher, to(row)
+// that of the gradient. `all` is shared memory (6, width) for the coefficients of the columns.
 template <class T, int V, class Index, class From, class To, class A = Accumulator<T>>
 FASTKD_DEVICE void gradient_columns(const A* all, int width, int column, const Source<T, V>& student,
                                     const Source<T, V>& teacher, const Sink<T, V>& out, Index row, Index last,
@@ -202,7 +202,7 @@ FASTKD_DEVICE void put_coefficients(A* all, int width, int column, const Coeffic
     for (int f = 0; f < kStats; ++f) all[f * width + column] = fields[f];
 }
 
-// ---- streaming -------------------------------------------------------------------------------------------------------
+// Streaming
 
 template <class T, int V>
 struct NfdForwardRows {
@@ -272,7 +272,7 @@ struct NfdForwardColumns {
     }
 };
 
-// A warp a group: its parts, merged in an order that their number decides.
+// One warp per group: merges its parts in an order that depends only on their number.
 template <class A>
 struct NfdMerge {
     static constexpr int kBlocksPerCores = 2;
@@ -347,8 +347,9 @@ struct NfdBackwardColumns {
     }
 };
 
-// ---- one read --------------------------------------------------------------------------------------------------------
-// Every block of a cluster merges the same parts in the same order and so has the same numbers; block 0 writes them.
+// One read
+//
+// All blocks of a cluster merge the same parts in the same order, so they have identical results; block 0 writes them.
 
 template <class T, int V>
 struct NfdOneReadRows {
@@ -403,7 +404,7 @@ struct NfdOneReadRows {
             }
         }
         block.sync();
-        block.cluster_arrive();  // nobody reads another's shared memory any more; waited for at the end
+        block.cluster_arrive();  // last access to another block's shared memory; the matching wait is at the end
 
         const Coefficients<A> k = coefficients(numbers, static_cast<A>(scale));
         const Sink<T, V> out(gradient);
@@ -431,7 +432,7 @@ private:
     }
 };
 
-// ---- launches --------------------------------------------------------------------------------------------------------
+// Launches
 
 template <class Launch>
 void nfd_forward(const NfdForward& a, const Launch& launch) {

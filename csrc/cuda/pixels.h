@@ -1,4 +1,4 @@
-// What the losses over pixels share: exponentials, labels, sums over a block.
+// Shared by the losses over pixels: exponentials, labels, block reductions.
 #pragma once
 
 #include "plan.h"
@@ -13,7 +13,7 @@ FASTKD_DEVICE double logarithm(double x) { return log(x); }
 FASTKD_DEVICE float expm1_of(float x) { return expm1f(x); }
 FASTKD_DEVICE double expm1_of(double x) { return expm1(x); }
 
-// One instruction on a GPU for fp32: results below 2^-126 are 0.
+// fp32 is a single GPU instruction; results below 2^-126 are 0.
 FASTKD_DEVICE float exp2_of(float x) {
 #if defined(__CUDA_ARCH__)
     float out;
@@ -32,7 +32,7 @@ FASTKD_DEVICE A largest(A a, A b) {
     return b > a ? b : a;
 }
 
-// A pixel's class (0 where there are no labels), or -1 if it does not count: ignored, or none of the classes.
+// Class of a pixel (0 if there are no labels), or -1 if it is ignored or out of range.
 template <class Pixels>
 FASTKD_DEVICE int class_of(const Pixels& pixels, int64_t classes, int64_t i) {
     int64_t label;
@@ -45,7 +45,7 @@ FASTKD_DEVICE int class_of(const Pixels& pixels, int64_t classes, int64_t i) {
     return label != pixels.ignore_index && label >= 0 && label < classes ? static_cast<int>(label) : -1;
 }
 
-// The same of a label pixel that a mask, or a map of numbers that is NaN there, can leave out.
+// The same for a label pixel that a mask or a NaN in `known` can also exclude.
 template <class A>
 FASTKD_DEVICE int label_of(const LabelPixels& pixels, const A* known, int64_t classes, int64_t i) {
     if (pixels.mask && !pixels.mask[i]) return -1;
@@ -53,7 +53,7 @@ FASTKD_DEVICE int label_of(const LabelPixels& pixels, const A* known, int64_t cl
     return class_of(pixels, classes, i);
 }
 
-// The sum over the block, in every thread, in an order of its own; `warps` is shared memory for kWarps of X.
+// Block reduction, result in every thread, fixed order; `warps` is shared memory for kWarps of X.
 template <class Block, class X>
 FASTKD_DEVICE X sum_block(Block& block, X x, X* warps) {
     for (int bit = 1; bit < kWarp; bit *= 2) x = x + block.shuffle_xor(x, bit);
@@ -61,11 +61,11 @@ FASTKD_DEVICE X sum_block(Block& block, X x, X* warps) {
     block.sync();
     X sum = warps[0];
     for (int w = 1; w < kWarps; ++w) sum = sum + warps[w];
-    block.sync();  // warps can be used again
+    block.sync();  // so that `warps` can be reused
     return sum;
 }
 
-// Partial sums of `count` numbers, one a block.
+// Sums `count` numbers into one partial sum per block.
 template <class X>
 struct PartialSums {
     static constexpr int kBlocksPerCores = 4;
@@ -85,14 +85,14 @@ struct PartialSums {
     }
 };
 
-// One block adds up some hundred parts of a loss, and of what is counted.
+// Single block: final sum of a few hundred partial sums of the loss and of the count.
 template <class A>
 struct Total {
     static constexpr int kBlocksPerCores = 1;
 
     const double* parts;  // (count,), or null
     int64_t count;
-    const double* counted;  // (counters,), or null: all of them count
+    const double* counted;  // (counters,), or null: all pixels are counted
     int counters;
     int64_t all;
     bool mean;
@@ -113,9 +113,9 @@ struct Total {
     }
 };
 
-constexpr int64_t kSumScratch = kWarps * 8;  // bytes of shared memory that sum_block takes
+constexpr int64_t kSumScratch = kWarps * 8;  // bytes of shared memory for sum_block
 
-// `parts` are total.count numbers, and room for the partial sums behind them.
+// `parts` holds total.count numbers, followed by room for the partial sums.
 template <class A, class Launch>
 void launch_total(Total<A> total, double* parts, const Launch& launch) {
     if (parts && total.count > kFewParts) {

@@ -1,30 +1,32 @@
-// How work is cut into blocks and clusters of threads: plain arithmetic on the shape, the same on the host, in the kernels
-// and in the emulation. Nothing here depends on a value or on how busy the device is, so results are bitwise the same.
+// How work is divided into blocks and clusters: integer arithmetic on the shape, identical on the host, in the kernels
+// and in the emulation. Nothing depends on data or on the load of the device, so results are bitwise reproducible.
 #pragma once
 
 #include "types.h"
 
 namespace fastkd::gpu {
 
-// What the host must know of the device. Bytes.
+// Device properties; sizes in bytes.
 struct Device {
-    int64_t shared_per_block;   // the most that one block may ask for
-    int64_t shared_per_cores;   // of one multiprocessor
+    int64_t shared_per_block;   // maximum per block
+    int64_t shared_per_cores;   // per multiprocessor
     int64_t multiprocessors;
-    int cluster;               // the most blocks in a cluster; 0: no clusters or no bulk copies (before sm_90)
-    // Elements of a group that is worth a cluster: on an H100 groups of 4096 lost to two reads, of 8192 won. Tests ask for less.
+    int cluster;               // maximum cluster size; 0: no clusters or no bulk copies (before sm_90)
+    // Minimum elements per group for a cluster. On an H100 a cluster was slower than two reads at 4096, faster at 8192.
+    // Tests lower it.
     int64_t smallest = 8192;
-    int64_t smallest_budget = 8 << 20;  // bytes of extra memory that no map is cut for; tests ask for less
+    int64_t smallest_budget = 8 << 20;  // extra memory in bytes below which maps are not split into chunks; tests lower it
 };
 
-// ---- views -----------------------------------------------------------------------------------------------------------
+// Views
+//
 // Every grouping of a dense map, in either layout, is one of two three-dimensional arrays:
 //
-//              NCHW                        channels_last
-//     hw       rows (1, N*C, H*W)          columns (N, H*W, C)
-//     nhw      rows (N, C, H*W)            columns (1, N*H*W, C)
-//     c        columns (N, C, H*W)         rows (1, N*H*W, C)
-//     chw      rows (1, N, C*H*W)          rows (1, N, C*H*W)
+//          NCHW                        channels_last
+//   hw     rows (1, N*C, H*W)          columns (N, H*W, C)
+//   nhw    rows (N, C, H*W)            columns (1, N*H*W, C)
+//   c      columns (N, C, H*W)         rows (1, N*H*W, C)
+//   chw    rows (1, N, C*H*W)          rows (1, N, C*H*W)
 
 // (runs, groups, length): group g is [:, g, :].
 struct Rows {
@@ -48,31 +50,31 @@ FASTKD_ANYWHERE Columns columns_of(Group group, bool channels_last, int64_t n, i
     return group == Group::nhw ? Columns{1, n * hw, c} : Columns{n, hw, c};
 }
 
-// ---- streaming: forward and backward read S and T once each ----------------------------------------------------------
+// Streaming: forward and backward each read S and T once
 
-constexpr int kTile = 16;            // elements of each map that a thread reads at a time, in 16-byte pieces
-constexpr int kTileOfOnes = 8;       // the same where they come one by one
-constexpr int64_t kBlocks = 2048;    // groups are split until there are as many blocks, some three times what fits a GPU
-constexpr int64_t kChunk = 1 << 22;  // the most elements of a chunk: counts are exact in fp32, and indices fit 32 bits
+constexpr int kTile = 16;            // elements of each map per thread and iteration, in 16-byte loads
+constexpr int kTileOfOnes = 8;       // the same for single-element loads
+constexpr int64_t kBlocks = 2048;    // groups are split until there are this many blocks, about three times a full GPU
+constexpr int64_t kChunk = 1 << 22;  // maximum elements per chunk: counts are exact in fp32, and indices fit 32 bits
 
 FASTKD_ANYWHERE int tile_of(int vector) { return vector == 1 ? kTileOfOnes : kTile; }
 
-// A unit is one chunk of one run of one group, contiguous in memory; a team of threads takes one.
+// A unit is one chunk of one run of one group, contiguous in memory, processed by one team of threads.
 struct RowCut {
     Rows rows;
-    int team;  // threads: a warp where groups are short, else the block
+    int team;  // threads: a warp for short groups, else the block
     int64_t chunk, chunks;
 
     FASTKD_ANYWHERE int64_t units() const { return rows.runs * rows.groups * chunks; }
     FASTKD_ANYWHERE int64_t blocks() const { return ceil_div(units(), kThreads / team); }
-    // Of a unit, in the order of memory: its group, its part of that group, its first element and how many it has.
+    // For a unit, in memory order: its group, its part of that group, its first element, its number of elements.
     FASTKD_ANYWHERE int64_t group(int64_t unit) const { return unit / chunks % rows.groups; }
     FASTKD_ANYWHERE int64_t part(int64_t unit) const { return unit / chunks / rows.groups * chunks + unit % chunks; }
     FASTKD_ANYWHERE int64_t first(int64_t unit) const { return unit / chunks * rows.length + unit % chunks * chunk; }
     FASTKD_ANYWHERE int count(int64_t unit) const {
         return static_cast<int>(least(chunk, rows.length - unit % chunks * chunk));
     }
-    FASTKD_ANYWHERE int64_t parts() const { return rows.runs * chunks; }  // of a group
+    FASTKD_ANYWHERE int64_t parts() const { return rows.runs * chunks; }  // per group
 };
 
 FASTKD_ANYWHERE RowCut cut(const Rows& rows, int vector) {
@@ -85,14 +87,15 @@ FASTKD_ANYWHERE RowCut cut(const Rows& rows, int vector) {
     return {rows, short_ones ? kWarp : kThreads, chunk, ceil_div(rows.length, chunk)};
 }
 
-// A block takes a strip of neighbouring columns, `lanes` vectors wide, and a chunk of rows; a thread keeps to one vector.
+// A block processes a strip of neighbouring columns, `lanes` vectors wide, and a chunk of rows; each thread keeps to
+// one vector.
 struct ColumnCut {
     Columns columns;
     int vector, lanes;
     int64_t strips, chunk, chunks;
 
     FASTKD_ANYWHERE int64_t blocks() const { return columns.outer * strips * chunks; }
-    FASTKD_ANYWHERE int slots() const { return kThreads / lanes; }  // rows that a block reads side by side
+    FASTKD_ANYWHERE int slots() const { return kThreads / lanes; }  // rows that a block reads in parallel
     FASTKD_ANYWHERE int64_t outer(int64_t block) const { return block / chunks / strips; }
     FASTKD_ANYWHERE int64_t strip(int64_t block) const { return block / chunks % strips; }  // its first column
     FASTKD_ANYWHERE int64_t part(int64_t block) const { return block % chunks; }
@@ -104,7 +107,7 @@ struct ColumnCut {
     }
 };
 
-// Vectors of a strip: 128 bytes of fp32 or fp16 where they are 16 bytes, else one for each lane of a warp.
+// Vectors per strip: 128 bytes of fp32 or fp16 for 16-byte vectors, else one per lane of a warp.
 FASTKD_ANYWHERE int strip_lanes(int64_t inner, int vector) {
     int lanes = 1;
     while (lanes < (vector == 1 ? kWarp : 8) && static_cast<int64_t>(lanes) * vector < inner) lanes *= 2;
@@ -121,17 +124,17 @@ FASTKD_ANYWHERE ColumnCut cut(const Columns& columns, int vector) {
     return {columns, vector, lanes, strips, chunk, ceil_div(columns.rows, chunk)};
 }
 
-// ---- one read: a group stays in the shared memory of a cluster -------------------------------------------------------
+// One read: a group stays in the shared memory of a cluster
 
-constexpr int kMostCluster = 8;  // what every device with clusters can run
-constexpr int kStages = 4;       // parts in which a block's share arrives, so that its moments begin before it is all there
+constexpr int kMostCluster = 8;  // supported by every device with clusters
+constexpr int kStages = 4;       // stages of a block's share: the moments start before all of it has arrived
 
-// Blocks that fit one multiprocessor at a time hide each other's waiting; below a third of its shared memory, three do.
-// The driver keeps 1 KB a block.
+// Several resident blocks per multiprocessor hide latency; with less than a third of the shared memory each, three fit.
+// The driver reserves 1 KB per block.
 FASTKD_ANYWHERE int64_t comfortable(const Device& device) { return device.shared_per_cores / 3 - 1024; }
 
-// Shared memory of a block, in bytes from its start: mbarriers, what blocks tell each other, what the warps tell each
-// other, coefficients, and the shares of S and T.
+// Shared memory of a block, as byte offsets: mbarriers, exchange between blocks, exchange between warps, coefficients,
+// shares of S and T.
 struct SharedLayout {
     int64_t part, warps, stats, student, teacher, total;
 };
@@ -147,7 +150,7 @@ FASTKD_ANYWHERE SharedLayout shared_layout(int64_t columns, int64_t share_bytes)
     return at;
 }
 
-// Rows: block `rank` of a cluster takes elements [rank * share, (rank + 1) * share) of a group, its runs end to end.
+// Rows: block `rank` of a cluster has elements [rank * share, (rank + 1) * share) of a group's concatenated runs.
 struct RowShares {
     Rows rows;
     int cluster;  // blocks; 0: does not fit
@@ -162,7 +165,7 @@ struct RowShares {
         return (element / rows.length * rows.groups + group) * rows.length + element % rows.length;
     }
 
-    // f(offset in memory, element of the group, count) for each contiguous piece of elements [from, to) of a group.
+    // f(offset in memory, element within the group, count) for each contiguous piece of elements [from, to) of a group.
     template <class F>
     FASTKD_ANYWHERE void each_piece(int64_t group, int64_t from, int64_t to, const F& f) const {
         for (int64_t at = from; at < to;) {
@@ -174,12 +177,12 @@ struct RowShares {
     }
 };
 
-// bytes: of an element. The fewest blocks a group that leave room for others on a multiprocessor, else the fewest that
-// hold it; more, where there would be fewer blocks than multiprocessors.
+// bytes: per element. Uses the fewest blocks per group that allow several resident blocks per multiprocessor, else the
+// fewest that hold the group; more if there would be fewer blocks than multiprocessors.
 FASTKD_ANYWHERE RowShares share_out(const Rows& rows, int bytes, const Device& device) {
     RowShares out{rows, 0, 0, 0, {}};
     const int64_t total = rows.runs * rows.length, vector = 16 / bytes;
-    // Short groups and short runs: a block a group, or a bulk copy a run, costs more than it saves.
+    // For short groups or runs, a block per group or a bulk copy per run costs more than it saves.
     if (rows.length % vector != 0 || total < device.smallest || rows.length < device.smallest / 16) return out;
     for (int pass = 0; pass < 2 && out.cluster == 0; ++pass)
         for (int blocks = 1; blocks <= device.cluster && out.cluster == 0; blocks *= 2) {
@@ -195,10 +198,10 @@ FASTKD_ANYWHERE RowShares share_out(const Rows& rows, int bytes, const Device& d
     return out;
 }
 
-// ---- NFD -------------------------------------------------------------------------------------------------------------
+// NFD
 
-// Elements that are read at a time: 16 bytes of them, or 1 where the dtypes differ or something is not aligned; fp64,
-// which is for checking gradients, comes one by one too. `line` is what is contiguous.
+// Elements per load: 16 bytes, or 1 if the dtypes differ or something is not aligned. fp64, used for checking
+// gradients, is also loaded one by one. `line` is the contiguous length.
 inline int vector_of(const Pair& in, int64_t line, const void* out = nullptr) {
     const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
     if (in.student_type != in.teacher_type || in.student_type == DType::f64) return 1;
@@ -206,7 +209,7 @@ inline int vector_of(const Pair& in, int64_t line, const void* out = nullptr) {
     return aligned(in.student) && aligned(in.teacher) && aligned(out) && line % vector == 0 ? vector : 1;
 }
 
-// How a gradient is made: in one read if a group lies in rows and fits a cluster, else forward and backward stream.
+// How a gradient is computed: in one read if a group lies in rows and fits a cluster, else streaming.
 struct NfdPlan {
     bool rows;
     int vector;
@@ -215,7 +218,7 @@ struct NfdPlan {
     ColumnCut column_cut;
 
     bool one_read() const { return shares.cluster > 0; }
-    int64_t parts() const { return rows ? row_cut.parts() : column_cut.chunks; }  // of a group, streaming
+    int64_t parts() const { return rows ? row_cut.parts() : column_cut.chunks; }  // per group, streaming
 };
 
 inline NfdPlan plan_nfd(const Pair& in, Group group, const Device& device) {
@@ -233,15 +236,15 @@ inline NfdPlan plan_nfd(const Pair& in, Group group, const Device& device) {
     return plan;
 }
 
-// ---- KD --------------------------------------------------------------------------------------------------------------
+// KD
 
-// A block holds all classes of `pixels` pixels: (classes, pixels) of NCHW, (pixels, classes) of channels_last, which is one
-// long line of pixels.
+// A block holds all classes of `pixels` pixels: (classes, pixels) for NCHW, (pixels, classes) for channels_last, which
+// is one long line of pixels.
 struct KdPlan {
     int64_t classes, outer, inner, tiles;
     int pixels, vector;
     bool channels_last;
-    int64_t student, teacher, shares, total;  // bytes of shared memory
+    int64_t student, teacher, shares, total;  // byte offsets in shared memory
 
     FASTKD_ANYWHERE int64_t blocks() const { return outer * tiles; }
     FASTKD_ANYWHERE int at(int64_t c, int pixel) const {
@@ -249,11 +252,11 @@ struct KdPlan {
     }
 };
 
-// Blocks that count labels; each block of the next kernel adds up what they found, a number a thread.
+// Blocks that count labels. Each block of the next kernel sums their results, one number per thread.
 FASTKD_ANYWHERE int count_blocks(int64_t pixels) { return static_cast<int>(least(kThreads, ceil_div(pixels, 16 * kThreads))); }
 
-// The most pixels that leave room for other blocks, but no fewer than 32 while they fit at all; fewer, too, where there would
-// be fewer blocks than two a multiprocessor. pixels is 0 where one pixel's classes do not fit.
+// The largest tile that still allows several blocks per multiprocessor, but at least 32 pixels if they fit at all; also
+// smaller while there are fewer than two blocks per multiprocessor. pixels is 0 if the classes of one pixel do not fit.
 inline KdPlan plan_kd(const Pair& in, const Device& device, const void* out = nullptr) {
     KdPlan plan{in.c, in.channels_last ? 1 : in.n, in.channels_last ? in.n * in.hw : in.hw, 0, 0, 0, in.channels_last,
                 0,    0,                           0,                                       0};
@@ -273,31 +276,32 @@ inline KdPlan plan_kd(const Pair& in, const Device& device, const void* out = nu
     while (pixels > 32 && plan.outer * ceil_div(plan.inner, pixels) < 2 * device.multiprocessors) pixels /= 2;
     while (pixels > 0 && lay_out(pixels, vector) > device.shared_per_block) {
         pixels /= 2;
-        if (pixels < 8) vector = 1;  // no 16 bytes of pixels are left, nor, channels_last, a tile that begins at a multiple
+        if (pixels < 8) vector = 1;  // fewer than 16 bytes of pixels or, in channels_last, tiles that start unaligned
     }
     if (pixels == 0) plan.pixels = 0;
     return plan;
 }
 
-// ---- losses at label resolution --------------------------------------------------------------------------------------
+// Losses at label resolution
 
-// One direction of a bilinear resize, in exact integers. The outputs between a logit and the next one are that logit's
-// cell; those before the first logit are cell -1, those behind the last are that logit's (docs/full-resolution.md).
+// One axis of a bilinear resize in exact integer arithmetic. The outputs between a logit and the next form that logit's
+// cell. Outputs before the first logit are cell -1; those after the last logit belong to its cell
+// (docs/full-resolution.md).
 struct Axis {
-    int in, out;  // in (2 out + 1) is below 2^31: a 64-bit division is a hundred instructions
+    int in, out;  // in (2 out + 1) < 2^31: a 64-bit division takes a hundred instructions
     bool align_corners;
 
     FASTKD_ANYWHERE int first_cell() const { return align_corners ? 0 : -1; }
     FASTKD_ANYWHERE int cells() const { return in - first_cell(); }
     FASTKD_ANYWHERE int cell(int x) const { return over(x) < 0 ? -1 : least(over(x) / under(), in - 1); }
-    // What the logit to the right of output x weighs; the one to its left has the rest. The borders repeat, so a cell
-    // there has two equal corners, and the one that exists has all the weight.
+    // Weight of the logit to the right of output x; the left one has the remainder. Borders repeat, so a border cell
+    // has two equal corners; the one that exists gets the full weight.
     template <class A>
     FASTKD_ANYWHERE A right(int x, int cell) const {
         if (cell < 0) return 1;
         return cell >= in - 1 ? A(0) : static_cast<A>(over(x) - cell * under()) / static_cast<A>(under());
     }
-    // The first output of this cell or of a later one.
+    // First output of this cell or of a later one.
     FASTKD_ANYWHERE int first(int cell) const {
         if (cell <= first_cell()) return 0;
         if (cell >= in) return out;
@@ -305,7 +309,7 @@ struct Axis {
         const int under = align_corners ? in - 1 : 2 * in;
         return least((over + under - 1) / under, out);
     }
-    // The most outputs of a cell.
+    // Maximum number of outputs in a cell.
     FASTKD_ANYWHERE int largest_cell() const {
         if (!align_corners) return in == 1 ? (out + 1) / 2 : (out + in - 1) / in;
         return in == 1 ? out : most((out - 1 + in - 2) / (in - 1), 1);
@@ -316,15 +320,15 @@ private:
     FASTKD_ANYWHERE int under() const { return align_corners ? most(out - 1, 1) : 2 * out; }
 };
 
-// A thread's share of a cell in one direction: outputs [begin, end), which lie in one cell of the other map too.
+// A thread's part of a cell along one axis: outputs [begin, end), all in one cell of the other map too.
 struct Piece {
     int begin, end, other;
 };
 
 struct Pieces {
-    Axis own, other;  // of student and teacher; the same where there is one map, or maps of one size
-    int crossed;      // cells of the other map that a cell crosses, at most
-    int splits;       // parts of what is common to both
+    Axis own, other;  // student and teacher; equal for one map, or maps of one size
+    int crossed;      // maximum number of the other map's cells that a cell overlaps
+    int splits;       // parts of each overlap
 
     FASTKD_ANYWHERE int count() const { return crossed * splits; }
     FASTKD_ANYWHERE Piece piece(int cell, int which) const {
@@ -341,21 +345,21 @@ struct Pieces {
     }
 };
 
-// Lanes run along cells, which are numbered in one line over samples, rows of cells and cells; the parts of a cell are lanes
-// of one warp, a `team`, as far as it has them. Extra memory is bounded by going through the map in chunks of rows of cells.
+// Lanes run along cells, numbered consecutively over samples, rows of cells and cells. The parts of a cell are lanes of
+// one warp (a `team`), up to the warp size. Chunks of rows of cells bound the extra memory.
 struct CellsPlan {
     int n, classes;
     Pieces rows, columns;
-    int team, sets;           // lanes that share a cell, and how many such teams a cell has
+    int team, sets;           // lanes per cell, and teams per cell
     int64_t chunk;            // rows of cells
-    int sums = 0;             // numbers of a class that a warp adds up for each sample
+    int sums = 0;             // per class: numbers that a warp sums for each sample
 
     FASTKD_ANYWHERE int64_t lines() const { return static_cast<int64_t>(n) * rows.own.cells(); }
-    FASTKD_ANYWHERE int group() const { return kWarp / team; }  // cells of a warp
+    FASTKD_ANYWHERE int group() const { return kWarp / team; }  // cells per warp
     FASTKD_ANYWHERE int64_t groups(int64_t lines) const { return ceil_div(lines * columns.own.cells(), group()); }
     FASTKD_ANYWHERE int64_t warps(int64_t lines) const { return groups(lines) * sets; }
 
-    // A map as the kernels read it has its borders repeated: rows -1 to h, columns -1 to w. A row of cells reads two rows.
+    // The kernels' copy of a map has repeated borders: rows -1 to h, columns -1 to w. A row of cells reads two rows.
     FASTKD_ANYWHERE int64_t padded_row(int64_t line) const {
         const int64_t cells = rows.own.cells();
         return line / cells * (rows.own.in + 2) + line % cells + rows.own.first_cell() + 1;
@@ -363,13 +367,13 @@ struct CellsPlan {
     FASTKD_ANYWHERE int64_t padded_rows(int64_t first, int64_t lines) const {
         return padded_row(first + lines - 1) + 2 - padded_row(first);
     }
-    // Of a map of another size, whole samples.
+    // For a map of another size: whole samples.
     FASTKD_ANYWHERE int64_t sample(int64_t line) const { return line / rows.own.cells(); }
     FASTKD_ANYWHERE int64_t samples(int64_t first, int64_t lines) const {
         return sample(first + lines - 1) + 1 - sample(first);
     }
-    // Where a warp adds up: a row for each sample that it has cells of. A group and a sample have row group + sample - the
-    // first sample of the chunk, since one of the two is higher by at least 1 from row to row.
+    // Rows of per-warp sums: one per group and sample in it. Their index is group + sample - first sample of the chunk,
+    // which is unique because group or sample increases from row to row.
     FASTKD_ANYWHERE int64_t sums_rows(int64_t lines) const {
         return sums == 0 ? 0 : (groups(lines) + lines / rows.own.cells() + 2) * sets;
     }
@@ -378,15 +382,15 @@ struct CellsPlan {
     }
 };
 
-// Label pixels of a cell that are a thread's own registers: rows and columns.
+// Label pixels of a cell that a thread keeps in registers: rows and columns.
 struct Shape {
     int rows, columns;
 };
 constexpr int kShapes = 4, kFewShapes = 3;
 constexpr Shape kShape[kShapes] = {{2, 2}, {4, 4}, {4, 8}, {5, 9}};
 
-// The first shapes: the smallest for fp64, which is for checking; the small ones where the maps' sizes differ; at most those
-// that a loss is compiled for.
+// Number of leading shapes compiled: one for fp64, which is for checking; the small ones for maps of different sizes;
+// at most those of the loss.
 constexpr int shapes_of(bool wide, bool same_size, int first) { return wide ? 1 : !same_size && first > 2 ? 2 : first; }
 
 struct CellsChoice {
@@ -412,8 +416,8 @@ inline Pieces pieces_of(const Axis& own, const Axis& other, int* largest) {
     return out;
 }
 
-// The smallest shape that holds a cell, or the largest part of one that two maps share; larger ones are split. A part has
-// fewer rows where there would be fewer warps than 16 a multiprocessor.
+// Chooses the smallest shape that holds a cell (or the largest overlap of two maps' cells); larger cells are split.
+// Parts get fewer rows while there are fewer than 16 warps per multiprocessor.
 inline CellsChoice plan_cells(const Map& own, const Map& other, int64_t height, int64_t width, bool align_corners,
                               const Device& device, int first_shapes = kShapes) {
     const auto axis = [&](int64_t in, int64_t out) {
@@ -428,7 +432,7 @@ inline CellsChoice plan_cells(const Map& own, const Map& other, int64_t height, 
     plan.columns = pieces_of(axis(own.w, width), axis(other.w, width), &wide);
     const int shapes = shapes_of(own.type == DType::f64, plan.same_size(), first_shapes);
     while (out.shape < shapes - 1 && wide > kShape[out.shape].columns) ++out.shape;
-    if (out.shape == kShapes - 1 && wide > kShape[out.shape].columns) --out.shape;  // split: 9 columns fit 9 alone
+    if (out.shape == kShapes - 1 && wide > kShape[out.shape].columns) --out.shape;  // wider than 9 is split, into columns of 8
     plan.columns.splits = power_of_two((wide + kShape[out.shape].columns - 1) / kShape[out.shape].columns);
     plan.rows.splits = power_of_two((tall + kShape[out.shape].rows - 1) / kShape[out.shape].rows);
     const auto lay_out = [&] {
@@ -445,12 +449,12 @@ inline CellsChoice plan_cells(const Map& own, const Map& other, int64_t height, 
     return out;
 }
 
-// Parts in which the rows of sums of a sample are added up.
+// Number of parts in which the rows of sums of a sample are added.
 FASTKD_ANYWHERE int dice_pieces(const CellsPlan& plan) {
     return static_cast<int>(least(int64_t{kWarp}, ceil_div(plan.groups(plan.rows.own.cells()) * plan.sets, 64)));
 }
 
-// Bytes that a chunk of so many rows takes: maps as the kernels read them, and planes of the gradient.
+// Bytes for a chunk of `lines` rows: copies of the maps and planes of the gradient.
 inline int64_t cells_bytes(const CellsPlan& plan, int sides, bool gradient, int64_t lines, int64_t acc) {
     const int64_t w = plan.columns.own.in, c = plan.classes;
     const int64_t map = (lines + 3) * (c + 1) * (w + 2) * acc * (plan.same_size() ? sides : 1);
@@ -458,8 +462,8 @@ inline int64_t cells_bytes(const CellsPlan& plan, int sides, bool gradient, int6
            plan.sums_rows(lines) * c * plan.sums * acc;
 }
 
-// At most about a fortieth of what plain PyTorch takes, some 12 bytes a class and label pixel for each map, but as many rows
-// as fill the device.
+// Limits extra memory to about a fortieth of plain PyTorch's (about 12 bytes per class, label pixel and map), but keeps
+// enough rows to fill the device.
 inline int64_t chunk_of(const CellsPlan& plan, int sides, bool gradient, int64_t acc, const Device& device) {
     const int64_t pixels = static_cast<int64_t>(plan.n) * plan.rows.own.out * plan.columns.own.out;
     const int64_t budget = most(device.smallest_budget, pixels * plan.classes * 3 * sides * acc / 40);
@@ -469,7 +473,7 @@ inline int64_t chunk_of(const CellsPlan& plan, int sides, bool gradient, int64_t
     return chunk;
 }
 
-// Warps of all chunks.
+// Warps over all chunks.
 inline int64_t total_warps(const CellsPlan& plan) {
     int64_t warps = 0;
     for (int64_t first = 0; first < plan.lines(); first += plan.chunk)
@@ -483,7 +487,7 @@ struct CellsBuffers {
     int64_t bytes;
 };
 
-// Where the parts of a chunk's scratch memory are; from a null pointer, how much it is.
+// Pointers to the parts of a chunk's scratch memory; `bytes` is its size, also for a null pointer.
 template <class A>
 CellsBuffers<A> lay_out(const CellsPlan& plan, int sides, bool gradient, void* scratch) {
     CellsBuffers<A> out{};
@@ -503,7 +507,7 @@ CellsBuffers<A> lay_out(const CellsPlan& plan, int sides, bool gradient, void* s
         const bool other = side == 1 && !plan.same_size();
         const int64_t wide = (other ? plan.columns.other.in : w) + 2;
         const int64_t tall = other ? samples * (plan.rows.other.in + 2) : rows;
-        out.map[side] = take((tall * c + 1) * wide);  // one more row: the loops read a class ahead
+        out.map[side] = take((tall * c + 1) * wide);  // one extra row: the loops prefetch the next class
         out.peak[side] = take(tall * wide);
     }
     if (gradient) {
@@ -519,17 +523,17 @@ inline int64_t scratch_bytes(const CellsPlan& plan, int sides, bool gradient, bo
     return wide ? lay_out<double>(plan, sides, gradient, nullptr).bytes : lay_out<float>(plan, sides, gradient, nullptr).bytes;
 }
 
-// Words of 32 elements, a bit for those that are 1 and one for those that count.
+// Words of 32 elements: one bit for a target of 1, one bit for a counted target.
 FASTKD_ANYWHERE int64_t code_words(int64_t width) { return ceil_div(width, kWarp); }
 
-// ---- sums and selections ---------------------------------------------------------------------------------------------
+// Sums and selections
 
-constexpr int64_t kFewParts = 1024;  // more are added by many blocks first
+constexpr int64_t kFewParts = 1024;  // above this, many blocks compute partial sums first
 
-// How many parts `count` numbers leave room for: their own, and those of the blocks that add them.
+// Room for `count` numbers and for the partial sums of the blocks that add them.
 FASTKD_ANYWHERE int64_t part_space(int64_t count) { return count > kFewParts ? count + kThreads : count; }
 
-constexpr int kDigit = 11, kBins = 1 << kDigit;  // of a radix select
+constexpr int kDigit = 11, kBins = 1 << kDigit;  // for the radix select
 
 FASTKD_ANYWHERE int kth_blocks(int64_t n) { return static_cast<int>(least(int64_t{264}, ceil_div(n, 4 * kThreads))); }
 

@@ -1,4 +1,4 @@
-// RDD's relatively difficult pixels (docs/rdd.md), and the exact k-th smallest number that their threshold may need.
+// RDD's relatively difficult pixels (docs/rdd.md), and the exact k-th smallest number for their threshold.
 #pragma once
 
 #include "kernels.h"
@@ -6,10 +6,11 @@
 
 namespace fastkd::gpu {
 
-// ---- k-th smallest ---------------------------------------------------------------------------------------------------
-// Radix select by digits of 11 bits from the highest: a digit is counted by many blocks among the numbers that agree with
-// the k-th so far, the blocks' counts are added by as many blocks as there are warps of bins, and every block of the next
-// pass finds the digit in which the k-th lies. Numbers are read once a digit and never ordered.
+// K-th smallest
+//
+// Radix select with 11-bit digits from the highest. Per digit, many blocks count it among the numbers whose higher
+// digits match those of the k-th. A second kernel adds the counts of the blocks, one thread per bin. Every block of the
+// next pass then finds the digit of the k-th. Each digit costs one read of the numbers; nothing is sorted.
 
 constexpr int kBinBlocks = kBins / kThreads;
 
@@ -22,7 +23,7 @@ struct Key<double> {
     using type = uint64_t;
 };
 
-// Unsigned integers in the order of the numbers; NaN, of either sign, is the largest.
+// Maps floats to unsigned integers of the same order; NaN of either sign becomes the largest.
 template <class A>
 FASTKD_DEVICE typename Key<A>::type key_of(A x) {
     using K = typename Key<A>::type;
@@ -43,14 +44,14 @@ FASTKD_DEVICE A number_of(typename Key<A>::type key) {
     return x;
 }
 
-// What is known of the k-th: its highest bits, and how many numbers with these are smaller or equal.
+// What is known about the k-th: its highest bits, and its rank among the numbers that share them.
 template <class A>
 struct Found {
     typename Key<A>::type prefix;
     int64_t k;
 };
 
-// The digit in which the k-th lies, from the counts of the pass before; `scratch` is shared memory for kThreads + 2 numbers.
+// The digit of the k-th from the counts of the previous pass; `scratch` is shared memory for kThreads + 2 numbers.
 template <class A, class Block>
 FASTKD_DEVICE Found<A> find(Block& block, const int64_t* bins, const Found<A>& before, int bits, int64_t* scratch) {
     constexpr int each = kBins / kThreads;
@@ -76,11 +77,11 @@ FASTKD_DEVICE Found<A> find(Block& block, const int64_t* bins, const Found<A>& b
 
 template <class A>
 struct KthState {
-    int64_t* state;  // (2, 2): prefix and k of the digits before the last one, and of those before this
+    int64_t* state;  // (2, 2): prefix and k before the last digit, and before the current one
     int64_t first;   // k
-    int pass, bits;  // of the digit before this one
+    int pass, bits;  // of the previous digit
 
-    // What the passes before this one found.
+    // Result of the previous passes.
     template <class Block>
     FASTKD_DEVICE Found<A> found(Block& block, const int64_t* bins, int64_t* scratch) const {
         if (pass == 0) return {0, first};
@@ -101,8 +102,8 @@ struct KthCount {
     const A* x;
     int64_t n;
     KthState<A> known;
-    const int64_t* bins;  // (kBins,): of the pass before
-    int above, shift;     // the digit is the bits below `above` and from `shift` on
+    const int64_t* bins;  // (kBins,): counts of the previous pass
+    int above, shift;     // the digit is bits [shift, above)
     int* parts;           // (blocks, kBins)
     int blocks;
 
@@ -128,7 +129,7 @@ struct KthCount {
     }
 };
 
-// Adds what the blocks counted: a thread a bin.
+// Adds the counts of the blocks: one thread per bin.
 struct KthAdd {
     static constexpr int kBlocksPerCores = 4;
 
@@ -182,7 +183,7 @@ void kth_smallest(const Kth& a, const Launch& launch) {
     a.type == DType::f64 ? kth_smallest_of<double>(a, launch) : kth_smallest_of<float>(a, launch);
 }
 
-// ---- selection -------------------------------------------------------------------------------------------------------
+// Selection
 
 template <class A>
 struct Selection {
@@ -240,7 +241,7 @@ void difficulty(const Difficulty& a, const Launch& launch) {
                             static_cast<const A*>(a.limits[0]), static_cast<const A*>(a.limits[1]),
                             static_cast<A>(a.threshold), a.select, a.mask, static_cast<A*>(a.lse), a.parts, blocks},
                blocks, kSumScratch);
-        // Divided by the valid ones: 0 where there is none.
+        // Selected / valid; 0 if no pixel is valid.
         launch(Total<A>{a.parts, blocks, a.parts + blocks, blocks, 0, true, 1, static_cast<A*>(a.share), nullptr}, 1,
                kSumScratch);
     };

@@ -1,5 +1,6 @@
-// The operators torch.ops.fastkd_cuda.*, on LibTorch's stable ABI: checks and allocation. Their schemas are defined in
-// Python (fastkd/ops); the work is in the .cu files. Compiled with FASTKD_EMULATION, the same for CPU tensors on the emulation (emulation.cpp).
+// The operators torch.ops.fastkd_cuda.* on LibTorch's stable ABI: checks and allocation. The kernels are in the .cu
+// files, the schemas in Python (fastkd/ops). With FASTKD_EMULATION, the same operators for CPU tensors on the emulation
+// (emulation.cpp).
 #if !defined(FASTKD_EMULATION) && !defined(USE_CUDA)
 #define USE_CUDA  // declares the stream below
 #endif
@@ -28,7 +29,7 @@ struct On {
 };
 #else
 #define FASTKD_KEY CUDA
-// Makes a tensor's device the current one, and knows the stream that torch uses on it.
+// Sets the current device to the tensor's, and gets torch's current stream and the device properties.
 struct On {
     explicit On(const Tensor& x) : guard(x.get_device_index()), device(gpu::device(x.get_device_index())) {
         TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
@@ -49,7 +50,7 @@ Pair pair_on_device(const Tensor& student, const Tensor& teacher) {
     return pair_of(student, teacher);
 }
 
-// Scratch memory of some doubles; none for none.
+// Scratch memory of `count` doubles; nothing for 0.
 struct Doubles {
     explicit Doubles(const Tensor& x, int64_t count) {
         if (count > 0) keep = new_empty(x, Sizes{count}, ScalarType::Double);
@@ -61,7 +62,7 @@ struct Doubles {
 using Two = std::tuple<Tensor, Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
-// f(pointer) makes loss and kept, and the gradient there.
+// f(pointer) returns loss and kept, and writes the gradient to the pointer.
 template <class F>
 Three with_gradient(const Tensor& student, const std::string& reduction, const F& f) {
     STD_TORCH_CHECK(reduction != "none", "a gradient is that of one number: reduction must be 'sum' or 'mean'");
@@ -70,7 +71,7 @@ Three with_gradient(const Tensor& student, const std::string& reduction, const F
     return {loss, kept, gradient};
 }
 
-// ---- NFD -------------------------------------------------------------------------------------------------------------
+// NFD
 
 struct NfdArgs {
     const std::string& dims;
@@ -117,7 +118,7 @@ Two nfd_forward(const Tensor& student, const Tensor& teacher, std::string dims, 
     return run_nfd(on, student, teacher, {dims, eps, reduction, scale}, nullptr);
 }
 
-// In one read where a group fits a cluster, else in two.
+// One read if a group fits a cluster, else two.
 Three nfd_gradient(const Tensor& student, const Tensor& teacher, std::string dims, double eps, std::string reduction,
                    double scale) {
     const On on(student);
@@ -137,7 +138,7 @@ Tensor nfd_backward(const Tensor& grad, const Tensor& student, const Tensor& tea
     return out;
 }
 
-// ---- losses of pixels ------------------------------------------------------------------------------------------------
+// Losses over pixels
 
 struct PixelArgs {
     const std::optional<Tensor>& target;
@@ -192,17 +193,17 @@ Three kd_gradient(const Tensor& student, const Tensor& teacher, std::optional<Te
     return with_gradient(student, reduction, [&](void* g) { return run_kd<kSigmoid>(student, teacher, temperature, args, g); });
 }
 
-// ---- losses at label resolution --------------------------------------------------------------------------------------
+// Losses at label resolution
 
-// Whether the kernels' 32-bit arithmetic of a resize holds.
+// Whether the kernels' 32-bit arithmetic is sufficient for this resize.
 bool fits(int64_t in, int64_t out) { return in < (1 << 30) && out < (1 << 30) && in * (2 * out + 1) < INT32_MAX; }
 
-// Shapes that a loss is compiled for, and sums that it makes of a class and sample.
+// Number of shapes that a loss is compiled for, and of sums per class and sample.
 struct Cut {
     int shapes = gpu::kShapes, sums = 0;
 };
 
-// The maps, their labels and how their cells are shared out; memory for the kernels' scratch.
+// Inputs of a loss at label resolution: maps, labels, work decomposition, scratch memory.
 struct AtLabels {
     AtLabels(const On& on, std::initializer_list<const Tensor*> maps, const Sizes& size, bool align_corners, bool gradient,
              const Cut& cut = {})
@@ -240,7 +241,7 @@ struct AtLabels {
         a.reduce = reduce_of(args.reduction);
         a.scale = args.scale;
     }
-    // Allocates loss and count, runs the kernels, and returns both.
+    // Allocates loss and count, runs the kernels, returns both.
     template <class F>
     Two run(const F& kernels, void* gradient) {
         const bool none = a.reduce == Reduce::none;
@@ -334,7 +335,7 @@ Three resized_shaped_cross_entropy_gradient(const Tensor& logits, const Tensor& 
                          [&](void* g) { return run_shaped_cross_entropy(logits, shaped, args, align_corners, g); });
 }
 
-// ---- Dice ------------------------------------------------------------------------------------------------------------
+// Dice
 
 struct DiceArgs {
     int64_t ignore_index;
@@ -344,7 +345,7 @@ struct DiceArgs {
     double scale;
 };
 
-// What sums and gradient share; `gradient`: of the sums, or null.
+// Shared by sums and gradient; `gradient`: of the sums, or null.
 gpu::ResizedDice dice_of(AtLabels& at, const Tensor& target, const DiceArgs& args, void* gradient) {
     STD_TORCH_CHECK(args.reduction == "none" && args.scale == 1, "reduction must be 'none' and scale 1");
     const std::optional<Tensor> labels = target;
@@ -390,7 +391,7 @@ Tensor resized_dice_backward(const Tensor& grad, const Tensor& logits, const Ten
     return out;
 }
 
-// ---- binary cross-entropy ----------------------------------------------------------------------------------------------
+// Binary cross-entropy
 
 struct BinaryArgs {
     const std::optional<Tensor>&pos_weight, &pixel_weight;
@@ -458,7 +459,7 @@ Three resized_binary_cross_entropy_gradient(const Tensor& logits, const Tensor& 
     return with_gradient(logits, reduction, [&](void* g) { return run_binary_cross_entropy(logits, target, args, g); });
 }
 
-// ---- KD at label resolution ------------------------------------------------------------------------------------------
+// KD at label resolution
 
 struct Teacher {
     const Tensor& map;
@@ -497,7 +498,7 @@ Three resized_kd_gradient(const Tensor& student, const Tensor& teacher, std::opt
     });
 }
 
-// ---- RDD -------------------------------------------------------------------------------------------------------------
+// RDD
 
 Tensor run_kth(const On& on, const Tensor& x, int64_t k) {
     const DType type = dtype_of(x, "x");
@@ -527,7 +528,7 @@ struct DifficultyArgs {
     bool align_corners;
 };
 
-// The first result: the mask, or the student's log-sum-exps.
+// The first result is the mask, or the student's log-sum-exps.
 Two run_difficulty(const Tensor& student, const Tensor& teacher, const Tensor& target, const DifficultyArgs& args, bool lse) {
     const On on(student);
     STD_TORCH_CHECK(args.confidence == "max" || args.confidence == "label", "confidence must be 'max' or 'label', got '",
@@ -583,7 +584,7 @@ Two difficulty_lse(const Tensor& student, const Tensor& teacher, const Tensor& t
                           true);
 }
 
-// ---- rescale ---------------------------------------------------------------------------------------------------------
+// Rescale
 
 void rescale_(Tensor gradient, const Tensor& factor) {
     const On on(gradient);
@@ -598,7 +599,7 @@ void rescale_(Tensor gradient, const Tensor& factor) {
 
 }  // namespace
 
-#if !defined(FASTKD_LIBRARY_IMPL)  // builds for the Kernel Hub have a namespace of their own
+#if !defined(FASTKD_LIBRARY_IMPL)  // Kernel Hub builds have their own namespace
 #define FASTKD_LIBRARY_IMPL(key, m) STABLE_TORCH_LIBRARY_IMPL(fastkd_cuda, key, m)
 #endif
 

@@ -1,4 +1,4 @@
-// gradient *= factor, in the accumulation type; a factor of exactly 1 is read and nothing else.
+// gradient *= factor in the accumulation type. If the factor is exactly 1, only the factor is read.
 #pragma once
 
 #include "dispatch.h"

@@ -1,16 +1,16 @@
-// Dice at label resolution: sums over the label pixels of each class and sample, and the gradient of any function of them
-// (fastkd/ops/resized_dice.py has both formulas).
+// Dice at label resolution: sums over the label pixels of each class and sample, and the gradient of any function of
+// these sums (formulas in fastkd/ops/resized_dice.py).
 //
-// The sums: a loop over the classes for the log-sum-exps, and one for the probabilities, in which a warp adds up its label
-// pixels, at most 1024 of a class and sample in a tree, and writes the numbers of a class in one piece. DiceJoin adds the warps
-// of a sample in fp64. The gradient is a loss of cells.h: i, b, a and s below are what came from upstream for a class.
+// Sums: a first loop over the classes computes the log-sum-exps, a second one the probabilities. A warp sums its label
+// pixels, at most 1024 per class and sample, as a tree, and writes the numbers of a class contiguously. DiceJoin adds
+// the warps of a sample in fp64. Gradient: a loss of cells.h that takes the upstream gradient per class.
 #pragma once
 
 #include "losses.h"
 
 namespace fastkd::gpu {
 
-// What came from upstream for a class of a sample, by the columns of the sums.
+// Fields of the upstream gradient per class and sample, one per column of the sums.
 struct UpstreamOfClass {
     static constexpr int sum = 0, spread = 1, intersection = 2, own = 3, count = 4;
 };
@@ -20,20 +20,20 @@ struct DiceLoss : SoftmaxLoss<T, 1> {
     using A = T;
     static constexpr int kFirstShapes = kFewShapes;
     static constexpr bool kForward = false, kOwn = true, kSpreads = true, kWide = true;
-    // Squares of exponentials are added times this, and sums are near above kNearSquares: what a square below 2^-126 loses is
-    // a probability below 2^-29.
+    // Squared exponentials are scaled by kLift, and `near` requires sums above kNearSquares: then a square that
+    // underflows below 2^-126 belongs to a probability below 2^-29.
     static constexpr double kLift = 0x1p64, kNearSquares = 0x1p-56;
 
     const A* upstream;  // (n, classes, UpstreamOfClass::count)
-    const A* whole_of;  // (n,): the sums of the spreads
+    const A* whole_of;  // (n,): sum of `spread` over the classes
     int classes;
-    A square;  // 1, or 0: sums of p
+    A square;  // 1, or 0: sums of p instead of p^2
 
     struct Sums {
         A sum = 0, own = 0, dot = 0;
     };
     struct Class {
-        A once, twice, spread, intersection, own;  // the gradient of sum p, twice that of sum p^2
+        A once, twice, spread, intersection, own;  // once: gradient of sum p; twice: 2 * gradient of sum p^2
     };
     struct Linear {};
     FASTKD_DEVICE const A* of(int64_t n, int c) const { return upstream + (n * classes + c) * UpstreamOfClass::count; }
@@ -58,7 +58,7 @@ struct DiceLoss : SoftmaxLoss<T, 1> {
     FASTKD_DEVICE static A even() { return 1; }
     FASTKD_DEVICE static A whole(A, const Linear&) { return 0; }
     FASTKD_DEVICE static A rest(A, const Sums&, const Linear&, A, A) { return 0; }
-    // What every class of a label pixel has, times its probability.
+    // Factor common to all classes of a label pixel; multiplied by their probability.
     FASTKD_DEVICE A ratio(const Sums& sums, int64_t n, int label) const {
         const A* own = of(n, label);
         A dot = sums.dot / sums.sum;
@@ -75,7 +75,7 @@ struct DiceLoss : SoftmaxLoss<T, 1> {
     }
 };
 
-// The upstream gradient (n, c, columns) as the loop reads it; a block a sample.
+// Converts the upstream gradient (n, c, columns) to the format of the loop; one block per sample.
 template <class A>
 struct DiceUpstream {
     static constexpr int kBlocksPerCores = 4;
@@ -220,10 +220,10 @@ private:
         A intersection = 0, sum = 0, count = 0, own = 0, all = 0;
     };
     struct Samples {
-        int64_t first, last, row;  // of a warp; the first's row of class_sums, counted in sets
+        int64_t first, last, row;  // samples of a warp; row of class_sums of the first, in units of sets
     };
 
-    // Of a class that is masked, infinite.
+    // Infinite for a masked class.
     FASTKD_DEVICE static A nats(A x) {
         return x > static_cast<A>(-kMasked) ? static_cast<A>(INFINITY) : x * static_cast<A>(kLn2);
     }
@@ -235,7 +235,7 @@ private:
         return {n, plan.sample(this->first + last / cells), at.group + n - plan.sample(this->first)};
     }
 
-    // Adds up a warp's numbers of a class, for each sample that it has cells of. `own`: whether a label is that class.
+    // Sums a warp's numbers of a class for each sample that it has cells of. `own`: whether any label is that class.
     template <bool kMore, class Block>
     FASTKD_DEVICE void put(Block& block, const Place& at, const Samples& samples, int c, bool own, const OfClass& mine) const {
         const int columns = this->plan.sums, lane = at.lane;
@@ -305,14 +305,14 @@ private:
     }
 };
 
-// Adds the rows of each sample of a chunk, and what its rows of the chunks before gave.
+// Adds the rows of each sample of a chunk to the result of the previous chunks.
 template <class A>
 struct DiceJoin {
     static constexpr int kBlocksPerCores = 4;
 
     CellsPlan plan;
     int64_t first, lines;
-    int pieces;  // of a sample's rows
+    int pieces;  // parts per sample
     const A* class_sums;
     double* parts;  // (pieces, n, classes * plan.sums)
 

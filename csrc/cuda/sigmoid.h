@@ -1,4 +1,4 @@
-// Sigmoids of one class against the rest, from logits in units of log 2; stable at any size of them.
+// Sigmoids of one class against the rest, from logits in units of log 2; stable for any magnitude.
 #pragma once
 
 #include "interpolation.h"
@@ -16,7 +16,7 @@ FASTKD_DEVICE float reciprocal_of(float x) {
 }
 FASTKD_DEVICE double reciprocal_of(double x) { return 1 / x; }
 
-// log(1 + x) for x in [0, 1]: x times a polynomial, 1.1 ulp. log2 of a rounded 1 + x would lose what is small.
+// log(1 + x) for x in [0, 1]: x times a polynomial, 1.1 ulp. log2 of a rounded 1 + x would lose small x.
 FASTKD_DEVICE float log1p_of(float x) {
     constexpr float by[] = {1.0f,           -0.499998927f,  0.333297104f, -0.249516159f, 0.196632743f,
                             -0.152696669f,  0.105436236f,   -0.056373611f, 0.0195425265f, -0.003176057f};
@@ -44,8 +44,8 @@ struct Softplus {
     }
 };
 
-// KL(sigmoid(t) || sigmoid(s)) of two outcomes, and sigmoid(s) - sigmoid(t); both exactly 0 where s is t. Computed for the
-// outcome that t makes the less probable.
+// KL(sigmoid(t) || sigmoid(s)) and sigmoid(s) - sigmoid(t), both exactly 0 where s == t. Computed for the outcome that
+// is less probable under t.
 template <class A>
 struct Bernoulli {
     A kl, difference;

@@ -1,6 +1,6 @@
-// Elements and vectors as the kernels see them. The same source is compiled for GPUs by nvcc and, for the emulation
-// (emulation.h), by the host's compiler; multiplications and additions are fused where it is written and nowhere else
-// (-fmad=false, -ffp-contract=off), so that both compute the same bits.
+// Element and vector types of the kernels. The same source is compiled by nvcc for GPUs and by the host compiler for
+// the emulation (emulation.h). FMAs are explicit and contraction is off (-fmad=false, -ffp-contract=off), so both
+// compute the same bits.
 #pragma once
 
 #include <cstdint>
@@ -39,11 +39,11 @@ using f16 = torch::headeronly::Half;
 using bf16 = torch::headeronly::BFloat16;
 #endif
 
-constexpr int kThreads = 256;  // of a block
+constexpr int kThreads = 256;  // per block
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 
-// Threads of a kernel's block, where it is not kThreads.
+// Block size of a kernel; kThreads by default.
 template <class Body, class = void>
 struct ThreadsOf {
     static constexpr int value = kThreads;
@@ -52,14 +52,14 @@ template <class Body>
 struct ThreadsOf<Body, std::void_t<decltype(Body::kThreadsOfBlock)>> {
     static constexpr int value = Body::kThreadsOfBlock;
 };
-// Whether it needs clusters and bulk copies.
+// Whether a kernel needs clusters and bulk copies.
 template <class Body, class = void>
 struct NeedsClusters : std::false_type {};
 template <class Body>
 struct NeedsClusters<Body, std::void_t<decltype(Body::kOneRead)>> : std::true_type {};
 
-// fp32, fp16 or bf16, known when the kernel runs: for pairs of unlike dtypes, and for maps that are not aligned to 16
-// bytes. Read one element a thread.
+// fp32, fp16 or bf16, resolved at run time: for pairs of different dtypes, and for maps not aligned to 16 bytes. Loaded
+// one element per thread.
 struct Any {};
 
 template <class T>
@@ -97,7 +97,7 @@ struct alignas(16) Bits128 {
 };
 #endif
 
-// V neighbouring elements: one access of 16 bytes, or of one element.
+// V neighbouring elements in one 16-byte access, or a single element.
 template <class T, int V>
 FASTKD_DEVICE void load(const T* from, Accumulator<T> (&to)[V]) {
     if constexpr (V == 1) {
@@ -111,7 +111,7 @@ FASTKD_DEVICE void load(const T* from, Accumulator<T> (&to)[V]) {
         for (int i = 0; i < V; ++i) to[i] = static_cast<Accumulator<T>>(part[i]);
     }
 }
-// To device memory.
+// Stores to device memory.
 template <class T, int V>
 FASTKD_DEVICE void store(T* to, const Accumulator<T> (&from)[V]) {
     if constexpr (V == 1) {
@@ -124,7 +124,7 @@ FASTKD_DEVICE void store(T* to, const Accumulator<T> (&from)[V]) {
         Bits128 bits;
         memcpy(&bits, part, sizeof bits);
 #if defined(__CUDA_ARCH__)
-        __stcg(reinterpret_cast<Bits128*>(to), bits);  // a plain assignment may be split into four
+        __stcg(reinterpret_cast<Bits128*>(to), bits);  // a plain assignment may be split into four stores
 #else
         *reinterpret_cast<Bits128*>(to) = bits;
 #endif
