@@ -1,4 +1,4 @@
-# `make demo` and `make test` do everything from a fresh clone: the environment in .venv, the build, the run.
+# `make demo` and `make test` work in a fresh clone: they create .venv, build, and run.
 PYTHON ?= python3
 BIN := .venv/bin
 CONSTRAINTS ?= constraints.txt
@@ -8,21 +8,21 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: demo test test-all test-large test-tools bench lint docs wheel clean
 
-# glibc gives large blocks back to the system after every use; keeping them saves the page faults of a CPU training.
+# glibc returns large blocks to the system on free; keeping them avoids page faults in CPU training.
 demo: export MALLOC_MMAP_THRESHOLD_ = 33554432
 demo: export MALLOC_TRIM_THRESHOLD_ = 8589934592
 demo: export MALLOC_TOP_PAD_ = 67108864
 demo: .venv/.built
 	$(BIN)/fastkd demo --out runs/demo
 
-# The Tritons that other torch versions bring, for tests/test_triton_versions.py.
+# Triton versions of other torch versions, for tests/test_triton_versions.py.
 TRITONS = $(addprefix .venv/triton-,3.6.0 3.7.1)
 .venv/triton-%: .venv/.installed
 	$(BIN)/python -m pip install -q --target $@ --no-deps triton==$*
 
-# Three runs, each on another backend: the C++ kernels (on a GPU: Triton's and CUDA's), then, on the CPU, Triton's in its
-# interpreter and CUDA's on the emulated GPU. tests/suites.py says which files the last two have.
-# Workers share the cores: where a test has threads of its own, one that waits is to sleep.
+# Three runs: the C++ kernels (on a GPU: Triton's and CUDA's); on the CPU, Triton's in its interpreter; on the CPU, CUDA's on
+# the emulated GPU. tests/suites.py lists the files of the last two.
+# Workers share the cores, so waiting OpenMP threads should sleep.
 test test-all: export OMP_WAIT_POLICY = passive
 test: PYTEST += -m "not slow"
 test-all: PYTEST += -m "not large"
@@ -38,7 +38,7 @@ test test-all: .venv/.built .venv/.emulated
 test-large: .venv/.built
 	$(BIN)/python -m pytest -q -m large
 
-# The tools that end by themselves; docs/promises.md has the others: mutants, versions, valgrind.
+# The tools with a bounded run time. The others are in docs/promises.md: mutants, versions, valgrind.
 test-tools: .venv/.built
 	$(BIN)/python -m tests.tools.errors
 	$(BIN)/python -m tests.tools.fuzz --minutes 5
@@ -50,7 +50,7 @@ bench: .venv/.built
 	$(BIN)/python -m benchmarks.bench_step
 	$(BIN)/python -m benchmarks.publish
 
-# The docs as a site, in site/. A broken link is an error (with -q it would not be: warnings are not counted).
+# The docs as a site, in site/. Broken links are errors, but not with -q, which does not count warnings.
 docs: .venv/.built
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -59,8 +59,8 @@ lint: .venv/.built
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The source archive and, built from it, a pure wheel and one with the kernels. The latter has torch's libraries left out and is
-# one file for every Python and torch that pyproject.toml allows; auditwheel names the oldest glibc that it runs on.
+# The source archive and, built from it, a pure wheel and one with the kernels. The latter excludes torch's libraries and works
+# with every Python and torch that pyproject.toml allows; auditwheel determines the oldest supported glibc.
 DIST ?= dist
 PLATFORM ?= auto
 wheel: .venv/.built
@@ -75,12 +75,12 @@ wheel: .venv/.built
 clean:
 	rm -rf .venv build dist *.egg-info fastkd/*.so
 
-# The build must see the torch it will run with, hence no build isolation.
+# No build isolation, so that it builds against the torch that it runs with.
 .venv/.built: .venv/.installed $(SOURCES)
 	FASTKD_BUILD=1 $(BIN)/pip install -q --no-build-isolation -c $(CONSTRAINTS) -e ".[train,export,bench,dev]"
 	touch $@
 
-# The library of the emulated GPU; the file holds its path.
+# The library of the emulated GPU; the file contains its path.
 .venv/.emulated: .venv/.installed tests/emulation.py $(SOURCES)
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m tests.emulation > $@.new
 	mv $@.new $@

@@ -1,10 +1,10 @@
-"""Lays this repository out as two projects of the Kernel Hub's builder, `fastkd` and `fastkd-triton`.
+"""Lays this repository out as two projects for the Kernel Hub's builder, `fastkd` and `fastkd-triton`.
 
     python hub/stage.py build/hub
     cd build/hub/fastkd && kernel-builder check-config && kernel-builder build
 
-The Hub loads several versions of a kernel into one process. So a build has a namespace of operators of its own, which the
-builder names (`_ops.py`), and its Python imports nothing of itself by an absolute name. `hub/*/build.toml` says what is built.
+The Hub loads several versions of a kernel into one process. So each build has its own operator namespace, named by the
+builder (`_ops.py`), and its Python uses only relative imports of itself. `hub/*/build.toml` lists what is built.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The builder compiles each file once, with one set of flags on every architecture, so the instruction set is named by a
-# pragma. GCC 12 does not define its macros (__AVX2__) then, so the width of a vector in bits takes their place. setup.py has
-# the same sets as flags.
+# The builder compiles each file once, with the same flags for every architecture, so pragmas select the instruction
+# set. GCC 12 does not define its macros (__AVX2__) then, so the vector width in bits replaces them. setup.py has the
+# same sets as flags.
 ISAS = {
     "baseline": (0, None),
     "avx2": (256, "avx2,fma,f16c"),
@@ -63,7 +63,7 @@ def write(path: Path, text: str) -> None:
 
 
 def python(package: Path, namespace: str) -> None:
-    """The losses, their operators and Triton kernels, with neither trainer nor commands."""
+    """The losses, their operators and Triton kernels, without trainer and commands."""
     for folder, inside in (
         ("fastkd", ""),
         ("fastkd/ops", "ops"),
@@ -81,7 +81,7 @@ def python(package: Path, namespace: str) -> None:
 
 
 def cpp(project: Path) -> None:
-    """What is included but not compiled gets a header's name: the builder compiles every other file it lists."""
+    """Files that are included but not compiled are renamed to headers: the builder compiles every other listed file."""
     for path in (ROOT / "csrc").rglob("*.h"):
         text = path.read_text()
         for macro, width in WIDTHS.items():
@@ -109,14 +109,14 @@ def cpp(project: Path) -> None:
     write(binding / "torch_binding.cpp", BINDING)
     for backend, path in {"cpu": Path("csrc"), "cuda": Path("csrc/cuda")}.items():
         text = (ROOT / path / "registration.cpp").read_text()
-        # Moved to torch-ext, it finds its own folder's headers by their path from csrc.
+        # In torch-ext the file includes the headers of its former folder by their path from csrc.
         text = text.replace('#include "../checks.h"', '#include "checks.h"')
         text = text.replace('#include "kernels.h"', f'#include "{backend}/kernels.h"')
         write(binding / f"{backend}_operators.h", text)
 
 
 def expand(project: Path, text: str) -> str:
-    """The patterns of build.toml as lists of files."""
+    """Expands the patterns of build.toml to lists of files."""
 
     def files(pattern: re.Match[str]) -> str:
         found = sorted(str(path.relative_to(project)) for path in project.glob(pattern[1]))
@@ -128,7 +128,7 @@ def expand(project: Path, text: str) -> str:
 
 
 def stage(folder: Path) -> list[Path]:
-    """The projects."""
+    """Writes both projects."""
     projects = []
     for source in sorted(path.parent for path in (ROOT / "hub").glob("*/build.toml")):
         project = folder / source.name

@@ -1,25 +1,25 @@
-"""The error budget: how far a result may be from float64 on the same (already rounded) inputs. Nothing else decides it.
+"""The error budget: the allowed distance of a result from float64 on the same (already rounded) inputs.
 
-Plain PyTorch in the same dtype computes the same formula with its sums in another order, so its error says what this
-formula loses on these inputs. With u = eps of the coarser of the result's dtype and the accumulator (fp32, or fp64 for fp64
-maps), in the L2 norm over all elements:
+Plain PyTorch in the same dtype computes the same formula with a different order of summation, so its error measures the
+rounding of this formula on these inputs. With u = eps of the coarser of the result's dtype and the accumulator (fp32,
+or fp64 for fp64 maps), in the L2 norm over all elements:
 
     |got - true| <= 2 |plain - true|  +  8 u (|true| + unit sqrt(n))  +  4 |moved - true|
 
 - 2: two orders of summation have errors of the same size, not the same errors.
-- 8 roundings that plain PyTorch may be spared: an exponential of 2 ulp for the student and one for the teacher
+- 8 roundings that plain PyTorch may not have: an exponential of 2 ulp for the student and one for the teacher
   (csrc/cpu/vec.h, tests/test_csrc.py::test_exp_error_bound), a logarithm of 2, the scale, and the cast to the result.
-- ``unit``: the size of the numbers that a result is a difference of. A KL divergence near 0 is a difference of
-  log-probabilities: the result may vanish, the rounding of what it is made of does not. n elements have sqrt(n) times
-  the norm of one.
-- ``moved``: the true result of inputs that differ by one rounding, where the problem itself magnifies it (logits of
-  10^15). No algorithm that rounds once can be closer; 4 for the interpolations and the maximum, that round before it.
+- ``unit``: the size of the numbers whose difference is the result. A KL divergence near 0 is a difference of
+  log-probabilities: the result may vanish, but their rounding does not. The norm of n elements is sqrt(n) times that of
+  one.
+- ``moved``: the true result of inputs that differ by one rounding, for ill-conditioned inputs (logits of 10^15). No
+  algorithm that rounds once can be closer. The factor 4 covers the interpolations and the maximum, which round before.
 
-u is at least 1e-12: in float64 nothing truer is at hand, and two formulas need only agree far beyond fp32.
+u is at least 1e-12: nothing more accurate than float64 is available, and two formulas need only agree far beyond fp32.
 
-On logits as networks give them the same reasoning yields numbers, which docs/promises.md promises (:data:`LOSS`,
-:data:`GRADIENT`): relative to the result, 8 roundings of the loss in fp32, 16 of its gradient (of student and teacher), and for
-a gradient in half precision, where all else is small beside it, the half unit in the last place of its cast.
+For typical network logits the same reasoning gives the bounds in docs/promises.md (:data:`LOSS`, :data:`GRADIENT`),
+relative to the result: 8 roundings of the loss in fp32 and 16 of its gradient (student and teacher). For a gradient in
+half precision the cast's half ulp dominates.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor
 FLOOR = 1e-12
 EPS = torch.finfo(torch.float32).eps
 
-# What docs/promises.md promises of the relative error: of the loss by its dtype, of the gradient by the student's.
+# Bounds of the relative error in docs/promises.md: of the loss by its dtype, of the gradient by the student's dtype.
 LOSS = {torch.float32: 8.5 * EPS, torch.float64: FLOOR}
 GRADIENT = {torch.float32: 17 * EPS, torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float64: FLOOR}
 
@@ -40,12 +40,12 @@ def accumulator(*tensors: Tensor) -> torch.dtype:
 
 
 def rounding(*dtypes: torch.dtype) -> float:
-    """u of the docstring: the coarsest of these."""
+    """u of the module docstring: the coarsest of these."""
     return max(FLOOR, *(torch.finfo(dtype).eps for dtype in dtypes))
 
 
 def roundings(count: float, want: Tensor, u: float, unit: float = 0.0) -> float:
-    """The norm of so many roundings of a result and of what it is a difference of."""
+    """Norm of this many roundings of a result and of the numbers whose difference it is."""
     return count * u * (want.norm().item() + unit * want.numel() ** 0.5)
 
 
@@ -59,11 +59,12 @@ def assert_within(
     unit: float = 1.0,
     moved: Tensor | None = None,
 ) -> None:
-    """``got`` against ``want`` in float64, judged by ``plain``, which is plain PyTorch's result in the same dtype.
+    """Asserts that ``got`` is within the budget of ``want`` (float64); ``plain`` is plain PyTorch's result in the same
+    dtype.
 
     Args:
         acc: dtype of the accumulator.
-        unit, moved: as above.
+        unit, moved: see the module docstring.
     """
     error, plain_error = ((x.double() - want).norm().item() for x in (got, plain))
     allowed = 2 * plain_error + roundings(8, want, rounding(got.dtype, acc), unit)
@@ -73,11 +74,11 @@ def assert_within(
 
 
 def assert_close(got: Tensor, want: Tensor, unit: float = 1.0) -> None:
-    """Element by element, where there is no plain PyTorch to ask: 64 roundings, as many as 8 and a sum's of 2^50 terms.
+    """Element-wise check without a plain PyTorch result: 64 roundings, that is 8 plus those of a sum of 2^50 terms.
 
     Args:
-        want: worked out in float64, or in the dtype of ``got`` by another way.
-        unit: as above; relative to the largest element.
+        want: computed in float64, or in the dtype of ``got`` by another method.
+        unit: see the module docstring; relative to the largest element.
     """
     u = rounding(got.dtype, want.dtype)
     largest = want.abs().max().item() if want.numel() else 0.0
@@ -85,6 +86,6 @@ def assert_close(got: Tensor, want: Tensor, unit: float = 1.0) -> None:
 
 
 def assert_zero(x: Tensor, unit: float = 1.0) -> None:
-    """Zero but for 8 roundings of numbers of size ``unit``."""
+    """Zero up to 8 roundings of numbers of size ``unit``."""
     bound = 8 * rounding(x.dtype) * unit
     assert (x.abs() <= bound).all(), f"{x.abs().max():.3e} > {bound:.3e}"

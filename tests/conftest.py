@@ -1,4 +1,4 @@
-"""Every test sees fresh memory filled with NaN, so that an element nobody writes cannot pass."""
+"""Fills fresh memory with NaN in every test, so that an unwritten element fails it."""
 
 import gc
 import os
@@ -12,17 +12,18 @@ settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("thorough", settings.get_profile("default"), derandomize=False, max_examples=1000)
-# Triton's interpreter runs a kernel's every operation in NumPy, program by program; the emulated GPU runs thread by thread.
+# Triton's interpreter runs every operation of a kernel in NumPy, one program at a time; the emulated GPU runs one
+# thread at a time.
 settings.register_profile("interpreter", settings.get_profile("default"), max_examples=8)
 settings.register_profile("quick", settings.get_profile("default"), max_examples=10)  # benchmarks/gpu_check.py
-# Hypothesis would make most examples by copying parts of earlier ones; each is to be drawn anew, so that 30 of them meet
-# most of the options (test_promises.py::test_examples_differ notices where a later version has another name for this).
+# By default Hypothesis creates most examples by copying parts of earlier ones. Drawing each anew makes 30 of them cover
+# most options (test_promises.py::test_examples_differ fails if a later version renames this).
 ConjectureRunner.generate_mutations_from = lambda self, data: None
 slow = os.environ.get("TRITON_INTERPRET") == "1" or "FASTKD_CUDA_EMULATION" in os.environ
 settings.load_profile("interpreter" if slow else "default")
-if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; what is about threads sets their number itself
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; thread tests set the number themselves
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+    os.environ["OMP_NUM_THREADS"] = "1"  # for processes started by tests
 
 
 def pytest_configure(config):
@@ -30,11 +31,11 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    gc.freeze()  # modules and tests, half a million objects: each full collection of a test would go through them
+    gc.freeze()  # half a million objects of modules and tests, which each full collection would traverse
 
 
 def pytest_make_parametrize_id(config, val, argname):
-    """What decides a test is in its ID: dtypes, layouts, sizes and classes too, which pytest would number."""
+    """Puts dtypes, layouts, sizes and classes into test IDs; pytest would number them."""
     if isinstance(val, torch.dtype | torch.memory_format):
         return str(val).removeprefix("torch.")
     if isinstance(val, type) or (callable(val) and getattr(val, "__name__", "<lambda>") != "<lambda>"):

@@ -1,7 +1,7 @@
-"""The CUDA kernels on an emulated GPU (csrc/cuda/emulation.h): builds the library that runs them on CPU tensors.
+"""Builds the CUDA kernels for an emulated GPU (csrc/cuda/emulation.h), as a library that runs them on CPU tensors.
 
-It stands in for the real one where ``FASTKD_CUDA_EMULATION`` names it: `make test` starts pytest with it, on the files that
-``tests/suites.py`` lists as emulated. ``python -m tests.emulation`` builds it and prints its path.
+If ``FASTKD_CUDA_EMULATION`` is set to its path, it replaces the real CUDA library. `make test` does so for the files
+that ``tests/suites.py`` lists as emulated. ``python -m tests.emulation`` builds it and prints its path.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FLAGS = (
     "-DFASTKD_EMULATION", "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )  # fmt: skip
 
-# The operators at the end of csrc/cuda/emulation.cpp: what the GPU is like, and how work is cut.
+# The operators at the end of csrc/cuda/emulation.cpp: configuration of the GPU, and plans.
 OPERATORS = (
     "configure(int shared_per_block, int shared_per_cores, int multiprocessors, int cluster, int smallest, "
     "int smallest_budget, str threads) -> ()",
@@ -45,7 +45,7 @@ def compiler() -> str | None:
 
 
 def build() -> Path:
-    """The library, compiled unless this source was before."""
+    """Path of the library, compiled unless this source was compiled before."""
     sources = [*(ROOT / "csrc/cuda").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.cpp"), ROOT / "csrc/checks.h"]
     digest = hashlib.blake2b(repr((FLAGS, torch.__version__)).encode(), digest_size=8)
     for path in sorted(sources):
@@ -67,7 +67,7 @@ def build() -> Path:
 
 
 def run_program(source: Path, folder: Path, *flags: str) -> str:
-    """What a program that includes the emulation prints."""
+    """Output of a program that includes the emulation."""
     program = folder / "program"
     includes = [f"-I{path}" for path in (*include_paths(), ROOT / "csrc/cuda")]
     command = [compiler(), "-std=c++17", "-DFASTKD_EMULATION", *flags, *includes, str(source), "-o", str(program)]

@@ -1,4 +1,4 @@
-// Kernels that use a warp as a GPU does not let them, for test_cuda_plan.py.
+// Kernels with invalid warp exchanges, for test_cuda_plan.py.
 #include "emulation.h"
 
 #include <cstdio>

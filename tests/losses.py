@@ -1,7 +1,7 @@
-"""The public losses, once: each as a callable of student, teacher and labels, which the other tests and the tools enumerate.
+"""The public losses as callables of student, teacher and labels, for tests and tools that iterate over all of them.
 
-``labels`` are at label resolution; a loss at that of the maps takes the nearest of them. Options (a reduction, a temperature)
-are passed on to the function.
+``labels`` are at label resolution; losses at map resolution resize them by nearest neighbour. Options (a reduction, a
+temperature) are passed to the function.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Loss = Callable[..., Tensor]
 
 
 def nearest(labels: Tensor, like: Tensor) -> Tensor:
-    """Labels at the resolution of a map."""
+    """Labels resized to the resolution of a map."""
     rows, columns = (
         torch.arange(n, device=labels.device) * m // max(n, 1)
         for n, m in zip(like.shape[-2:], labels.shape[-2:], strict=True)
@@ -26,7 +26,7 @@ def nearest(labels: Tensor, like: Tensor) -> Tensor:
 
 
 def against_the_rest(labels: Tensor, like: Tensor) -> Tensor:
-    """Each class against the rest: (N, C, H, W) of 0 and 1, 255 where ignored."""
+    """One binary map per class: (N, C, H, W) of 0 and 1, 255 if ignored."""
     one = torch.stack([labels == c for c in range(like.shape[1])], 1).to(torch.uint8)
     return torch.where((labels == 255)[:, None], 255, one)
 
@@ -63,15 +63,15 @@ LOSSES: dict[str, Loss] = {
     "rdd_tse": _rdd("tse", "loss", preset="official", min_kept=50),
     "rdd_tse_kd": _rdd("tse", "kd"),
 }
-# Those that take a reduction, and a temperature.
+# Losses with a `reduction`, and losses with a `temperature`.
 REDUCED = tuple(name for name in LOSSES if not name.startswith("rdd") and name != "resized_ce_dice")
 HEATED = ("cwd", "kd", "kd_target", "resized_kd", "kd_sigmoid", "resized_kd_sigmoid")
-# One of each path through autograd and the operators, for what is slow to try.
+# One loss per path through autograd and the operators, for slow tests.
 EACH = (
     "nfd", "cwd", "kd", "kd_target", "kd_sigmoid", "resized_ce", "resized_focal_ce", "resized_kd", "resized_kd_sigmoid",
     "resized_ce_dice", "resized_bce", "rdd_tfe", "rdd_tse",
 )  # fmt: skip
-# The operators of those that not every backend has.
+# Operators of the losses that not every backend implements.
 OPERATOR = {
     "resized_smooth_ce": "resized_shaped_cross_entropy",
     "resized_focal_ce": "resized_shaped_cross_entropy",

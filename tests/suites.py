@@ -1,4 +1,4 @@
-"""Which test files make up which run. `make test` and the tools take them from here:
+"""Which test files belong to which run, for `make test` and the tools:
 
 python -m tests.suites interpreted
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 
-# One file an operator family; each runs on whatever backend the process has (tests/support.py).
+# One file per operator family; each runs on the backend of the process (tests/support.py).
 FAMILIES = (
     "nfd", "kd", "kd_sigmoid", "cwd", "resized", "resized_kernels", "resized_shaped_cross_entropy", "resized_dice",
     "resized_binary_cross_entropy", "rdd", "rdd_kernels",
@@ -28,7 +28,7 @@ SUITES = {
         "cuda_plan", "operators", "autograd", "nfd", "kd", "kd_sigmoid", "resized", "resized_kernels",
         "resized_shaped_cross_entropy", "resized_dice", "resized_binary_cross_entropy", "rdd_kernels", "ranks",
     ),
-    # What needs nothing but torch and the library: neither the trainer, nor a compiler, nor Triton.
+    # Needs only torch and the library: no trainer, compiler or Triton.
     "core": (
         "adversarial", "autograd", "backends", "compile", "csrc", "functional", "integration", "losses", "operators",
         *FAMILIES,

@@ -1,4 +1,4 @@
-"""What the operator tests share: the backends of this machine, random problems, a loss and its gradient judged by the budget
+"""Shared by the operator tests: available backends, random problems, comparison with the error budget
 (tests/budget.py)."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def kernel_backends() -> list:
-    """Backends that can run on this machine's tensors; one that cannot is a skipped parameter with its reason."""
+    """Backends for this machine's tensors; an unavailable one is a skipped parameter with the reason."""
     names = ("triton",) if DEVICE == "cuda" else ("cpu",)
     if INTERPRETER:
         names = ("triton",)
@@ -37,20 +37,20 @@ def kernel_backends() -> list:
 
 
 each_kernel = pytest.mark.parametrize("backend", kernel_backends())
-# A pure-Python installation has no C++ library; test_cpu_kernels_are_built fails where it was meant to have one.
+# A pure-Python installation has no C++ library; if one should have been built, test_cpu_kernels_are_built fails.
 needs_cpu = pytest.mark.skipif(backends.why_not("cpu") is not None, reason=f"cpu: {backends.why_not('cpu')}")
 each_backend = pytest.mark.parametrize("backend", ["reference", *kernel_backends()])
 
 
 def needs(backend: str, op: str) -> None:
-    """Skips a test of an operator that this backend does not have."""
+    """Skips a test if this backend does not implement the operator."""
     if backend != "reference" and backend not in backends.implementations(op):
         pytest.skip(f"{backend} has no kernel for {op}")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A pair of tensors to compare, described so that hypothesis can shrink it."""
+    """A pair of tensors to compare, described by fields that hypothesis can shrink."""
 
     shape: tuple[int, int, int, int]
     student_dtype: torch.dtype
@@ -75,12 +75,13 @@ class Problem:
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """The same values in another layout: a view with gaps, an offset, channels last, or a plane shared by all samples."""
+    """The same values in another layout: a view with gaps, an offset, channels last, or one plane shared by all
+    samples."""
     if layout == "nchw":
         return x.contiguous()
     if layout == "channels_last":
         return x.to(memory_format=torch.channels_last)
-    if layout == "offset":  # dense, but not at the start of its storage nor aligned
+    if layout == "offset":  # dense, but with a storage offset and unaligned
         return torch.cat([x.new_zeros(3), x.flatten()])[3:].view(x.shape)
     if layout == "strided":
         return x.repeat_interleave(2, -1)[..., ::2]
@@ -114,7 +115,7 @@ def problems(max_channels: int = 40, half_offset: bool = True) -> st.SearchStrat
 
 
 def loss_and_gradient(loss, student: Tensor, teacher: Tensor, backend: str, grad_output: Tensor | None = None):
-    """``loss(student, teacher)`` on ``backend`` and the gradient for ``student``, both as they come."""
+    """``loss(student, teacher)`` on ``backend`` and the gradient of ``student``, unconverted."""
     student = student.detach().requires_grad_()
     with fastkd.use_backend(backend):
         value = loss(student, teacher)
@@ -127,11 +128,11 @@ def loss_and_gradient(loss, student: Tensor, teacher: Tensor, backend: str, grad
 def assert_within_budget(
     loss, student: Tensor, teacher: Tensor, backend: str, gradient_scale: float = 1.0, loss_scale: float = 1.0
 ) -> None:
-    """The loss and the gradient of ``backend`` against float64, judged by the error of plain PyTorch.
+    """Checks loss and gradient of ``backend`` against float64, with plain PyTorch's error as the yardstick.
 
     Args:
-        gradient_scale: magnitude below which a gradient is rounding noise (where the true one is 0, say).
-        loss_scale: the same for the loss: one rounding of a logarithm, times what the loss multiplies and sums it by.
+        gradient_scale: magnitude below which a gradient is rounding noise (e.g. if the true one is 0).
+        loss_scale: the same for the loss: one rounding of a logarithm, times the loss's factors and number of terms.
     """
     ours = loss_and_gradient(loss, student, teacher, backend)
     eager = loss_and_gradient(loss, student, teacher, "reference")

@@ -1,7 +1,7 @@
-"""Inputs nobody wants and everybody meets: huge, tiny, flat, infinite, NaN, ignored, empty, shared, many.
+"""Extreme inputs: huge, tiny, constant, infinite, NaN, ignored, empty, shared, many.
 
-The rule for numbers: where plain PyTorch gives a finite result, so do the kernels, and it is as right. The rule for NaN
-and infinity: they reach the results that depend on them and no others.
+Where plain PyTorch gives a finite result, the kernels give one of the same accuracy. NaN and infinity reach the results
+that depend on them and no others.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .test_kd import labels
 from .test_nfd import smallest_std
 from .test_rdd_kernels import at_the_limit
 
-# Every loss whose result is continuous in the logits, per element where it can be; and those with a temperature, cold.
+# Every loss that is continuous in the logits, per element if possible; those with a temperature also at a low one.
 CASES: dict[str, tuple[str, dict]] = {
     **{
         name: (name, {"reduction": "none"} if name in REDUCED else {})
@@ -52,7 +52,7 @@ shapes = st.tuples(
 
 
 def content(kind: str, shape: tuple[int, ...], dtype: torch.dtype, power: int, seed: int) -> Tensor:
-    """A map of a kind, of magnitude 10^power where the kind has one."""
+    """A map of the given kind, with magnitude 10^power if the kind has one."""
     g = torch.Generator().manual_seed(seed)
     x, scale, limits = torch.randn(shape, generator=g, dtype=torch.float64), 10.0**power, torch.finfo(dtype)
     classes = torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=g)
@@ -69,7 +69,7 @@ def content(kind: str, shape: tuple[int, ...], dtype: torch.dtype, power: int, s
 
 
 def on(backend: str, name: str, student: Tensor, *args: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and gradient, the latter of the loss's elements weighted unevenly."""
+    """Loss and gradient, with a nonuniform upstream gradient."""
     loss, options = CASES[name]
     student = student.detach().requires_grad_()
     with fastkd.use_backend(backend):
@@ -83,7 +83,7 @@ def assert_as_right_as_eager(name: str, backend: str, student: Tensor, teacher: 
     """Finite where plain PyTorch is, and as close to the float64 result, up to roundings of the inputs' magnitude."""
     ours, eager = (on(b, name, student, teacher, *target) for b in (backend, "reference"))
     true = on("reference", name, student.double(), teacher.double(), *target)
-    # What one rounding of each logit, an interpolated one say, makes of the result.
+    # Effect of one rounding of each logit, for example by interpolation.
     g = torch.Generator(DEVICE).manual_seed(0)
     rounded = [
         x.double() * (1 + 2.0**-23 * (1 - 2 * torch.randint(0, 2, x.shape, generator=g, device=DEVICE)))
@@ -92,9 +92,9 @@ def assert_as_right_as_eager(name: str, backend: str, student: Tensor, teacher: 
     moved = on("reference", name, *rounded, *target)
     tau = TEMPERATURE.get(name, 1.0)
     largest = max(student.abs().max().item(), teacher.abs().max().item())
-    if name.startswith("nfd"):  # a z-score of either side is divided by the student's spread
+    if name.startswith("nfd"):  # the z-scores of both sides are divided by the student's standard deviation
         natural = {"loss": 1.0, "gradient": 1 / smallest_std(student, DIMS[name]) / student[0, 0].numel()}
-    else:  # a rounding of the largest logit moves a log-probability, and with it a probability, by as much
+    else:  # a rounding of the largest logit changes log-probabilities and probabilities by as much
         natural = {"loss": tau * (tau + largest), "gradient": tau * (1 + largest / tau)}
     acc = budget.accumulator(student, teacher)
     for what, got, plain, want, near in zip(("loss", "gradient"), ours, eager, true, moved, strict=True):
@@ -131,7 +131,7 @@ def test_extreme_contents(backend, name, shape, kinds, powers, dtype, layouts, s
 @pytest.mark.parametrize("dims", ["hw", "nhw", "c", "chw"])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_nfd_of_flat_groups_is_bounded(backend, dims, layout):
-    """A group without variance: what rounding leaves of it, of either sign, must not be divided by eps alone."""
+    """A group without variance: rounding errors, of either sign, must not be divided by sqrt(eps) alone."""
     teacher = lay_out(torch.randn(2, 64, 5, 7, device=DEVICE), layout)
     flat = torch.randn((1, 64, 1, 1) if dims in ("hw", "nhw") else (2, 1, 1, 1), device=DEVICE).expand(2, 64, 5, 7)
     for height in (1e2, 1e8, 1e10, 1e12):
@@ -147,7 +147,7 @@ def test_nfd_of_flat_groups_is_bounded(backend, dims, layout):
 @each_kernel
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_cwd_of_huge_flat_maps(backend, layout):
-    """The student's distribution is uniform, the teacher's one-hot, at any height."""
+    """The student's distribution is uniform, the teacher's one-hot, for any offset."""
     flat, noise = (
         lay_out(x, layout) for x in (torch.ones(2, 7, 9, 12, device=DEVICE), torch.randn(2, 7, 9, 12, device=DEVICE))
     )
@@ -168,7 +168,7 @@ def test_cwd_of_huge_flat_maps(backend, layout):
 @pytest.mark.parametrize("temperature", [1.0, 0.25])
 @pytest.mark.parametrize("size", [(9, 12), (30, 41)])
 def test_classes_masked_with_the_lowest_number(backend, temperature, size):
-    """Masks are often written with finfo.min: it is no infinity, and a neighbour's weight of 0 must not make it NaN."""
+    """Masks often use finfo.min. It is finite, and a neighbour's weight of 0 must not turn it into NaN."""
     student, teacher = 5 * torch.randn(2, 2, 7, 9, 12, device=DEVICE)
     for x in (student, teacher):
         x[:, 5], x[0, 2, :, ::3] = torch.finfo(torch.float32).min, torch.finfo(torch.float32).min
@@ -183,7 +183,7 @@ def test_classes_masked_with_the_lowest_number(backend, temperature, size):
         budget.assert_close(gradient, want[1])
 
 
-# ---- NaN and infinity -----------------------------------------------------------------------------------------------
+# NaN and infinity
 
 
 @pytest.mark.promise("nan")
@@ -201,7 +201,7 @@ def test_classes_masked_with_the_lowest_number(backend, temperature, size):
     seed=st.integers(0, 2**16),
 )
 def test_not_finite_goes_where_it_belongs(backend, name, shape, bad, side, many, dtype, layout, size, seed):
-    """A result is finite wherever plain PyTorch's is, and NaN or infinite wherever one that is not finite counts."""
+    """Results are finite where plain PyTorch's are, and NaN or infinite where a non-finite input is counted."""
     student, teacher = (content("normal", shape, dtype, 0, seed + i) for i in range(2))
     g = torch.Generator().manual_seed(seed)
     hit = torch.rand(shape, generator=g).to(DEVICE) < (0.3 if many else 0)
@@ -210,7 +210,7 @@ def test_not_finite_goes_where_it_belongs(backend, name, shape, bad, side, many,
     teacher = lay_out(teacher.masked_fill(hit, bad) if side != "student" else teacher, layout)
     y = labels((shape[0], *size), shape[1], 0.2, torch.int64, seed)
     ours, eager = (on(b, name, student, teacher, y) for b in (backend, "reference"))
-    if name == "resized_ohem_ce":  # plain PyTorch's NaN (infinity times a weight of 0) is no confidence below a limit
+    if name == "resized_ohem_ce":  # plain PyTorch's NaN (inf * 0) is not a confidence below the threshold
         plain = torch.nn.functional.interpolate(student.float(), size, mode="bilinear").isnan().any(1)
         eager = (eager[0].masked_fill(plain, torch.nan), eager[1] if not plain.any() else eager[1] * torch.nan)
     for what, got, plain in zip(("loss", "gradient"), ours, eager, strict=True):
@@ -220,7 +220,7 @@ def test_not_finite_goes_where_it_belongs(backend, name, shape, bad, side, many,
     if name in (
         "resized_ce",
         "resized_kd",
-    ):  # torch multiplies a neighbour by a weight of 0, the kernels leave it alone
+    ):  # plain PyTorch multiplies a neighbour by a weight of 0, the kernels ignore it
         sees = hit if side != "teacher" or name == "resized_kd" else hit & False
         reach = torch.nn.functional.interpolate(sees.any(1, keepdim=True).double(), size, mode="bilinear")[:, 0]
         assert not ours[0][(reach > 1e-6) & (y != 255)].isfinite().any()
@@ -231,7 +231,7 @@ def test_not_finite_goes_where_it_belongs(backend, name, shape, bad, side, many,
 @pytest.mark.promise("ignored-pixels")
 @each_kernel
 def test_weights_of_ignored_pixels_do_not_matter(backend):
-    """A weight that is NaN or infinite where the label is ignored changes nothing, there or next to it."""
+    """A NaN or infinite weight of an ignored pixel changes nothing, neither there nor in its neighbours."""
     student, teacher = torch.randn(2, 2, 5, 12, 20, device=DEVICE)
     y = labels((2, 12, 20), 5, 0.3, torch.int64, 0)
     weight = torch.rand(2, 12, 20, device=DEVICE)
@@ -270,7 +270,7 @@ def test_numbers_that_are_none(backend, bad):
 @pytest.mark.promise("fp16-range")
 @each_kernel
 def test_fp16_gradient_with_large_weights(backend):
-    """The gradient of the sum is beyond fp16 here; that of the mean is not."""
+    """The gradient of the sum overflows fp16 here; that of the mean does not."""
     student = torch.randn(1, 4, 32, 32, device=DEVICE).half()
     teacher, weight = torch.randn_like(student), torch.full((1, 32, 32), 5e5, device=DEVICE)
     for options in ({"weight": weight}, {"temperature": 1e5}):
@@ -281,7 +281,7 @@ def test_fp16_gradient_with_large_weights(backend):
         budget.assert_close(got[1], want[1].double())
 
 
-# ---- shapes, labels, memory -----------------------------------------------------------------------------------------
+# Shapes, labels, memory
 
 
 @pytest.mark.promise("finite")
@@ -312,7 +312,7 @@ def test_empty_batch(backend, name, shape):
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
 def test_every_label_ignored(backend, dtype):
-    """0, and a gradient of 0, even where weights or, for the kernels, logits are not finite; the mask is empty."""
+    """Loss and gradient are 0 even if weights (or, in the kernels, logits) are not finite; the mask is empty."""
     student, teacher = torch.randn(2, 2, 5, 6, 7, device=DEVICE)
     if backend != "reference":
         student[1, 2, 3, 4], teacher[0, 1, 2, 3] = torch.inf, torch.nan
@@ -335,13 +335,13 @@ def test_every_label_ignored(backend, dtype):
 @each_kernel
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
 def test_operators_ignore_labels_out_of_range(backend, dtype):
-    """What gets past the checks (compiled code, a GPU) is ignored; nothing is read outside the logits."""
+    """Labels that bypass the checks (compiled code, a GPU) are ignored; nothing is read outside the logits."""
     student, teacher = torch.randn(2, 1, 5, 6, 7, device=DEVICE)
     limits = torch.iinfo(dtype)
     bad = labels((1, 13, 20), 5, 0.0, dtype, 0)
     good = bad.clone()
     for i, value in enumerate((5, 200, limits.max, limits.min)):
-        if 0 <= value < 5:  # uint8's smallest is a class
+        if 0 <= value < 5:  # 0 for uint8, which is a class
             continue
         bad[0, i], good[0, i] = value, 255
     assert backends.why_not(backend) is None
@@ -359,7 +359,8 @@ def test_operators_ignore_labels_out_of_range(backend, dtype):
 @each_kernel
 @each_loss
 def test_student_and_teacher_share_memory(backend, name):
-    """The same tensor, or overlapping views of one storage: nothing is written, and the loss is that of copies."""
+    """The same tensor, or overlapping views of one storage: the inputs are not written, and the loss equals that of
+    copies."""
     storage = torch.randn(2 * 5 * 8 * 9 + 64, device=DEVICE)
     before = storage.clone()
     y = labels((2, 17, 30), 5, 0.2, torch.int64, 0)
@@ -383,7 +384,7 @@ def test_student_and_teacher_share_memory(backend, name):
     seed=st.integers(0, 2**16),
 )
 def test_a_student_equal_to_its_teacher(backend, shape, power, kind, dtype, size, seed):
-    """The loss is 0 and so is the gradient, exactly; NFD's and CWD's, and where the teacher is interpolated, at rounding."""
+    """Loss and gradient are exactly 0; NFD, CWD and interpolated teachers up to rounding."""
     x = content(kind, shape, dtype, power, seed)
     y = labels((shape[0], *size), shape[1], 0.2, torch.int64, seed)
     for name in ("kd", "kd_target", "kd_cold", "resized_kd", "resized_kd_cold", "cwd", "nfd", "nfd_c"):
@@ -396,7 +397,7 @@ def test_a_student_equal_to_its_teacher(backend, shape, power, kind, dtype, size
         assert (fastkd.teacher_confidence(x, x.clone()) == 1).all()
 
 
-# ---- the maps of RDD ------------------------------------------------------------------------------------------------
+# The maps of RDD
 
 
 @each_kernel
@@ -412,7 +413,7 @@ def test_a_student_equal_to_its_teacher(backend, shape, power, kind, dtype, size
     seed=st.integers(0, 2**16),
 )
 def test_rdd_maps_of_extreme_logits(backend, shape, kinds, powers, bad, size, kept, confidence, seed):
-    """In fp64, where kernel and reference differ by nothing that decides: the same mask, confidences in [0, 1]."""
+    """In fp64, where kernel and reference do not differ measurably: the same mask, confidences in [0, 1]."""
     student, teacher = (
         content(kind, shape, torch.float32, power, seed + i).double()
         for i, (kind, power) in enumerate(zip(kinds, powers, strict=True))
@@ -436,7 +437,7 @@ def test_rdd_maps_of_extreme_logits(backend, shape, kinds, powers, bad, size, ke
         assert torch.equal(masks[0] | undecided, masks[1] | undecided)
 
 
-# ---- half precision -------------------------------------------------------------------------------------------------
+# Half precision
 
 CONVERSIONS = """
 import sys, torch
@@ -472,7 +473,7 @@ print(op.isa())
 @needs_cpu
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_number_of_half_precision(isa):
-    """Each fp16 and bf16 number is read exactly; what lies between two of them, and the ties, are written as torch does."""
+    """Each fp16 and bf16 number is read exactly; values between two of them, and ties, are rounded as in torch."""
     library = str(Path(fastkd.__file__).with_name("_cpu.so"))
     done = subprocess.run(
         [sys.executable, "-c", CONVERSIONS, library],
@@ -487,12 +488,12 @@ def test_every_number_of_half_precision(isa):
     assert done.stdout.strip() == isa
 
 
-# ---- sequences ------------------------------------------------------------------------------------------------------
+# Sequences
 
 
 class Sequences(RuleBasedStateMachine):
-    """Calls in any order, with any number of threads, forced backends, from other Python threads: each gives the bits it
-    gave the first time, and nothing that was handed in changes."""
+    """Calls in any order, with any number of threads, forced backends and from other Python threads: each is bitwise
+    reproducible and leaves its inputs unchanged."""
 
     @initialize()
     def start(self):
@@ -581,7 +582,7 @@ class Heap(ctypes.Structure):
 
 
 def bytes_in_use() -> int:
-    """What glibc's malloc has handed out and not got back."""
+    """Bytes allocated by glibc's malloc and not yet freed."""
     mallinfo2 = ctypes.CDLL(None).mallinfo2
     mallinfo2.restype = Heap
     heap = mallinfo2()
@@ -594,7 +595,7 @@ def bytes_in_use() -> int:
 @needs_cpu
 @each_loss
 def test_no_leak(name):
-    """A hundred more steps leave no byte of a map behind, nor the scratch of a call that is refused half way."""
+    """A hundred more steps do not leak a map, nor the scratch of a call that fails half way."""
     student, teacher = torch.randn(2, 2, 16, 24, 40)
     y = labels((2, 48, 80), 16, 0.2, torch.uint8, 0)
 
@@ -609,7 +610,7 @@ def test_no_leak(name):
     assert grown < 100 * 1000, f"{grown} bytes in 100 steps"
 
 
-# ---- size -----------------------------------------------------------------------------------------------------------
+# Size
 
 
 def available() -> int:
@@ -618,7 +619,7 @@ def available() -> int:
 
 
 def needs_memory(gib):
-    """Skips when the test starts, not when it is collected: other processes may take memory in between."""
+    """Skips at the start of the test, not at collection: other processes may allocate memory in between."""
     if available() < gib << 30:
         pytest.skip(f"needs {gib} GiB of free memory, there are {available() >> 30}")
 
@@ -634,9 +635,9 @@ def one_label_in_the_last_row():
 @pytest.mark.large
 @pytest.mark.parametrize("name", ["nfd", "cwd", "kd"])
 def test_more_than_two_to_the_31_elements(name):
-    """What lies beyond element 2^31 is read and written there: the second sample against the same sample alone."""
+    """Elements beyond index 2^31 are read and written correctly: the second sample equals the same sample alone."""
     needs_memory(18)
-    shape = (2, 64, 4096, 4100)  # a sample has 2^30 elements and a little more
+    shape = (2, 64, 4096, 4100)  # slightly more than 2^30 elements per sample
     loss = {
         "nfd": lambda s, t: fastkd.nfd_loss(s, t, reduction="none")[:, 0],
         "cwd": lambda s, t: fastkd.cwd_loss(s, t, reduction="none")[:, 0],
@@ -662,12 +663,12 @@ def test_more_than_two_to_the_31_elements(name):
 @pytest.mark.slow
 @pytest.mark.large
 def test_more_than_two_to_the_31_label_pixels():
-    """One label of the last row alone counts: the loss is that pixel's."""
+    """Only one label in the last row is valid: the loss is that pixel's."""
     needs_memory(18)
     logits = torch.randn(1, 3, 9, 5, requires_grad=True)
     value = fastkd.resized_cross_entropy(logits, one_label_in_the_last_row())
     value.backward()
-    corner = logits.detach()[:, :, -1, -1].requires_grad_()  # the last pixels see the last logit alone
+    corner = logits.detach()[:, :, -1, -1].requires_grad_()  # the last label pixels depend only on the last logit
     want = torch.nn.functional.cross_entropy(corner, torch.tensor([2]))
     want.backward()
     torch.testing.assert_close(value, want)

@@ -1,5 +1,6 @@
-"""Files from strangers: checkpoints, weights and YAML that are damaged, foreign or hostile. Each is refused in an error that
-names it, and runs nothing. (Images and label files: tests/train/test_datasets.py, tests/train/test_predict.py.)"""
+"""Untrusted files: damaged, foreign or hostile checkpoints, weights and YAML. Each is refused with an error that
+names it, and no code in it runs. (Images and label files: tests/train/test_datasets.py,
+tests/train/test_predict.py.)"""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from tests.train import tiny
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """A checkpoint as the trainer writes it."""
+    """A checkpoint written by the trainer."""
     config = tiny.config(tmp_path_factory.mktemp("run"))
     network = build_model(config.model, 3)
     return {
@@ -43,7 +44,7 @@ def good(tmp_path_factory):
 
 
 class Hostile:
-    """What runs code when it is unpickled."""
+    """Runs code when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -87,7 +88,7 @@ def damage(data: bytes, chance: random.Random) -> bytes:
 
 @pytest.mark.promise("foreign")
 def test_damaged_checkpoints(tmp_path):
-    """What is read in spite of the damage is what was written; all else names the file."""
+    """A damaged file either still loads with its original contents, or the error names it."""
     state = {"format": 1, "model": {"w": torch.arange(3000.0)}, "classes": ["a"], "step": 7}
     file = io.BytesIO()
     torch.save(state, file)
@@ -118,7 +119,7 @@ PLACES = [
 @pytest.mark.promise("foreign")
 @pytest.mark.parametrize("place", PLACES, ids=".".join)
 def test_foreign_checkpoints(place, good, tmp_path):
-    """A value that is missing or of another kind: an error that names the file, never a traceback of something else."""
+    """A missing value or one of the wrong type gives an error that names the file, not an unrelated traceback."""
     path, said = tmp_path / "foreign.pt", []
     for value in ("missing", *WRONG):
         state = copy.deepcopy(good)
@@ -134,7 +135,7 @@ def test_foreign_checkpoints(place, good, tmp_path):
             network, _ = checkpoint.load_network(path)
         except ValueError as error:
             said.append(str(error))
-        else:  # a value that means the same, such as features: None
+        else:  # an equivalent value, such as features: None
             assert network(torch.zeros(1, 3, 64, 64)).logits.shape[1] == 3
     assert all(str(path) in message for message in said)
     assert len(said) > 5
@@ -145,7 +146,7 @@ def test_foreign_checkpoints(place, good, tmp_path):
     [(("loss", "cwd", "speed"), 1), (("optim",), 3), (("eval", "size"), 4), (("data",), [1]), (("loss", "kd"), {1: 2})],
 )
 def test_a_configuration_of_another_version(place, value, good, tmp_path, capsys):
-    """Commands that need more than the network of a checkpoint name it, too."""
+    """Commands that need more than the network from a checkpoint also give its name."""
     state, path = copy.deepcopy(good), tmp_path / "other.pt"
     holder = state["config"]
     for name in place[:-1]:
@@ -179,7 +180,7 @@ def refused(words: list[str], capsys) -> str:
 
 @pytest.mark.promise("yaml-bomb")
 def test_yaml_that_unfolds_without_end(tmp_path, capsys):
-    """Eight lines that name each other ten times are a hundred million values."""
+    """Eight lines that reference each other ten times expand to a hundred million values."""
     path = tmp_path / "run.yaml"
     lines = [f"    {b}: &{b} [{', '.join([f'*{a}'] * 10)}]" for a, b in zip("abcdefg", "bcdefgh", strict=True)]
     path.write_text("data:\n  options:\n    a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]\n" + "\n".join(lines))
@@ -193,7 +194,7 @@ def test_yaml_that_unfolds_without_end(tmp_path, capsys):
 
 @pytest.mark.promise("foreign")
 def test_damaged_yaml(tmp_path, capsys):
-    """Random edits of a configuration: it is read, or refused with exit status 2; nothing else."""
+    """Random edits of a configuration: it loads, or the exit status is 2."""
     text = "out: run\nmethod: none\noptim: {lr: 0.1, name: sgd}\ntrain:\n  steps: 5\n  precision: bf16\n"
     chance, path, codes = random.Random(0), tmp_path / "run.yaml", []
     hostile = ["[" * 3000, "a: " * 500, "!!python/name:os.system", "\x00", "- - -", "out: [1,", "? {}", "%YAML 9", "~"]
@@ -211,7 +212,7 @@ def test_damaged_yaml(tmp_path, capsys):
 
 
 def pictures() -> list[bytes]:
-    """Small images in every format and mode that is read, with and without metadata."""
+    """Small images in every supported format and mode, with and without metadata."""
     picture = Image.effect_noise((24, 20), 90).convert("RGB")
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -230,7 +231,7 @@ def pictures() -> list[bytes]:
 @pytest.mark.promise("data-roots")
 @pytest.mark.filterwarnings("ignore:::PIL")
 def test_damaged_images(tmp_path):
-    """Random edits, up to four in a file: it is read whole, or the error names it; nothing else."""
+    """Up to four random edits per file: it is read completely, or the error names it."""
     chance, path, read, refused = random.Random(0), tmp_path / "image", 0, 0
     for whole in pictures() * 30:
         data = whole

@@ -1,10 +1,11 @@
-"""Every Triton kernel, compiled ahead of time for each GPU generation with no GPU, must keep what it has.
+"""Compiles every Triton kernel ahead of time for each GPU generation, without a GPU, and compares its resources with a
+table.
 
-The launchers run on meta tensors with a stand-in for ``launch`` that compiles: so what is compiled is what they would
-run, at the tiles, types and argument specialisations they pick. Nothing may spill; the kernels at label resolution have no
-``convert_layout``, no shared memory, and in a loop over classes few loads for an exponential and no 64-bit multiplication.
-Every kernel has a row in tests/aot_table.csv, and registers and the rest are compared with it under the Triton it was written
-with. A new kernel is one line in CASES, and its rows. Where a change of the table is meant:
+The launchers run on meta tensors, and ``launch`` is replaced by a function that compiles. So the kernels are compiled
+with the launchers' tiles, types and argument specialisations. No kernel may spill. The kernels at label resolution have
+no ``convert_layout``, no shared memory, and in loops over classes few loads per exponential and no 64-bit
+multiplication. Every kernel has a row in tests/aot_table.csv; registers etc. are compared with it if the Triton version
+is the table's. A new kernel needs a line in CASES and its rows. To update the table:
 
     python -m tests.test_aot [CASE ...] [TARGET ...]        # compiles these, or everything, and writes their rows
 """
@@ -64,7 +65,7 @@ TARGETS = {
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 U8, I32, I64 = torch.uint8, torch.int32, torch.int64
-# Of kernels/resize's cut, in these modules:
+# Kernels tiled by kernels/resize, in these modules:
 CELLS = (
     "_cross_entropy", "_kd", "_confidence", "_shaped_cross_entropy", "_dice", "_dice_gradient", "_binary_cross_entropy",
     "_kd_sigmoid",
@@ -76,23 +77,23 @@ CELL_MODULES = (
 
 
 class Usage(NamedTuple):
-    """What one compiled kernel takes. A case may compile a kernel more than once; ``kernel`` is numbered then."""
+    """Resources of one compiled kernel. If a case compiles a kernel several times, ``kernel`` is numbered."""
 
     kernel: str
-    registers: int  # a thread
-    shared: int  # bytes a program
-    spilled: int  # bytes a thread
+    registers: int  # per thread
+    shared: int  # bytes per program
+    spilled: int  # bytes per thread
     loads: int  # global load instructions
-    wide: int  # those of 128 bits and more
+    wide: int  # of 128 bits or more
     exponentials: int
     converts: int  # layout conversions
-    loop_loads: float  # for each exponential, in the class loop that has most; 0 for kernels without one
-    seconds: float  # of processor time that compiling took
-    loops: str = ""  # what is wrong with its class loops; not in the table
+    loop_loads: float  # per exponential, in the class loop with the most; 0 for kernels without one
+    seconds: float  # processor time of the compilation
+    loops: str = ""  # faults in its class loops; not in the table
 
 
 class Target:
-    """As much of a Triton driver as compiling needs."""
+    """The part of a Triton driver that compilation needs."""
 
     def __init__(self, name: str):
         self.name = name
@@ -108,7 +109,7 @@ class Target:
 
 
 def empty(*shape: int, dtype: torch.dtype = F32, layout: torch.memory_format = NCHW) -> torch.Tensor:
-    """A tensor that holds no memory."""
+    """A tensor without memory."""
     return torch.empty(shape, dtype=dtype, device="meta").to(memory_format=layout)
 
 
@@ -136,7 +137,7 @@ def run_kd(shape, layout, student, teacher, label=None, weight=False, reduction=
 def run_cross_entropy(
     shape, size, layout, dtype, label, class_weight=False, pixel_weight=None, selected=None, align=False, forward=False
 ):
-    """Loss and gradient, or the loss of every label pixel."""
+    """Loss and gradient, or the loss per label pixel."""
     n, c, _, _ = shape
     acc = F64 if dtype == F64 else F32
     args = (
@@ -216,7 +217,7 @@ def run_resized_kd(
 
 
 def run_heads(shape, layout, dtype):
-    """TFE's KD and confidence of the teacher's heads, and the confidence alone."""
+    """KD and confidence of the teacher's heads (TFE), and the confidence alone."""
     maps = [empty(*shape, dtype=dtype, layout=layout) for _ in range(3)]
     rdd.kd_confidence_gradient(*maps, "aux_main", "sum", 1.0)
     rdd.teacher_confidence(*maps[:2], "main_aux")
@@ -230,7 +231,7 @@ def run_difficulty(shape, size, layout, dtype, label, confidence, min_kept, lse=
 
 ADE20K, CITYSCAPES = ((16, 150, 64, 64), (512, 512)), ((8, 19, 64, 128), (512, 1024))
 CASES: dict[str, Callable[[], None]] = {
-    # Few large planes (split), many small ones, the groups that span the batch, a pixel or a sample; odd sizes.
+    # Few large planes (split), many small ones; groups that are the batch, a pixel or a sample; odd sizes.
     "nfd-hw-split": lambda: run_nfd("hw", (1, 512, 256, 512), NCHW, BF16, BF16),
     "nfd-hw-fp32": lambda: run_nfd("hw", (8, 512, 64, 128), NCHW, F32, F32),
     "nfd-hw-odd": lambda: run_nfd("hw", (2, 19, 45, 45), NCHW, F16, F32),
@@ -286,14 +287,14 @@ CASES: dict[str, Callable[[], None]] = {
 
 
 class Code(NamedTuple):
-    """Patterns of a kind of machine code."""
+    """Regular expressions for one kind of machine code."""
 
     label: str
     branch: str
     load: str
     exponential: str
-    shared: str  # what an exchange between neighbouring lanes does not use
-    multiply: str  # of 64 bits
+    shared: str  # not used by exchanges between neighbouring lanes
+    multiply: str  # 64-bit
 
 
 CODE = {
@@ -309,16 +310,16 @@ CODE = {
 
 
 class Loop(NamedTuple):
-    """A loop with exponentials inside and no such loop in it."""
+    """An innermost loop with exponentials."""
 
     loads: int
     exponentials: int
-    several: bool  # label pixels at once: those far below their bound are done again one by one, with four loads each
+    several: bool  # label pixels at once; those far below their bound are recomputed singly, with four loads each
     faults: list[str]
 
 
 def class_loops(text: str, code: Code, pixels: int) -> list[Loop]:
-    """Those of a kernel whose lanes take ``pixels`` label pixels at a time."""
+    """The loops of a kernel whose lanes process ``pixels`` label pixels per iteration."""
     lines = text.splitlines()
     labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(code.label, line))}
     spans = set()
@@ -342,14 +343,14 @@ def class_loops(text: str, code: Code, pixels: int) -> list[Loop]:
 
 
 def usage(kernel: str, compiled, seconds: float, pixels: int = 0) -> Usage:
-    """Read off a compiled kernel; ``pixels``: label pixels that a lane takes at a time."""
+    """Resources of a compiled kernel; ``pixels``: label pixels per lane and iteration."""
     converts = compiled.asm["ttgir"].count("convert_layout")
     kind = "amdgcn" if "amdgcn" in compiled.asm else "ptx"
     text = compiled.asm[kind]
     code = CODE[kind]
     if kind == "amdgcn":
         count = dict(re.findall(r"\.(\w+):\s+(\d+)\n", text.partition("amdhsa.kernels")[2]))
-        # Scalar registers that do not fit go to lanes of a vector register and not to memory.
+        # Scalar registers spill to lanes of a vector register, not to memory.
         spilled = max(4 * int(count["vgpr_spill_count"]), int(count["private_segment_fixed_size"]))
         registers = int(count["vgpr_count"])
         wide = len(re.findall(r"^\s+(?:global|buffer|flat)_load_dwordx4", text, re.MULTILINE))
@@ -358,10 +359,10 @@ def usage(kernel: str, compiled, seconds: float, pixels: int = 0) -> Usage:
             cubin.write(compiled.asm["cubin"])
             cubin.flush()
             told = subprocess.check_output([knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name], text=True)
-        # A spilled register lives on the stack; the kernels keep nothing else there.
+        # A spilled register lives on the stack, which the kernels do not use otherwise.
         registers, stack, local = (int(re.search(rf"{what}:(\d+)", told)[1]) for what in ("REG", "STACK", "LOCAL"))
         spilled = stack + local
-        widths = re.findall(r"\bld\.global(?:\.\w+)*?(?:\.v(\d))?\.[a-z](\d+)\s", text)  # ptxas keeps them
+        widths = re.findall(r"\bld\.global(?:\.\w+)*?(?:\.v(\d))?\.[a-z](\d+)\s", text)  # ptxas does not change them
         wide = sum(int(vector or 1) * int(bits) >= 128 for vector, bits in widths)
     found = class_loops(text, code, pixels) if by_cells(kernel) else []
     loads = max((loop.loads / loop.exponentials for loop in found if loop.several), default=0.0)
@@ -373,7 +374,7 @@ def usage(kernel: str, compiled, seconds: float, pixels: int = 0) -> Usage:
 
 
 def processor_time() -> float:
-    """Of this process and of the assemblers that it ran: what other processes take does not count."""
+    """Of this process and its assemblers, excluding other processes."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
 
@@ -385,7 +386,7 @@ def replace_launch(by: Callable[..., None]) -> None:
 
 
 def stand_in(target: str) -> dict[str, Usage]:
-    """Replaces ``launch`` by one that compiles, and the driver. What it compiles appears in the result."""
+    """Replaces the driver, and ``launch`` by a function that compiles and appends to the result."""
     out: dict[str, Usage] = {}
 
     def compile_only(kernel, grid, like, *args, num_warps=4, registers=None, **constants):
@@ -406,18 +407,19 @@ def stand_in(target: str) -> dict[str, Usage]:
         if name.startswith("fastkd.kernels."):
             for kernel in vars(module).values():
                 if isinstance(kernel, triton.JITFunction):
-                    kernel.device_caches.clear()  # each case compiles what a first call does
+                    kernel.device_caches.clear()  # so that each case compiles what a first call does
     planning.lanes = lambda: TARGETS[target].warp_size
-    # Not set_active: the driver before may be none at all, where there is no GPU.
+    # Not set_active: without a GPU the previous driver may be None.
     driver._active = Target(target)
     return out
 
 
 def compile_case(case: str, target: str, tile: int | None = None, pixels: tuple[int, int] | None = None) -> list[Usage]:
-    """What the kernels take that a case launches. In a process of its own: it replaces ``launch`` and the driver.
+    """Resources of the kernels that a case launches. Runs in a separate process, since it replaces ``launch`` and the
+    driver.
 
-    ``tile``, ``pixels``: instead of the launchers' own size of a tile of the losses at logit size, and of the label pixels
-    that a lane takes at a time in cross-entropy.
+    ``tile``, ``pixels``: override the launchers' tile size of losses at logit size, and the label pixels per lane and
+    iteration in cross-entropy.
     """
     out = stand_in(target)
     tiles.TILE = tile or tiles.TILE
@@ -438,7 +440,7 @@ COLUMNS = Usage._fields[:-1]
 
 
 def read_table() -> tuple[str, dict[tuple[str, str, str], Usage]]:
-    """The Triton version the table is of, and {(case, target, kernel): usage}."""
+    """The table's Triton version, and {(case, target, kernel): usage}."""
     with TABLE.open(newline="") as file:
         version = file.readline().removeprefix("# triton").strip()
         rows = list(csv.DictReader(file))
@@ -451,7 +453,7 @@ def read_table() -> tuple[str, dict[tuple[str, str, str], Usage]]:
 
 
 def write_table(jobs: list[tuple[str, str]]) -> None:
-    """Compiles the jobs afresh and replaces their rows; of another Triton's table, none is kept."""
+    """Recompiles the jobs and replaces their rows; rows of another Triton version are dropped."""
     version, table = read_table()
     if version != triton.__version__ and set(jobs) != set(JOBS):
         sys.exit(f"the table is of Triton {version} and this is {triton.__version__}: write all of it")
@@ -470,7 +472,8 @@ def write_table(jobs: list[tuple[str, str]]) -> None:
 
 
 def worse(got: Usage, want: Usage) -> list[str]:
-    """What ``got`` takes more of than ``want``. Registers are given out by eights, so less than that costs nothing."""
+    """Where ``got`` uses more resources than ``want``. Registers are allocated in groups of eight; smaller increases
+    are free."""
     out = []
     if -(-got.registers // 8) > -(-want.registers // 8):
         out.append(f"{got.registers} registers a thread where the table has {want.registers}")
@@ -484,13 +487,13 @@ def worse(got: Usage, want: Usage) -> list[str]:
 
 
 def by_cells(kernel: str) -> bool:
-    """Whether a lane owns a cell."""
+    """Whether each lane processes a cell."""
     module, _, name = kernel.partition("#")[0].partition(".")
     return module in CELL_MODULES and name in CELLS
 
 
-# Loads for each exponential in a class loop. A teacher of another size has four corners of its own for every label pixel, binary
-# cross-entropy a target and maybe a weight, the gradient of Dice's sums up to four numbers a class.
+# Loads per exponential in a class loop. A teacher of another size has four separate corners per label pixel. Binary
+# cross-entropy has a target and possibly a weight, the gradient of Dice's sums up to four numbers per class.
 MOST_LOADS = {
     "resized-kd-19-elsewhere": 4.1,
     "resized-kd-sigmoid-19-elsewhere": 2.6,
@@ -500,13 +503,13 @@ MOST_LOADS = {
     "resized-dice-150-backward": 0.45,
     "resized-dice-19-square-backward": 0.45,
 }
-# Seconds of processor time that the kernels of a first call may take to compile, all together, on a busy machine. On a quiet
-# core of 2.5 GHz: cross-entropy 2.3, KD 2.7, RDD's mask 3.6, KD with labels and weights 4.6 with Triton's own start.
+# Limit on the processor time, in seconds, to compile the kernels of a first call on a busy machine. On an idle 2.5 GHz
+# core: cross-entropy 2.3, KD 2.7, RDD's mask 3.6, KD with labels and weights 4.6 including Triton's own startup.
 FIRST_CALL = 5.0
 
 
 def faults(got: Usage, case: str) -> list[str]:
-    """What no kernel may have, under any Triton."""
+    """Faults under any Triton version."""
     out = []
     if got.spilled:
         out.append(f"{got.kernel} spills {got.spilled} bytes a thread (it has {got.registers} registers)")
@@ -523,7 +526,7 @@ def faults(got: Usage, case: str) -> list[str]:
 
 
 def complaints(case: str, target: str, kernels: list[Usage]) -> list[str]:
-    """What is wrong with the kernels of a case, and what is worse than in a table of this Triton."""
+    """Faults of the kernels of a case, and regressions from a table of this Triton version."""
     version, table = read_table()
     out = []
     for got in kernels:
@@ -538,7 +541,7 @@ def complaints(case: str, target: str, kernels: list[Usage]) -> list[str]:
 
 @pytest.mark.parametrize("target", [t if t == "sm_90" else pytest.param(t, marks=pytest.mark.slow) for t in TARGETS])
 def test_kernels_keep_what_they_have(target):
-    """Every case at once, since the compilers run beside each other."""
+    """All cases in one test, so that the compilers run in parallel."""
     jobs = [job for job in JOBS if job[1] == target]
     found = []
     for (case, _), kernels in zip(jobs, compile_all(jobs), strict=True):
@@ -550,7 +553,7 @@ def test_kernels_keep_what_they_have(target):
 
 
 def test_loop_gate_fails():
-    """A loop with each fault, in both kinds of code; one without."""
+    """A loop with each fault, in both kinds of code, and one without faults."""
     for kind, load, exponential, store, multiply, label, branch in (
         ("ptx", "ld.global.b32 %r1, [%rd1];", "ex2.approx.ftz.f32 %f1, %f2;", "st.shared.b32 [%r1], %r2;",
          "mul.lo.s64 %rd1, %rd2, %rd3;", "$L1:", "@%p1 bra $L1;"),
@@ -584,7 +587,7 @@ def test_every_kernel_has_a_row():
 
 
 def first_calls(table: dict[tuple[str, str, str], Usage]) -> dict[tuple[str, str], float]:
-    """(case, target) -> seconds that its kernels took to compile."""
+    """(case, target) -> seconds to compile its kernels."""
     out: dict[tuple[str, str], float] = {}
     for (case, target, _), kernel in table.items():
         out[case, target] = out.get((case, target), 0.0) + kernel.seconds
@@ -592,7 +595,7 @@ def first_calls(table: dict[tuple[str, str, str], Usage]) -> dict[tuple[str, str
 
 
 def test_a_first_call_compiles_in_seconds():
-    """By the table, and the slowest case of sm_90 once more."""
+    """According to the table, and the slowest sm_90 case measured again."""
     _, table = read_table()
     seconds = first_calls(table)
     assert {job: time for job, time in seconds.items() if time > FIRST_CALL} == {}
@@ -606,7 +609,7 @@ def test_a_first_call_compiles_in_seconds():
 
 
 def test_gate_fails_on_a_spill(monkeypatch):
-    """Tiles 8 times too large, which the table's kernel does not have: under this Triton and under another."""
+    """Tiles 8 times too large spill, while the table's kernel does not: under this Triton version and under another."""
     job = ("cwd-split", "sm_90")
     (kernels,) = compile_all([(*job, 8 * tiles.TILE)])
     spills = [text for text in complaints(*job, kernels) if "cwd._forward spills" in text]
@@ -617,7 +620,7 @@ def test_gate_fails_on_a_spill(monkeypatch):
 
 @pytest.mark.parametrize(("pixels", "what"), [((1, 4), "loads for an exponential"), ((8, 9), "spills")])
 def test_gate_fails_on_other_parts_of_a_cell(pixels, what):
-    """Few label pixels a lane load too much for each exponential, many do not fit its registers."""
+    """Few label pixels per lane mean too many loads per exponential; many exceed the registers."""
     job = ("resized-ce-150-forward", "sm_90")
     (kernels,) = compile_all([(*job, None, pixels)])
     assert any(what in text for kernel in kernels for text in faults(kernel, job[0]))

@@ -1,6 +1,7 @@
-"""The one autograd Function (fastkd/ops/_autograd.py): when the gradient is made, what it is multiplied by, and how often.
+"""The one autograd Function (fastkd/ops/_autograd.py): when the gradient is computed, its factor, and repeated
+backwards.
 
-A factor of 1 must be free, any other exact in the accumulator; fp16 gradients must stay in range whatever the reduction.
+A factor of 1 must be free, any other exact in the accumulator; fp16 gradients must stay in range for every reduction.
 """
 
 import pytest
@@ -33,7 +34,8 @@ def takes(backend: str, name: str) -> None:
 @each_loss
 @half_and_single
 def test_backward_again(backend, name, dtype):
-    """Over a kept graph: factors of 1 and of others, in any order, each the first one's multiple; none changes another."""
+    """Repeated backward over a retained graph with factors of 1 and others: each gradient is the exact multiple of
+    the first."""
     takes(backend, name)
     student, teacher, target = problem(dtype)
     with fastkd.use_backend(backend):
@@ -43,7 +45,7 @@ def test_backward_again(backend, name, dtype):
     for factor in (0.5, 3.0, 1.0, -4096.0):
         (got,) = torch.autograd.grad(loss, student, torch.tensor(factor, device=DEVICE), retain_graph=True)
         assert torch.equal(one, kept)
-        # A power of two scales every bit but what leaves fp16's range at either end.
+        # A power of two is exact except at the limits of fp16's range.
         exact = factor != 3.0 and dtype != torch.float16
         assert torch.equal(got, kept * factor) if exact else True
         want = kept.double() * factor
@@ -56,7 +58,7 @@ def test_backward_again(backend, name, dtype):
 @each_kernel
 @each_loss
 def test_the_first_factor_is_not_one(backend, name):
-    """The gradient that the forward made is multiplied once; a second backward does not see the first one's factor."""
+    """The gradient from the forward is multiplied once; a second backward is independent of the first one's factor."""
     takes(backend, name)
     student, teacher, target = problem()
     with fastkd.use_backend(backend):
@@ -71,7 +73,7 @@ def test_the_first_factor_is_not_one(backend, name):
 @each_kernel
 @each_loss
 def test_accumulates_like_any_gradient(backend, name):
-    """Two losses of one student, and a student that has a gradient already."""
+    """Two losses of one student, and a student with an existing gradient."""
     takes(backend, name)
     student, teacher, target = problem()
     with fastkd.use_backend(backend):
@@ -86,8 +88,8 @@ def test_accumulates_like_any_gradient(backend, name):
 @pytest.mark.parametrize("scaler", [1.0, 2.0**16])
 @pytest.mark.parametrize("name", ["kd", "kd_target", "resized_ce", "resized_kd"])
 def test_fp16_gradient_of_a_mean_over_a_million_pixels(backend, name, scaler):
-    """1 / 2^20 is below fp16's normal numbers, and a softmax's differences times it below all of them. With GradScaler's factor
-    the gradient that reaches the layers is a normal number, and keeps its digits."""
+    """1 / 2^20 is below fp16's normal numbers, and a softmax difference times it is smaller still. With GradScaler's
+    factor the gradient that reaches the layers is a normal number with full precision."""
     if backend != "cpu" and DEVICE == "cpu":
         pytest.skip("a million pixels in the interpreter or the emulation")
     at_labels = (1024, 1024)
@@ -109,7 +111,7 @@ def test_fp16_gradient_of_a_mean_over_a_million_pixels(backend, name, scaler):
 @each_kernel
 @pytest.mark.parametrize("name", ["kd", "resized_ce", "resized_kd", "class_weight"])
 def test_fp16_gradient_of_large_pixel_weights(backend, name):
-    """Weights of 10^6: the gradient of the sum is beyond fp16, that of the mean is not."""
+    """Weights of 10^6: the gradient of the sum overflows fp16, that of the mean does not."""
     student, teacher, target = problem(torch.float16, (1, 4, 16, 16), (16, 16))
     weight = torch.full((1, 16, 16), 1e6, device=DEVICE)
     loss = {
@@ -152,7 +154,7 @@ MODULES = {
 @pytest.mark.parametrize("weight", [1.0, 8.0, 2.0**-10])
 @pytest.mark.parametrize("name", MODULES)
 def test_loss_weight_of_a_module(backend, name, weight):
-    """It is handed down to the kernel; a power of two gives the bits of the function times it."""
+    """It is passed to the kernel; with a power of two the result is bitwise the function's times that factor."""
     takes(backend, name)
     module, function = MODULES[name]
     module = module(weight)
@@ -172,7 +174,8 @@ def test_loss_weight_of_a_module(backend, name, weight):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", EACH)
 def test_compiled_steps(backend, name, dtype):
-    """Compiled, a kept graph's second backward and a factor other than 1 give eager mode's numbers; what was saved is whole."""
+    """Compiled: a second backward over a retained graph and a factor other than 1 match eager mode; saved tensors
+    are unchanged."""
     takes(backend, name)
     torch._dynamo.reset()
     student, teacher, target = problem(dtype)
@@ -187,7 +190,7 @@ def test_compiled_steps(backend, name, dtype):
 
 
 def test_words_become_a_reduction_and_a_scale():
-    """The one place where the functions' words are turned into the operators'."""
+    """The only place that converts the functions' reduction names to the operators' arguments."""
     of = functional.reduction_of
     assert of("mean", 12, 3) == ("sum", 1 / 12)
     assert of("mean", 12, 3, counted=True, weight=2.0) == ("mean", 2.0)

@@ -1,4 +1,4 @@
-"""Choosing, forcing and describing backends; importing stays cheap; the build left nothing out."""
+"""Selecting, forcing and describing backends; a light import; a complete build."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.skipif(os.environ.get("FASTKD_BUILD") == "0", reason="FASTKD_BUILD=0: built without the C++ kernels")
 def test_cpu_kernels_are_built():
-    """Everything else skips without them, so their absence must fail somewhere."""
+    """Other tests skip without the kernels, so this one must fail."""
     assert backends.why_not("cpu") is None
 
 
@@ -122,7 +122,7 @@ def test_info():
 
 
 def test_the_table_chooses(monkeypatch):
-    """The first backend of a device's list that is there and takes the call."""
+    """The first available backend in a device's list that accepts the call."""
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
     monkeypatch.setattr(backends, "_why_not", {"cpu": None, "triton": None, "cuda": None})
     assert [backends.choose("nfd", gpu, cuda) for cuda in (True, False)] == ["cuda", "triton"]
@@ -159,7 +159,7 @@ print([str(w.message) for w in caught])
 
 @pytest.mark.promise("callers")
 def test_threads():
-    """Calls from many threads at once give what one thread gives."""
+    """Concurrent calls from many threads give the same results as one thread."""
     want = fastkd.nfd_loss(S, T)
     got = []
     threads = [threading.Thread(target=lambda: got.extend(fastkd.nfd_loss(S, T) for _ in range(20))) for _ in range(4)]
@@ -173,7 +173,7 @@ def test_threads():
 
 @pytest.mark.parametrize("name", test_gpu.LOSSES)
 def test_memory_on_a_gpu_is_compared_with_plain_pytorch(monkeypatch, name):
-    """What test_gpu.py runs is the backend that it asks for, whatever the name of the loss says."""
+    """test_gpu.py runs the backend that it requests, regardless of the loss's name."""
     seen = []
     why_not = backends.why_not
     monkeypatch.setattr(

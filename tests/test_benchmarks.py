@@ -1,4 +1,4 @@
-"""The logic of the benchmarks: what is timed, what is hidden, what is kept, and what is predicted."""
+"""The logic of the benchmarks: what is timed, excluded, stored and predicted."""
 
 import json
 import re
@@ -22,7 +22,7 @@ SHAPE = (2, 3, 4, 8)
 
 @pytest.fixture
 def no_compile(monkeypatch):
-    """The rival "compile" is the eager one, and no cache is emptied: the logic is the same and takes a second."""
+    """Replaces the rival "compile" by eager mode and skips emptying the caches: the same logic in a second."""
     monkeypatch.setattr(torch, "compile", lambda loss, **_: loss)
     monkeypatch.setitem(harness.FLUSH_BYTES, "cpu", 4)
 
@@ -91,7 +91,7 @@ def test_a_rival_that_cannot_run_says_why(no_compile):
 
 
 def test_too_little_memory(no_compile, monkeypatch):
-    """The check is made on what fits; rivals that do not fit are not run; ours is."""
+    """The check runs on sizes that fit; rivals that do not fit are skipped, our kernel is not."""
     needed = harness.float64_bytes(make())
     assert needed == 8 * 8 * 2 * 3 * 4 * 8
     monkeypatch.setattr(harness, "free_bytes", lambda device: 0.6 * needed)
@@ -124,7 +124,7 @@ def test_rows_are_appended_and_resumed(no_compile, tmp_path):
 
 
 def test_newest_run_of_a_case():
-    """Rows of two runs are never compared with each other; of two machines the one measured last counts."""
+    """Rows of different runs are never compared; of two machines, the last measured one is used."""
     old = [record("ours", "2", "a"), record("eager", "8", "a"), record("compile", "4", "a")]
     new = [record("ours", "1", "b"), record("eager", "3", "b")]
     (row,) = harness.rows(old + new).values()
@@ -186,7 +186,7 @@ def test_work_is_counted_and_rivals_agree(no_compile, name, transfers, label_byt
 
 
 def test_a_gpu_round_times_the_gpu(monkeypatch):
-    """On a clock of our own: long enough flushes, events around the call alone, one wait a round."""
+    """With a fake clock: flushes that are long enough, events around the call only, one synchronisation per round."""
     clock, waits = [0.0], [0]
 
     class Event:
@@ -218,7 +218,7 @@ def test_a_gpu_round_times_the_gpu(monkeypatch):
     Flush.fills, waits[0] = 0, 0
     times = a_round(calls, flush)
     assert times == {"fast": pytest.approx(0.02), "slow": pytest.approx(3.0)}
-    assert Flush.fills == 2 * 7  # 0.44 ms of the host, with half as much again, behind fills of 0.1 ms
+    assert Flush.fills == 2 * 7  # 0.44 ms on the host plus half, hidden behind fills of 0.1 ms
     assert waits[0] == 1
 
 
@@ -231,7 +231,7 @@ def test_cases_of_the_recipes():
 
 
 def test_every_loss_of_the_kernel_times_runs(monkeypatch):
-    """In both layouts, on small maps: a GPU's minutes are too few for what fails before a kernel runs."""
+    """In both layouts on small maps: errors before the kernel should not cost GPU time."""
     for name in ("ADE20K", "Cityscapes", "Cityscapes, full"):
         monkeypatch.setitem(cases.RECIPES, name, cases.Recipe(1, 3, (32, 64)))
     monkeypatch.setattr(gpu_kernels, "BACKENDS", ("auto", "eager"))
@@ -244,7 +244,7 @@ def test_every_loss_of_the_kernel_times_runs(monkeypatch):
 
 
 def test_the_choice_on_a_gpu_follows_the_committed_rows():
-    """Where a loss was measured, the backend that a call gets is the faster one by kernel time, in every row of that commit."""
+    """For measured losses, the default backend is the faster one by kernel time, in every row of that commit."""
     records = harness.read(harness.RESULTS / "cuda_kernels.csv")
     assert backends.BASIS.keys() <= backends.CHOICE.keys()
     for op, row in fastkd.backend_info()["operators"].items():
@@ -288,7 +288,7 @@ def test_published_pages_are_those_of_the_rows():
 
 
 def test_readmes_comparison_is_that_of_the_rows():
-    """The four numbers beside the code at its top."""
+    """The four numbers next to the code at its top."""
     (row,) = [
         row
         for key, row in harness.rows(harness.read(publish.RESULTS / "cuda.csv")).items()
@@ -302,7 +302,8 @@ def test_readmes_comparison_is_that_of_the_rows():
 
 
 def test_the_prototypes_comparison_is_that_of_the_rows():
-    """The table of docs/full-resolution.md: kernels of 36b6442, then prototypes of the cells, by rows of two files."""
+    """The table of docs/full-resolution.md: kernels of 36b6442, then prototypes of the cells, from rows of two
+    files."""
     times = {}
     for name, part in (("cuda_kernels.csv", "old"), ("cuda_prototypes.csv", "prototype")):
         for r in harness.read(harness.RESULTS / name):
@@ -335,7 +336,7 @@ def test_rows_of_another_folder_are_taken_in_once(monkeypatch, tmp_path):
 
 
 def test_step_hands_the_gradient_on():
-    """Losses on detached outputs give the student the gradient that one backward through everything gives it."""
+    """Losses on detached outputs give the student the same gradient as one backward through everything."""
 
     def network(seed):
         torch.manual_seed(seed)

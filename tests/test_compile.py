@@ -52,7 +52,7 @@ def test_dynamic_shapes(backend):
 
 
 def test_inductor():
-    """The whole way through code generation, once."""
+    """Code generation, once."""
     loss = torch.compile(fastkd.NFDLoss(), fullgraph=True)
     student, teacher, _ = pair(0)
     value = loss(student, teacher)
@@ -65,7 +65,8 @@ def test_inductor():
 @pytest.mark.promise("one-graph")
 @pytest.mark.parametrize("blend", [False, True])
 def test_stage_switch(blend):
-    """The first change of ``step`` makes it symbolic, which Dynamo does by recompiling; after that only the switch does."""
+    """The first change of ``step`` makes it symbolic, for which Dynamo recompiles once; afterwards only the switch
+    does."""
     counter = CompileCounterWithBackend("aot_eager")
     loss = fastkd.RDDLoss(20, tfe_steps=8, blend=blend)
     compiled = torch.compile(loss, fullgraph=True, backend=counter)

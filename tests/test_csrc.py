@@ -1,4 +1,4 @@
-"""The C++ library by itself: instruction sets, threads, exponential, labels, what its operators refuse."""
+"""The C++ library alone: instruction sets, threads, exponential, labels, argument checks of the operators."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = needs_cpu
 
 
 class Mixed(Draw):
-    """Maps of one dtype, a teacher (every map but the first) of another."""
+    """Maps of one dtype; the teacher (every map but the first) of another."""
 
     teacher = torch.float16
 
@@ -42,7 +42,7 @@ each_case = pytest.mark.parametrize("case", CASES)
 
 
 def run_all(draw: Draw) -> dict[str, Tensor]:
-    """Every operator of the table on its samples; the results by name."""
+    """Results by name of every operator of the table on its samples."""
     assert (reason := backends.why_not("cpu")) is None, reason
     torch.manual_seed(0)
     out = {}
@@ -67,7 +67,7 @@ torch.save((torch.ops.fastkd_cpu.isa(), {name: t.run_all(draw) for name, draw in
 
 @pytest.fixture(scope="module")
 def of_each_isa(tmp_path_factory):
-    """Instruction set -> case -> results, each made in a process of its own; those this processor has."""
+    """Instruction set -> case -> results, each from a separate process; only sets that this processor supports."""
     results = {}
     for isa in ("baseline", "avx2", "avx512"):
         path = tmp_path_factory.mktemp("isa") / isa
@@ -84,7 +84,7 @@ def of_each_isa(tmp_path_factory):
 @pytest.mark.promise("instruction-sets")
 @each_case
 def test_instruction_sets_agree(of_each_isa, case) -> None:
-    """baseline, AVX2 and AVX-512 round differently, and only that."""
+    """baseline, AVX2 and AVX-512 differ by rounding only."""
     first = of_each_isa["baseline"][case]
     for isa, cases in of_each_isa.items():
         assert cases[case].keys() == first.keys()
@@ -93,14 +93,15 @@ def test_instruction_sets_agree(of_each_isa, case) -> None:
             if not want.is_floating_point():
                 assert torch.equal(got, want), (isa, name)
                 continue
-            # Two results within the budget of the same truth; one of NFD's statistics cancels, Dice's fp64 sums are of fp32.
+            # Two results within the budget of the same truth. One of NFD's statistics cancels; Dice's fp64 sums have
+            # fp32 terms.
             single = torch.float32 if case != "fp64" else want.dtype
             u = budget.rounding(want.dtype, single) if "nfd_forward" not in name else 1e-5
             assert (got.double() - want.double()).norm() <= budget.roundings(32, want.double(), u), (isa, name)
 
 
 def test_unknown_instruction_set_is_an_error() -> None:
-    """A misspelt FASTKD_CPU_ISA says what it may be."""
+    """A misspelt FASTKD_CPU_ISA raises an error that lists the valid values."""
     script = "from fastkd import backends; backends.why_not('cpu'); import torch; torch.ops.fastkd_cpu.isa()"
     env = {**os.environ, "FASTKD_CPU_ISA": "avx3"}
     done = subprocess.run(
@@ -120,7 +121,7 @@ def threads():
 @pytest.mark.promise("threads")
 @each_case
 def test_threads_do_not_change_a_bit(threads, case) -> None:
-    """Items depend on the shape alone and are merged in order."""
+    """Work items depend on the shape only and are merged in order."""
     results = []
     for count in (1, 2, 3):
         threads(count)
@@ -132,7 +133,7 @@ def test_threads_do_not_change_a_bit(threads, case) -> None:
 
 @pytest.mark.promise("threads")
 def test_large_work_is_split_and_still_the_same(threads) -> None:
-    """Groups longer than one work item are merged from partial results, the same for every thread count."""
+    """Groups longer than one work item are merged from partial results, bitwise equal for every thread count."""
     student, teacher = torch.randn(2, 4, 190, 210), torch.randn(2, 4, 190, 210)
     results = []
     for count in (1, 2, 3):
@@ -149,7 +150,7 @@ def test_large_work_is_split_and_still_the_same(threads) -> None:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("count", [1, 16_384, 50_000])
 def test_first_bad_label(threads, dtype, count) -> None:
-    """The first, wherever the spans of 16 384 that threads share end, and whatever is wrong with it."""
+    """Returns the first one at any position relative to the threads' spans of 16 384, for every kind of bad label."""
     limits = torch.iinfo(dtype)
     good = torch.arange(count, dtype=torch.int64).remainder(19).to(dtype)
     good[::7] = 255
@@ -166,7 +167,7 @@ def test_first_bad_label(threads, dtype, count) -> None:
 
 
 def test_labels_are_checked_in_any_layout() -> None:
-    """The function copies labels that are not contiguous; the operator refuses them, and float labels."""
+    """The function copies non-contiguous labels; the operator refuses them, and float labels."""
     with pytest.raises(RuntimeError, match="contiguous"):
         ops().first_bad_label(torch.zeros(4, 6, dtype=torch.uint8)[:, ::2], 19, 255)
     with pytest.raises(RuntimeError, match="uint8, int32 or int64"):
@@ -207,7 +208,8 @@ torch.ops.fastkd_cpu.rescale_(gradient, torch.tensor(1.5))
 @pytest.mark.promise("rescale")
 @pytest.mark.skipif(sys.platform != "linux", reason="read-only pages by Linux's mprotect")
 def test_rescale_by_one_writes_nothing() -> None:
-    """A gradient in read-only memory is as good as any where the factor is 1; the next factor shows that it was read-only."""
+    """With a factor of 1 a gradient in read-only memory works; the next factor crashes, which shows that it was
+    read-only."""
     done = subprocess.run([sys.executable, "-c", READ_ONLY], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "untouched\n", done.stderr
     assert done.returncode < 0  # a signal
@@ -227,7 +229,8 @@ def ops() -> object:
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize("ignored", [False, True], ids=["counted", "nothing counted"])
 def test_reductions(reduction, ignored) -> None:
-    """scale * sum of the terms, that over the count (0 where it is 0), or scale * term; and the gradient alike."""
+    """scale * sum of the terms, the same over the count (0 for a count of 0), or scale * term; the gradient
+    likewise."""
     student, teacher = torch.randn(2, 2, 5, 6, 7)
     weight = torch.rand(2, 6, 7)
     labels = torch.randint(0, 5, (2, 6, 7))
@@ -275,7 +278,7 @@ def test_exp_error_bound() -> None:
 
 
 def test_storage_offset_is_respected() -> None:
-    """A slice of a batch is dense but does not begin at its storage's first element."""
+    """A slice of a batch is dense but has a storage offset."""
     student, teacher = torch.randn(3, 5, 7, 6), torch.randn(3, 5, 7, 6)
     loss = ops().nfd_forward(student[1:], teacher[1:], "hw", 1e-5, "none", 1.0)[0]
     assert torch.equal(loss, ops().nfd_forward(student[1:].clone(), teacher[1:].clone(), "hw", 1e-5, "none", 1.0)[0])
@@ -309,7 +312,7 @@ REFUSED = {
 @pytest.mark.promise("runtime-error")
 @pytest.mark.parametrize("message", REFUSED)
 def test_inputs_are_checked(message) -> None:
-    """What the Python layer guarantees is checked again: a wrong stride would read out of bounds."""
+    """The operators repeat the checks of the Python layer: a wrong stride would read out of bounds."""
     name, *args = REFUSED[message]
     with pytest.raises(RuntimeError, match=message):
         getattr(ops(), name)(*args)

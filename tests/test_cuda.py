@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels on a GPU: the operator suite, the bits of the emulation, and what only a GPU can show."""
+"""The CUDA C++ kernels on a GPU: the operator suite, bitwise equality with the emulation, and GPU-only behaviour."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ SUITE = (
     "test_resized_dice",
     "test_resized_binary_cross_entropy",
     "test_rdd",
-)  # the operators that have a CUDA kernel
-SHAPE = (3, 32, 48, 64)  # a plane of it fits one block; the batch of a channel fits a cluster
+)  # operators with a CUDA kernel
+SHAPE = (3, 32, 48, 64)  # one plane fits one block; a channel of the batch fits a cluster
 each_layout = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 
 
 def test_is_loaded():
-    """Everything else would fail with less to say."""
+    """Gives a clearer message than the failures of the other tests."""
     assert backends.why_not("cuda") is None
 
 
 @pytest.mark.parametrize("name", SUITE)
 def test_operator_suite(name):
-    """In a process of its own, whose tests take the CUDA backend."""
+    """In a separate process that selects the CUDA backend."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", f"tests/{name}.py"]
     run = subprocess.run(command, cwd=ROOT, env={**os.environ, "FASTKD_TEST_CUDA": "1"}, text=True, capture_output=True)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -78,7 +78,7 @@ CASES = [
 
 
 def emulate(path: str) -> None:
-    """Run by ``python -c`` on the emulation: the results of all cases, as this GPU would cut them."""
+    """Run by ``python -c`` on the emulation: results of all cases with this GPU's plans."""
     gpu = torch.load(path + ".gpu")
     assert backends.why_not("cuda") is None
     torch.ops.fastkd_cuda_emulation.configure(*gpu, 4096, 8 << 20, "random")
@@ -87,7 +87,7 @@ def emulate(path: str) -> None:
 
 @pytest.mark.skipif(emulation.compiler() is None, reason="there is no C++ compiler for the emulation")
 def test_bits_are_those_of_the_emulation(tmp_path):
-    """Same plan, same order, same roundings: what differs is a race, a missing barrier or a wrong instruction."""
+    """Same plan, order and rounding: a difference is a race, a missing barrier or a wrong instruction."""
     gpu = torch.cuda.get_device_properties(0)
     clusters = 8 if gpu.major >= 9 else 0
     path = str(tmp_path / "emulated")
@@ -110,7 +110,7 @@ def test_bits_are_those_of_the_emulation(tmp_path):
 @each_layout
 @pytest.mark.parametrize("dims", ["hw", "nhw"])
 def test_the_host_waits_for_nothing(dims, layout):
-    """Steps under a loss scale that changes, with every synchronisation an error; fp16 gradients keep their digits."""
+    """Steps with a changing loss scale, with every synchronisation an error; fp16 gradients keep their precision."""
     student, teacher = (x.cuda() for x in maps(torch.float16, layout))
     with fastkd.use_backend("cuda"):
         fastkd.nfd_loss(student.clone().requires_grad_(), teacher, dims=dims).backward()  # allocates
@@ -131,7 +131,7 @@ def test_the_host_waits_for_nothing(dims, layout):
 @each_layout
 @pytest.mark.parametrize("classes", [19, 150, 4096])
 def test_kd_under_a_scale_and_labels_that_change(classes, layout):
-    """No synchronisation; the count of valid pixels is new in every step; right against plain PyTorch."""
+    """No synchronisation; the count of valid pixels is recomputed in every step; correct against plain PyTorch."""
     student, teacher = (x.cuda() for x in maps(torch.bfloat16, layout, (2, classes, 24, 32)))
     labels = torch.randint(0, classes, (2, 24, 32), device="cuda")
     for step, weight in enumerate((1.0, 1.0, 1.0, 65536.0, 65536.0, 65536.0, 3.0)):
@@ -151,7 +151,7 @@ def test_kd_under_a_scale_and_labels_that_change(classes, layout):
 @each_layout
 @pytest.mark.parametrize(("classes", "dtype"), [(19, torch.float16), (150, torch.bfloat16), (4096, torch.float32)])
 def test_label_resolution_under_a_scale_and_labels_that_change(classes, dtype, layout):
-    """As above; and a second backward over one graph gives the same bits."""
+    """As above; and a second backward over one graph is bitwise equal."""
     student, teacher = (x.cuda() for x in maps(dtype, layout, (2, classes, 12, 20)))
     labels = torch.randint(0, classes, (2, 48, 90), device="cuda")
     for loss in (

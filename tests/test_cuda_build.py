@@ -1,7 +1,7 @@
-"""The CUDA library, read without a GPU: machine code for every architecture, registers, stack, the instructions meant.
+"""Inspects the CUDA library without a GPU: machine code per architecture, registers, stack, expected instructions.
 
-``python -m tests.test_cuda_build > tests/cuda_registers.txt`` writes the table of registers anew, for the toolkit that is
-installed. A toolkit of another version may use others; that nothing is spilled holds for any.
+``python -m tests.test_cuda_build > tests/cuda_registers.txt`` rewrites the table of registers for the installed
+toolkit. Another version may need different numbers; the test for spills holds for any.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ def cuobjdump(*options: str) -> str:
 
 
 def readable(symbol: str) -> str:
-    """A kernel's body and type from its mangled name: ``NfdMerge<f>``."""
+    """A kernel's body and type from its mangled name, e.g. ``NfdMerge<f>``."""
     body, arguments = re.search(r"3runINS0_\d+([A-Za-z]+?)(?:I(.*?))?E+vT_", symbol).groups()
-    if body == "Cells":  # the loss, its type, the shape, and whether it makes the gradient
+    if body == "Cells":  # loss, its type, shape, and whether it computes the gradient
         loss, flags = re.search(r"\d+([A-Za-z]+?)(?:Loss)?I[fd](.*?)E+Li", arguments).groups()
         rows, columns, gradient = re.search(r"Li(\d)ELi(\d)ELb(\d)", arguments).groups()
         marks = "".join({"Lb1": "+", "Lb0": "-"}.get(flag, "") for flag in re.findall(r"Lb\d", flags))
         kind = "fp64" if re.search(r"I[d]", arguments) else "fp32"
         return f"{loss}{marks}{rows}x{columns}{'-gradient' if gradient == '1' else ''}-{kind}"
-    if cells := re.fullmatch(r"([fd])((?:Lb\dE)*)Li(\d)ELi(\d)E?(?:Lb(\d))?", arguments or ""):  # cells of its own
+    if cells := re.fullmatch(r"([fd])((?:Lb\dE)*)Li(\d)ELi(\d)E?(?:Lb(\d))?", arguments or ""):  # own parameters
         kind, flags, rows, columns, gradient = cells.groups()
         marks = "".join("+" if flag == "1" else "-" for flag in re.findall(r"Lb(\d)", flags))
         end = f"{'-gradient' if gradient == '1' else ''}-{'fp64' if kind == 'd' else 'fp32'}"
         return f"{body.removeprefix('Cells')}{marks}{rows}x{columns}{end}"
-    plain = {"KdTiles": "0", "CellsPrepare": "1"}  # of bodies with a flag, which one bears the plain name
+    plain = {"KdTiles": "0", "CellsPrepare": "1"}  # flag value whose kernel has the plain name
     if body in plain:
         arguments, flag = re.fullmatch(r"(.*?)E?Lb(\d)", arguments).groups()
         if flag != plain[body]:
@@ -84,7 +84,7 @@ def resources() -> dict[tuple[str, str], tuple[int, int]]:
     params=[pytest.param(f"sm_{a}", marks=() if a == FIRST else pytest.mark.slow) for a in ARCHS],
 )
 def arch(request):
-    """Tests of one architecture follow each other, so that it is disassembled once; `make test` does so for one."""
+    """Orders tests by architecture, so that each is disassembled once; `make test` disassembles one."""
     return request.param
 
 
@@ -96,12 +96,12 @@ def disassembled(arch: str) -> dict[str, str]:
 
 
 def instructions(arch: str, kernel: str) -> Counter:
-    """How often each SASS instruction stands in a kernel."""
+    """Number of occurrences of each SASS instruction in a kernel."""
     return Counter(INSTRUCTION_NAME.findall(disassembled(arch)[kernel]))
 
 
 class Loop(NamedTuple):
-    """An innermost loop with exponentials: how many instructions of a kind stand in it."""
+    """An innermost loop with exponentials: its number of instructions per kind."""
 
     exponentials: int
     instructions: int
@@ -116,7 +116,7 @@ INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0
 
 
 def class_loops(sass: str) -> list[Loop]:
-    """The loops over the classes of one kernel: backward branches over at least 8 ``MUFU.EX2`` with no such loop inside."""
+    """Loops over the classes of a kernel: backward branches over at least 8 ``MUFU.EX2`` with no such loop inside."""
     code = [(int(at, 16), name, rest) for at, name, rest in INSTRUCTION.findall(sass)]
     exponentials = [at for at, name, _ in code if name.startswith("MUFU.EX2")]
 
@@ -148,20 +148,20 @@ def class_loops(sass: str) -> list[Loop]:
 
 
 def cells_code(arch: str) -> dict[str, str]:
-    """kernel -> its SASS, of the losses at label resolution."""
+    """kernel -> SASS, for the losses at label resolution."""
     return {kernel: sass for kernel, sass in disassembled(arch).items() if re.search(r"\dx\d.*-fp32", kernel)}
 
 
-# What the class loops may have an exponential: loads, of the four corners and of a class's weights or upstream gradients,
-# and, of large shapes, instructions, of which the exponential unit hides 8. A sigmoid has the polynomial of a logarithm beside
-# it, in one loop for loss and gradient. Binary cross-entropy's loop also has the resize of weights that each class has its own
-# of, which no other call runs: nothing is counted there.
+# Limits per exponential in the class loops: loads (the four corners, and weights or upstream gradients of a class) and,
+# for large shapes, instructions (the exponential unit hides 8). A sigmoid also evaluates the polynomial of a logarithm,
+# in one loop for loss and gradient. Binary cross-entropy's loop includes the resize of per-class weights, which other
+# calls do not run: it has no limit.
 LEAN = {"Dice": (0.35, 13.0), "ShapedCrossEntropy": (0.35, 9.5), "KdSigmoid": (0.3, 32.0), "Binary": (99.0, 999.0)}
 ONE_LOOP = ("KdSigmoid", "Binary")
 
 
 def loop_faults(kernel: str, sass: str) -> list[str]:
-    """What is wrong with the class loops of a kernel of the losses at label resolution."""
+    """Faults in the class loops of a kernel at label resolution."""
     loops, faults = class_loops(sass), []
     loss, rows, columns = re.match(r"([A-Za-z]+)[+-]*(\d)x(\d)", kernel).groups()
     pixels, (loads, instructions) = int(rows) * int(columns), LEAN.get(loss, (0.3, 9.5))
@@ -192,7 +192,7 @@ def registers_table() -> str:
 
 
 def test_is_built():
-    """Where nvcc is there, everything else here would pass in vain without the library."""
+    """With nvcc installed, the other tests here must not pass vacuously without the library."""
     assert LIBRARY.is_file(), "nvcc is there and the CUDA kernels were not built: see the build's output"
 
 
@@ -206,13 +206,13 @@ def test_every_architecture_has_code_and_the_last_one_ptx():
 
 
 def test_nothing_is_spilled():
-    """A spilled register, or an array that is indexed while running, lives on the stack."""
+    """Spilled registers and dynamically indexed arrays use the stack."""
     spilled = {key: stack for key, (_, stack) in resources().items() if stack}
     assert not spilled
 
 
 def test_registers_are_those_of_the_table():
-    """A change of a kernel shows here what it does to its registers, on every architecture."""
+    """Shows the effect of a kernel change on its registers, for every architecture."""
     first, header, *lines = TABLE.read_text().splitlines()
     if first != f"nvcc {toolkit()}":
         pytest.skip(f"the table is of {first}, installed is {toolkit()}")
@@ -225,7 +225,7 @@ def test_registers_are_those_of_the_table():
 
 def test_one_read_uses_the_copy_engine_and_clusters(arch):
     if int(arch[3:]) < 90:
-        assert count(instructions(arch, "NfdOneReadRows-bf16"), "LDG") == 0  # an empty kernel: there are no clusters
+        assert count(instructions(arch, "NfdOneReadRows-bf16"), "LDG") == 0  # an empty kernel: no clusters
         return
     for kind in ("fp32", "fp16", "bf16"):
         rows = instructions(arch, f"NfdOneReadRows-{kind}")
@@ -237,7 +237,7 @@ def test_one_read_uses_the_copy_engine_and_clusters(arch):
 
 
 def test_class_loops_are_lean(arch):
-    """Loads below 0.3 an exponential, nothing in shared or local memory, instructions within what exponentials hide."""
+    """Fewer than 0.3 loads per exponential, no shared or local memory, instructions within what exponentials hide."""
     kernels = cells_code(arch)
     assert len(kernels) >= 30
     faults = {kernel: faults for kernel, sass in kernels.items() if (faults := loop_faults(kernel, sass))}
@@ -297,7 +297,7 @@ def count(code: Counter, prefix: str) -> int:
 
 
 def test_every_operator_of_the_table_is_implemented():
-    """The library loads beside a CUDA build of torch even where there is no GPU."""
+    """With a CUDA build of torch the library also loads without a GPU."""
     code = f"""
 import torch
 from fastkd.backends import define

@@ -1,4 +1,4 @@
-"""The CUDA kernels on an emulated GPU: how work is cut, and the kernels themselves, thread by thread."""
+"""The CUDA kernels on an emulated GPU: plans, and the kernels themselves, thread by thread."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DIMS = ("hw", "nhw", "c", "chw")
 ROOT_OF_TESTS = Path(__file__).parent
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 ORDERS = ("forwards", "backwards", "random")
-# A whole H100, in bytes; groups of one element may go to clusters.
+# A full H100, sizes in bytes; clusters also for groups of one element.
 H100 = {
     "shared_per_block": 227 << 10,
     "shared_per_cores": 228 << 10,
@@ -36,11 +36,11 @@ H100 = {
     "smallest": 1,
     "smallest_budget": 8 << 20,
 }
-# Where a group needs several blocks that nearly fill their multiprocessor; no clusters; a quarter of a GPU.
+# A group needs several blocks that nearly fill a multiprocessor; no clusters; a quarter of a GPU.
 SMALL = {**H100, "shared_per_block": 24 << 10, "shared_per_cores": 25 << 10, "multiprocessors": 1}
 STREAMING = {**H100, "cluster": 0}
 QUARTER = {**H100, "cluster": 2}
-# Little extra memory and few multiprocessors: maps are cut into chunks of rows, and cells stay whole.
+# Little extra memory and few multiprocessors: maps are split into chunks of rows, and cells stay whole.
 CHUNKS = {**H100, "multiprocessors": 1, "smallest_budget": 1}
 
 
@@ -50,7 +50,7 @@ def plans():
 
 @pytest.fixture(autouse=True)
 def configured():
-    """Every test begins with the same GPU."""
+    """Every test starts with the same GPU."""
     assert fastkd.backends.why_not("cuda") is None
     configure(H100)
 
@@ -63,7 +63,7 @@ def table(name: str, *sizes: int) -> list[list[int]]:
     return getattr(plans(), name)(torch.empty(0), *sizes).tolist()
 
 
-# ---- how work is cut -------------------------------------------------------------------------------------------------
+# Plans
 
 LENGTHS = (1, 2, 7, 31, 64, 255, 256, 1000, 1024, 4095, 4096, 4097, 20_000, 70_001)
 
@@ -107,7 +107,7 @@ def test_columns_are_cut_without_gap_or_overlap(vector):
 @pytest.mark.parametrize("gpu", [H100, SMALL, QUARTER])
 @pytest.mark.parametrize("size", [2, 4])
 def test_shares_of_a_cluster_are_complete(gpu, size):
-    """Every element is copied once, to its place in the group, in pieces that bulk copies take."""
+    """Every element is copied once, to its place in the group, in pieces that are valid bulk copies."""
     configure(gpu)
     fitted = 0
     vector = 16 // size
@@ -134,9 +134,9 @@ def test_shares_of_a_cluster_are_complete(gpu, size):
 
 
 def test_too_large_or_uneven_groups_stream():
-    assert not table("row_pieces", 1, 2, 8 * 227 * 1024 // 4, 4), "8 blocks hold S and T of less than that"
+    assert not table("row_pieces", 1, 2, 8 * 227 * 1024 // 4, 4), "8 blocks hold less than S and T"
     assert table("row_pieces", 1, 2, 8 * 200 * 1024 // 8, 4)
-    assert not table("row_pieces", 1, 2, 4099, 4), "no multiple of 16 bytes"
+    assert not table("row_pieces", 1, 2, 4099, 4), "not a multiple of 16 bytes"
     configure(STREAMING)
     assert not table("row_pieces", 1, 2, 4096, 4), "no clusters before sm_90"
     configure({**H100, "smallest": 4096})
@@ -153,7 +153,7 @@ SHAPES = (
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_python_knows_which_groups_are_read_once(dtype, layout):
-    """fits_cuda chooses the backend by the plan of a whole H100."""
+    """fits_cuda selects the backend with the plan of a full H100."""
     reads = []
     for shape, dims, other in itertools.product(SHAPES, DIMS, (dtype, torch.bfloat16)):
         pair = [torch.empty(shape, dtype=t) for t in (dtype, other)]
@@ -166,7 +166,7 @@ def test_python_knows_which_groups_are_read_once(dtype, layout):
     assert set(reads) == ({0} if dtype == torch.float64 else {0, 1})
 
 
-# ---- the kernels -----------------------------------------------------------------------------------------------------
+# The kernels
 
 
 def maps(shape, layout: str, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -177,7 +177,7 @@ def maps(shape, layout: str, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor,
 
 
 def run_nfd(student, teacher, dims) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, stats and the gradient for a grad of 1.7 a group, by the streaming backward."""
+    """Loss, stats, and the gradient of the streaming backward for a grad of 1.7 per group."""
     ops = torch.ops.fastkd_cuda
     args = (student, teacher, dims, 1e-5, "none", 1.0)
     loss, stats = ops.nfd_forward(*args)
@@ -197,13 +197,13 @@ def close_to_the_formula(student, teacher, dims, loss, gradient) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dims", DIMS)
 def test_small_sizes(gpu, layout, dims):
-    """Channels and pixels around a vector's 4 and 8 elements, a warp's and a block's; each dtype turns up everywhere."""
+    """Channels and pixels around the vector's 4 and 8 elements, warp and block size; each dtype occurs in each."""
     configure(gpu)
     dtypes = itertools.cycle((torch.float32, torch.bfloat16, torch.float16, torch.float64))
     for n, c, (h, w) in itertools.product((1, 2), (1, 4, 8, 9, 40), ((1, 1), (1, 8), (3, 3), (4, 8), (8, 33))):
         student, teacher = maps((n, c, h, w), layout, next(dtypes))
         loss, _, gradient = run_nfd(student, teacher, dims)
-        if (c if dims == "c" else h * w) > 1:  # a group of one element: everything is 0
+        if (c if dims == "c" else h * w) > 1:  # in a group of one element everything is 0
             close_to_the_formula(student, teacher, dims, loss, gradient)
         else:
             assert not loss.isnan().any()
@@ -212,7 +212,7 @@ def test_small_sizes(gpu, layout, dims):
 LARGE = [
     ((1, 2, 96, 100), "nchw"),  # several chunks, or a cluster of several blocks
     ((3, 2, 40, 48), "nchw"),
-    ((1, 72, 12, 20), "nhwc"),  # strips that end early
+    ((1, 72, 12, 20), "nhwc"),  # incomplete strips
     ((1, 16, 45, 50), "nhwc"),
     ((1, 3, 61, 67), "nchw"),  # no vectors
 ]
@@ -222,7 +222,7 @@ LARGE = [
 @pytest.mark.parametrize(("shape", "layout"), LARGE)
 @pytest.mark.parametrize("dims", DIMS)
 def test_any_order_of_threads_gives_the_same_bits(gpu, shape, layout, dims):
-    """A result that depends on the order misses a barrier; and it is right."""
+    """A result that depends on the order has a missing barrier; it is also compared with the formula."""
     dtype = (torch.float32, torch.bfloat16)[DIMS.index(dims) % 2]
     student, teacher = maps(shape, layout, dtype)
     results = []
@@ -238,7 +238,7 @@ def test_any_order_of_threads_gives_the_same_bits(gpu, shape, layout, dims):
 @pytest.mark.parametrize(("shape", "layout"), LARGE)
 @pytest.mark.parametrize("dims", DIMS)
 def test_an_early_gradient_has_the_bits_of_the_backward(gpu, shape, layout, dims):
-    """One read where groups are rows that fit a cluster, two kernels elsewhere: the same results."""
+    """One read (groups that are rows and fit a cluster) and two kernels give the same results."""
     ops = torch.ops.fastkd_cuda
     turn = DIMS.index(dims) + LARGE.index((shape, layout))
     configure({**gpu, "smallest": 256}, ORDERS[turn % 3])
@@ -253,7 +253,7 @@ def test_an_early_gradient_has_the_bits_of_the_backward(gpu, shape, layout, dims
     torch.testing.assert_close(terms.double().sum(), want_loss.double(), rtol=1e-6, atol=1e-6)
 
 
-# ---- KD --------------------------------------------------------------------------------------------------------------
+# KD
 
 
 def kd_inputs(shape, layout: str, dtype: torch.dtype):
@@ -264,7 +264,8 @@ def kd_inputs(shape, layout: str, dtype: torch.dtype):
 
 
 def test_tiles_of_pixels_fit():
-    """Fewer pixels a block as classes grow, down to one; each pixel in one tile; 4096 classes on every chip."""
+    """Pixels per block decrease with the classes, down to one; each pixel is in one tile; 4096 classes fit every
+    chip."""
     sm_86 = {**H100, "shared_per_block": 99 << 10, "shared_per_cores": 100 << 10, "cluster": 0}
     for gpu in (H100, sm_86, SMALL):
         configure(gpu)
@@ -288,7 +289,7 @@ def test_tiles_of_pixels_fit():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(2, 19, 9, 16), (1, 150, 5, 8), (1, 600, 3, 5)])
 def test_kd_in_any_order_is_the_formula(shape, layout, dtype):
-    """Forward, and loss and gradient in one, give the same bits in any order of threads."""
+    """The forward, and loss and gradient in one kernel, are bitwise equal in any order of threads."""
     ops = torch.ops.fastkd_cuda
     student, teacher, labels = kd_inputs(shape, layout, dtype)
     args = (student, teacher, labels, None, 2.0, 255, "mean", 1.7)
@@ -310,7 +311,7 @@ def test_kd_in_any_order_is_the_formula(shape, layout, dtype):
     assert (results[0][1].double() - x.grad).norm() <= (eps + 2e-6) * x.grad.norm()
 
 
-# ---- losses at label resolution --------------------------------------------------------------------------------------
+# Losses at label resolution
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
@@ -331,7 +332,7 @@ def test_cells_are_those_of_exact_fractions(align_corners):
             assert cells.count(cell) <= largest
 
 
-SIZES = [  # of the student, of the teacher, of the labels
+SIZES = [  # of student, teacher and labels
     ((4, 6), (4, 6), (32, 48)),
     ((5, 6), (5, 6), (41, 51)),
     ((3, 3), (3, 3), (25, 25)),
@@ -348,7 +349,7 @@ SIZES = [  # of the student, of the teacher, of the labels
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize(("size", "teacher_size", "label_size"), SIZES)
 def test_every_label_pixel_has_one_thread(gpu, align_corners, size, teacher_size, label_size):
-    """In the cell that it lies in, of both maps."""
+    """In the cell that contains it, for both maps."""
     configure(gpu)
     student, teacher = torch.empty(2, 3, *size), torch.empty(2, 3, *teacher_size)
     axes = [
@@ -367,19 +368,19 @@ def test_every_label_pixel_has_one_thread(gpu, align_corners, size, teacher_size
 
 
 def test_cells_fill_the_device_and_keep_within_their_memory():
-    # A batch of one is in smaller parts.
+    # A batch of one uses smaller parts.
     for n, size, labels in ((1, (64, 128), (512, 1024)), (16, (64, 64), (512, 512))):
         logits = torch.empty(n, 19, *size)
         rows, columns, team, sets, lines, chunk, scratch, warps = (
             plans().cells_plan(logits, logits, *labels, False).flatten().tolist()
         )
         assert (rows, columns, sets) == (4, 8, 1)
-        assert warps >= 16 * 132 or team == 8, "or a row of label pixels a part"
+        assert warps >= 16 * 132 or team == 8, "or parts of one row of label pixels"
         assert chunk == lines, "one chunk"
         assert scratch <= 0.03 * 2 * 12 * n * 19 * labels[0] * labels[1]
     shape = plans().cells_plan(torch.empty(16, 19, 64, 64), torch.empty(16, 19, 64, 64), 512, 512, True)[0, :2]
-    assert shape.tolist() == [5, 9], "8.11 label pixels a cell"
-    # Low ratios take more a label pixel, and are cut.
+    assert shape.tolist() == [5, 9], "8.11 label pixels per cell"
+    # Low ratios need more memory per label pixel, and are split into chunks.
     logits = torch.empty(8, 19, 256, 256)
     *_, lines, chunk, scratch, _ = plans().cells_plan(logits, logits, 512, 512, False).flatten().tolist()
     assert chunk < lines
@@ -472,7 +473,7 @@ def resized_calls(student, teacher, target, class_weight, pixel_weight, selected
 @pytest.mark.parametrize("gpu", [H100, CHUNKS], ids=["whole", "chunks"])
 @pytest.mark.parametrize(("size", "teacher_size", "label_size"), SIZES)
 def test_losses_at_label_resolution_are_the_formula(gpu, align_corners, size, teacher_size, label_size, layout):
-    """In fp32 against fp64, weighted and selected; the forward has the bits of loss and gradient in one."""
+    """fp32 against fp64, weighted and selected; the forward is bitwise equal to loss and gradient in one kernel."""
     configure(gpu)
     student, _, target = resized_inputs(4, size, label_size, torch.float32, layout)
     teacher = resized_inputs(4, teacher_size, label_size, torch.float32, layout)[1]
@@ -517,7 +518,8 @@ def test_losses_at_label_resolution_in_any_order_of_threads(gpu, classes, size, 
 @pytest.mark.parametrize("gpu", [H100, CHUNKS], ids=["whole", "chunks"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_pixels_far_below_their_bound_are_exact(gpu, masked):
-    """Between logits of other classes by 1000, where every exponential of a pixel vanishes; or where a class is masked too."""
+    """Between logits of different classes that differ by 1000, where all exponentials of a pixel underflow; also
+    with masked classes."""
     configure(gpu)
     student, teacher, target = resized_inputs(5, (4, 5), (24, 30), torch.float32)
     student, teacher = 600 * student, 400 * teacher
@@ -531,7 +533,7 @@ def test_pixels_far_below_their_bound_are_exact(gpu, masked):
             continue
         x = student.double()
         if masked:
-            x[:, 3] = -1e30  # plain PyTorch's interpolation makes NaN of -inf
+            x[:, 3] = -1e30  # plain PyTorch's interpolation turns -inf into NaN
             teacher[:, 3] = -1e30
         x.requires_grad_()
         with fastkd.use_backend("reference"):
@@ -547,7 +549,7 @@ DICE_OPTIONS = [(square, columns) for square in (False, True) for columns in (3,
 
 
 def run_dice(logits, target, align_corners, square, columns) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums, their upstream gradient and that of the logits."""
+    """Sums, and the gradient of the logits from their upstream gradient."""
     ops = torch.ops.fastkd_cuda
     args = (logits, target, 255, align_corners, square, columns, "none", 1.0)
     sums, kept = ops.resized_dice_forward(*args)
@@ -578,7 +580,7 @@ def test_dice_is_the_formula(gpu, align_corners, size, label_size):
 
 @pytest.mark.parametrize("gpu", [H100, CHUNKS], ids=["whole", "chunks"])
 def test_dice_of_many_samples_in_a_warp(gpu):
-    """A map of one pixel has four cells, so a warp has cells of up to nine samples."""
+    """A map of one pixel has four cells, so a warp processes cells of up to nine samples."""
     configure(gpu)
     g = torch.Generator().manual_seed(0)
     for size in ((1, 1), (2, 1), (1, 5)):
@@ -617,7 +619,7 @@ def test_kd_of_equal_maps_has_no_gradient(dtype):
     assert not ops.kd_gradient(student, student, None, None, 1.0, 255, "mean", 1.0)[2].any()
 
 
-# ---- RDD -------------------------------------------------------------------------------------------------------------
+# RDD
 
 
 @pytest.mark.parametrize("min_kept", [0, 300])
@@ -630,7 +632,7 @@ def test_difficulty_is_the_formula(select, confidence, min_kept):
     args = (target, 0.4, min_kept, confidence, select, 255, True)
     mask, share = ops.difficulty_mask(student, teacher, *args)
     want = reference.difficulty_mask(student.double(), teacher.double(), *args)
-    assert (mask != want).sum() <= 1, "a threshold may fall between two roundings"
+    assert (mask != want).sum() <= 1, "a threshold may lie between two roundings"
     assert share == pytest.approx(mask.sum().item() / (target != 255).sum().item(), rel=1e-6)
     lse, again = ops.difficulty_lse(student, teacher, *args)
     assert again == share
@@ -645,13 +647,13 @@ def test_difficulty_is_the_formula(select, confidence, min_kept):
     ("dtype", "scale", "weighted"),
     [
         (torch.float32, 1, True),
-        (torch.float32, 600, False),  # neighbours whose exponentials vanish beside each other
+        (torch.float32, 600, False),  # neighbours where each other's exponentials underflow
         (torch.bfloat16, 1, False),
         (torch.float64, 1, True),
     ],
 )
 def test_cross_entropy_of_known_log_sum_exps_is_that_of_the_mask(gpu, layout, dtype, scale, weighted):
-    """What RDD hands over saves a pass over the classes and changes nothing but roundings."""
+    """The log-sum-exps from RDD save a pass over the classes and change only roundings."""
     configure(gpu)
     ops = torch.ops.fastkd_cuda
     student, teacher, target = resized_inputs(6, (4, 5), (24, 30), dtype, layout)
@@ -689,7 +691,7 @@ def test_kth_smallest(dtype):
         torch.testing.assert_close(got, want[min(max(k, 1), 5000) - 1], rtol=0, atol=0, equal_nan=True)
 
 
-# ---- rescale ---------------------------------------------------------------------------------------------------------
+# Rescale
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -702,11 +704,12 @@ def test_rescale(dtype):
         assert torch.equal(got, (x.to(acc) * torch.tensor(factor, dtype=acc)).to(dtype))
 
 
-# ---- the emulation itself --------------------------------------------------------------------------------------------
+# The emulation itself
 
 
 def test_the_emulation_sees_misuse_and_runs_under_a_fortified_libc(tmp_path):
-    """Exchanges at different places or by some lanes, missing barriers' victims; glibc's checked longjmp is not used."""
+    """Exchanges at different places or by some lanes only, victims of missing barriers; glibc's checked longjmp is
+    not used."""
     out = emulation.run_program(ROOT_OF_TESTS / "emulation_misuse.cpp", tmp_path, "-O2", "-D_FORTIFY_SOURCE=3")
     assert out.split("\n")[:-1] == [
         "sums: 496 1520 496 1520",

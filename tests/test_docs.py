@@ -1,8 +1,9 @@
 """Every block of README.md and docs/*.md runs, on tiny data.
 
-A block is fenced and names its language. bash expands the loops and variables of commands and passes each to `Place.run`: those
-of fastkd run in this process, with small networks and data substituted; the others are in `ELSEWHERE`, with the reason why they
-are checked and not run. Python runs with the names in `SCOPES`; `CONFIGURATIONS` has what is done with the YAML of each page.
+Blocks are fenced and name their language. bash expands the loops and variables of commands and passes each to
+`Place.run`. fastkd's commands run in this process, with small networks and data substituted. The others are listed in
+`ELSEWHERE` with the reason why they are only checked. Python blocks run with the names in `SCOPES`; `CONFIGURATIONS`
+defines the use of each page's YAML.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from tests.train import tiny, trees
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-# The command line after bash -> why it is not run here. What it names (a module, a file, a target, an extra) must be there.
+# Command line from bash -> why it does not run here. The module, file, target or extra that it names must exist.
 ELSEWHERE = {
     r"pip install .*": "needs the network",
     r"git clone .*|cd .*": "needs the repository",
@@ -48,11 +49,11 @@ ELSEWHERE = {
     r"python examples/.*": "tests/test_examples.py runs them",
     r"fastkd export .*\.onnx.*": "takes 10 s; tests/train/test_export.py does it",
 }
-# Words that start one or more processes of fastkd; what follows them runs here, in one.
+# Launchers of one or more fastkd processes; the command after them runs here in a single process.
 LAUNCHERS = r"(srun )?torchrun .*--no-python fastkd (?P<a>.*)|accelerate launch .*-m fastkd\.cli (?P<b>.*)"
-SEEN = {"PYTHONPATH", "FASTKD_BACKEND", "CUDA_VISIBLE_DEVICES"}  # set before a command
+SEEN = {"PYTHONPATH", "FASTKD_BACKEND", "CUDA_VISIBLE_DEVICES"}  # environment variables set before a command
 
-# A factory's network, which is built at once: two stages, two heads.
+# A factory's network, built only once: two stages, two heads.
 NETS = """
 from torch import nn
 
@@ -101,7 +102,7 @@ def change(config: Config, values: dict) -> None:
 
 
 def blocks(language: str = "") -> list:
-    """(page, language, text) of each block, with "page:line" as ID."""
+    """(page, language, text) of each block, with "page:line" as its ID."""
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
@@ -115,7 +116,7 @@ def blocks(language: str = "") -> list:
 def test_every_block_has_a_language_that_is_tested():
     assert {param.values[1] for param in blocks()} == {"bash", "python", "yaml", "text"}
     assert len(blocks()) > 40
-    for page in PAGES:  # and none is indented, which names no language
+    for page in PAGES:  # indented blocks are not allowed, since they name no language
         outside = re.sub(r"^```.*\n(?:.*\n)*?```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
         assert not re.search(r"(?:\A|\n\n) {4}\S", outside), page
 
@@ -126,7 +127,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_links_lead_somewhere():
-    """`make docs` checks those between the pages of the site; README and CONTRIBUTING are not on it."""
+    """`make docs` checks links between the pages of the site, which does not include README and CONTRIBUTING."""
     for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
         for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
             file, _, anchor = link.partition("#")
@@ -148,12 +149,12 @@ def test_readme_is_short():
 
 @pytest.mark.parametrize(("page", "language", "text"), blocks("text"))
 def test_formulas_are_text(page, language, text):
-    """No command, code or configuration is hidden in a block that is not run."""
+    """Blocks that do not run contain no command, code or configuration."""
     assert not re.search(r"^\s*(fastkd|python3?|pip|make|import|from|\w+:) ", text, re.MULTILINE)
 
 
 def commands(text: str, folder: Path) -> list[list[str]]:
-    """The words of each command that bash would run."""
+    """The argument list of each command that bash would run."""
     names = {"scontrol", "srun", "torchrun", "accelerate", "git", "cd", "benchmarks/sanitize.sh"}
     names |= {"fastkd", "python", "python3", "pip", "make"}
     stubs = "".join(
@@ -169,7 +170,7 @@ def commands(text: str, folder: Path) -> list[list[str]]:
 
 
 class Place:
-    """A folder in which the commands run, with what they name: data sets, checkpoints, runs, pictures."""
+    """A folder in which the commands run, with the data sets, checkpoints, runs and pictures that they name."""
 
     def __init__(self, folder: Path):
         self.folder, self.done = folder, set()
@@ -178,7 +179,7 @@ class Place:
         trees.save(trees.picture(1), folder / "photos/a.jpg")
 
     def data(self, name: str) -> Path | None:
-        """A tree of the data set; that of two folders under other names too."""
+        """A tree of the data set; for two folders also under other names."""
         if name == "street_scenes":
             return None
         root = self.folder / "data" / name
@@ -214,7 +215,7 @@ class Place:
             assert cli.main([command, *getattr(self, f"_{command}", lambda w: w)(rest)]) == 0, line
 
     def look(self, words: list[str]) -> None:
-        """What a command that is not run names is there."""
+        """Checks that everything named by a command that is not run exists."""
         if words[0] == "make":
             targets = re.findall(r"^([\w-]+(?: [\w-]+)*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             assert set(words[1:]) <= {name for names in targets for name in names.split()}, words
@@ -242,7 +243,7 @@ class Place:
         return config
 
     def train(self, words: list[str]) -> None:
-        """A step. What differs in nothing that is left after the substitution has been trained already."""
+        """Trains one step, unless a configuration that is equal after the substitution has been trained already."""
         config = self.substituted(self.parsed(words), SMALL)
         key = repr((config.method, config.loss, config.data))
         if key not in self.done:
@@ -262,7 +263,7 @@ class Place:
         return [*words, "--data.root", str(self.data(config.data.name)), "--data.crop", "[32, 32]"]
 
     def _on_runs(self, words: list[str]) -> list[str]:
-        """A run that is named and not there is one that was trained for a step; sizes are small."""
+        """Replaces a missing run by one trained for a step; sizes are small."""
         trained = self.folder / "one"
         if not trained.exists():
             config = self.substituted(Config(name="one"), SMALL | {"eval.size": (64, 64)})
@@ -297,7 +298,7 @@ def here(place, quick_runs, monkeypatch):
 
 @pytest.fixture
 def quick_runs(monkeypatch):
-    """No page and no timing of the losses after the last step; torch.compile is not a rival in `fastkd bench`."""
+    """Skips the report and the loss timing after the last step; `fastkd bench` does not compare with torch.compile."""
     monkeypatch.setattr(engine.Run, "_report", lambda self: None)
     monkeypatch.setattr(engine.Run, "_loss_cost", lambda self: None)
     monkeypatch.setattr(torch, "compile", lambda loss, **_: loss)
@@ -371,11 +372,11 @@ SCOPES = {  # of every other page: tensors
 def test_python(page, language, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scope = SCOPES.get(page, tensors)()
-    if "torchdistill" in text:  # which does not resize logits
+    if "torchdistill" in text:  # torchdistill does not resize logits
         scope["labels"] = scope["labels"][:, ::4, ::4].contiguous()
     before = [p.clone() for p in scope["student"].parameters()] if "student" in scope else []
     exec(compile(text, page, "exec"), scope)
-    for options in scope.get("distill_losses", {}).values():  # of mmrazor's configuration
+    for options in scope.get("distill_losses", {}).values():  # in mmrazor's configuration
         module, _, name = options.pop("type").rpartition(".")
         getattr(importlib.import_module(module), name)(**options)(*torch.randn(2, 2, 5, 4, 4))
     if before and "student(" in text.replace("tapped_", ""):
@@ -398,7 +399,7 @@ def test_the_page_of_drop_ins_has_a_block_for_each_project():
 
 
 def train_it(values: dict, here: Place) -> None:
-    """The trainer's example: its crop, its networks and its methods, for a step."""
+    """The trainer's example with its crop, networks and methods, for one step."""
     Path("example.yaml").write_text(yaml.safe_dump(values))
     config = here.substituted(here.parsed(["--config", "example.yaml"]), {})
     change(config, {"eval.size_divisor": EvalConfig.size_divisor})
@@ -410,7 +411,7 @@ def train_it(values: dict, here: Place) -> None:
 
 
 def build_it(values: dict, here: Place) -> None:
-    """A network, on ResNet-18 for ResNet-101, with the weights its files would hold."""
+    """Builds a network, with ResNet-18 for ResNet-101 and random weights for its files."""
     values = yaml.safe_load(yaml.safe_dump(values["model"]).replace("resnet101", "resnet18"))
     config: ModelConfig = from_dict(ModelConfig, values)
     bare = build_model(from_dict(ModelConfig, values | {"weights": None, "encoder_weights": None}), 19)
@@ -425,7 +426,7 @@ def build_it(values: dict, here: Place) -> None:
 
 
 def write_it(values: dict, here: Place) -> None:
-    """A recipe beside those of the package."""
+    """Writes a recipe next to the package's."""
     folder = here.folder / "recipes"
     folder.mkdir()
     for path in recipe.RECIPES.glob("*.yaml"):

@@ -1,4 +1,4 @@
-"""Each file of examples/ runs on tiny data, trains what it says, and is short."""
+"""Each file in examples/ is short, runs on tiny data and trains the expected parameters."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 pytest.importorskip("torchvision")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = ["--steps", "2", "--size", "32", "64"]
-# Its words, and what it needs beside the trainer.
+# Its arguments, and the modules it needs besides the trainer.
 CASES = {
     "plain_loop": (SMALL, ()),
     "smp_timm": ([*SMALL, "--teacher", "mobilenetv3_small_075"], ("segmentation_models_pytorch",)),
@@ -55,7 +55,7 @@ def test_example(name, tmp_path, monkeypatch):
         from tests.train import trees
 
         words = ["--root", trees.camvid(tmp_path)["root"], *words]
-    if name == "segformer_trainer":  # an earlier test of this process may have trained in another precision
+    if name == "segformer_trainer":  # an earlier test in this process may have used another precision
         from accelerate.state import AcceleratorState
 
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -72,12 +72,12 @@ def test_example(name, tmp_path, monkeypatch):
         hook.remove()
     assert len(losses) == 2
     assert all(map(math.isfinite, losses))
-    assert len(gradients) == (4 if name == "rdd_camvid" else 2)  # there, the teacher's too
+    assert len(gradients) == (4 if name == "rdd_camvid" else 2)  # there the teacher's gradients are included
     assert all(0 < gradient < math.inf for gradient in gradients)
 
 
 def norm(optimizer) -> float:
-    """Of the gradient of everything that is trained."""
+    """Norm of all gradients."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return sum(float(p.grad.norm()) for p in parameters if p.grad is not None)
 

@@ -1,4 +1,4 @@
-"""Wrong arguments raise what the docs promise; dtypes, teachers and layouts are handled as promised."""
+"""Wrong arguments raise the documented errors; dtypes, teachers and layouts are handled as documented."""
 
 import inspect
 
@@ -54,7 +54,7 @@ SIGNATURES = {
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_names_and_defaults(name):
-    """What a call leaves out is part of what it means."""
+    """Defaults are part of the API."""
     parameters = inspect.signature(getattr(fastkd, name)).parameters.values()
     bare = inspect.Signature([p.replace(annotation=inspect.Parameter.empty) for p in parameters])
     assert str(bare) == f"({SIGNATURES[name]})"
@@ -195,7 +195,7 @@ class TestTeacherAndLayout:
         with fastkd.use_backend(backend):
             value = PAIRWISE[name](student, teacher)
         if backend == "reference":
-            return  # plain autograd may not need the teacher any more
+            return  # plain autograd may no longer need the teacher
         teacher.zero_()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             value.backward()
@@ -211,7 +211,7 @@ class TestTeacherAndLayout:
 
     @pytest.mark.promise("fp16-range")
     def test_gradient_scales_exactly(self, backend, name):
-        """As a GradScaler needs it: a power of two passes through bit for bit."""
+        """As GradScaler requires: a power of two scales the gradient exactly."""
         one, many = (
             loss_and_gradient(PAIRWISE[name], S.to(DEVICE), T.to(DEVICE), backend, torch.tensor(g))
             for g in (1.0, 65536.0)

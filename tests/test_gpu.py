@@ -1,4 +1,4 @@
-"""What only a GPU can show: no host synchronisation, CUDA graphs, streams, devices, autocast, the allocator's peak."""
+"""GPU-only behaviour: no host synchronisation, CUDA graphs, streams, devices, autocast, peak memory."""
 
 import functools
 
@@ -24,7 +24,7 @@ def inputs(device="cuda", dtype=torch.float32, scale: int = 1):
 
 @functools.cache
 def elements(pixels, device):
-    """Labels of each class, kept: they are inputs, not a loss's memory."""
+    """Labels per class, cached: they are inputs and not part of a loss's memory."""
     g = torch.Generator().manual_seed(1)
     return torch.randint(0, 2, (pixels[0], C, *pixels[1:]), generator=g, dtype=torch.uint8).to(device)
 
@@ -57,7 +57,7 @@ each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
 def run(name, student, *rest, backend=None):
-    """By Triton's kernels, or CUDA C++'s where the name says so, or by ``backend`` whatever it says."""
+    """Uses Triton, or CUDA C++ if the name says so; ``backend`` overrides the name."""
     if backend is None and name.endswith(IN_CUDA):
         if reason := backends.why_not("cuda"):
             pytest.skip(reason)
@@ -86,7 +86,7 @@ def test_no_synchronisation(name):
 @pytest.mark.promise("gpu-queue")
 @each_loss
 def test_cuda_graph(name):
-    """Captured once and replayed on other values: the bits of an ordinary call."""
+    """Captured once and replayed with other values: bitwise equal to an ordinary call."""
     given = inputs()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -107,7 +107,7 @@ def test_cuda_graph(name):
 @pytest.mark.promise("gpu-queue")
 @each_loss
 def test_streams(name):
-    """Two streams at a time give what one gives."""
+    """Two concurrent streams give the results of one."""
     many = [inputs(), inputs()]
     want = [run(name, *given) for given in many]
     streams = [torch.cuda.Stream() for _ in many]
@@ -154,7 +154,7 @@ def test_same_bits_every_time(name):
 @pytest.mark.promise("memory-maps")
 @each_loss
 def test_extra_memory(name):
-    """Beyond the gradient, at label resolution: at most 3 % of what plain PyTorch takes; the others 1 % of the inputs."""
+    """Beyond the gradient: at label resolution at most 3 % of plain PyTorch's memory, otherwise 1 % of the inputs."""
     given = inputs(scale=4)
 
     def peak(backend=None):

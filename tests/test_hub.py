@@ -1,7 +1,7 @@
-"""The projects that hub/stage.py lays out for the Kernel Hub's builder: their form, and two builds in one process.
+"""The projects that hub/stage.py creates for the Kernel Hub's builder: their layout, and two builds in one process.
 
-The builder itself runs under Nix and is not used here: these tests write what it generates (`_ops.py`, `registration.h`)
-and compile its list of files with its definitions.
+The builder itself runs under Nix and is not used here. The tests write the files that it generates (`_ops.py`,
+`registration.h`) and compile its list of files with its definitions.
 """
 
 import ast
@@ -17,7 +17,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-# What a build.toml of edition 5 may say, by section.
+# Keys allowed in a build.toml of edition 5, by section.
 KEYS = {
     "general": {"name", "version", "edition", "license", "backends"},
     "torch": {"stable-abi", "include", "src", "cxx-flags", "pyext", "minver", "maxver"},
@@ -47,7 +47,7 @@ REGISTRATION = """#pragma once
         return PyModule_Create(&module);                                                         \\
     }
 """
-# Loads each folder as the package `kernels` does, under a name of its own, and compares its losses with its reference.
+# Loads each folder as the package `kernels` does, under a separate name, and compares its losses with its reference.
 USE = """
 import importlib.util, sys
 import torch
@@ -95,7 +95,7 @@ def use(backend: str, *folders: Path, **env: str) -> list[str]:
 
 
 def build(project: Path, name: str, out: Path) -> Path:
-    """The Python files of a build whose operators are called ``name``."""
+    """The Python files of a build whose operator namespace is ``name``."""
     (package,) = (path for path in (project / "torch-ext").iterdir() if path.is_dir())
     for path in package.rglob("*.py"):
         copy = out / path.relative_to(package)
@@ -127,7 +127,7 @@ def test_build_toml(projects, name):
     assert {kernel["backend"] for kernel in kernels.values()} == set(config["general"]["backends"])
     listed = {file for values in sections.values() for file in values.get("src", ())}
     there = {str(path.relative_to(project)) for end in ("cpp", "cu", "h") for path in project.rglob(f"*.{end}")}
-    assert listed == there  # what is not listed is not there for the builder
+    assert listed == there  # the builder ignores unlisted files
 
 
 @pytest.mark.parametrize("name", ["fastkd", "fastkd-triton"])
@@ -155,7 +155,7 @@ def test_two_triton_builds_in_one_process(projects, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="GCC or Clang")
 def test_two_compiled_builds_in_one_process(projects, tmp_path):
-    """The CPU part of `fastkd`, compiled from the builder's list of files: one library for each of two names."""
+    """The CPU part of `fastkd`, compiled from the builder's file list into one library for each of two names."""
     from torch.utils.cpp_extension import include_paths
 
     project = projects / "fastkd"

@@ -1,4 +1,4 @@
-"""The losses inside what torch builds around them: compile, export, func, checkpoints, DDP, processes, autocast."""
+"""The losses within torch: compile, export, func, checkpointing, DDP, processes, autocast."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ each_module = pytest.mark.parametrize("name", MODULES)
 
 
 def call_of(name: str, student: Tensor, teacher: Tensor, target: Tensor, step: int = 0) -> tuple[tuple, dict]:
-    """What the module of that name is called with."""
+    """Arguments for the module of that name."""
     return {
         "nfd": ((student, teacher.repeat(1, 2, 1, 1)[:, :6]), {}),
         "cwd": ((student, teacher), {}),
@@ -53,14 +53,14 @@ def scalar(out: Tensor | fastkd.RDDOutput) -> Tensor:
     return out.loss if isinstance(out, tuple) else out
 
 
-# ---- compile and export ---------------------------------------------------------------------------------------------
+# Compile and export
 
 
 @pytest.mark.promise("one-graph")
 @each_kernel
 @each_loss
 def test_compiled_for_any_size(backend, name):
-    """dynamic=True and fullgraph: one graph serves every batch and size, with the numbers of eager mode."""
+    """dynamic=True and fullgraph: one graph for every batch and size, with the numbers of eager mode."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     loss = LOSSES[name]
@@ -72,7 +72,7 @@ def test_compiled_for_any_size(backend, name):
             values = [f(student, teacher, target) for f in (compiled, loss)]
             torch.testing.assert_close(*values)
             torch.testing.assert_close(*(torch.autograd.grad(value, student)[0] for value in values))
-    assert counter.frame_count <= 2  # a size of 1 more or less may answer a question of layout otherwise
+    assert counter.frame_count <= 2  # a size around 1 can change the result of a layout check
 
 
 @pytest.mark.promise("backend-graph")
@@ -99,7 +99,7 @@ def test_forcing_a_backend_inside_compiled_code():
 
 @pytest.mark.promise("backend-graph")
 def test_a_forced_backend_makes_another_graph():
-    """Compiled code is not served to a caller who forces another backend."""
+    """A different forced backend recompiles."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     student, teacher, _ = pair(0)
@@ -114,8 +114,8 @@ def test_a_forced_backend_makes_another_graph():
 @pytest.mark.promise("export")
 @each_module
 def test_export(name):
-    """torch.export keeps a module with its operators. The program survives a file, but for RDDLoss: torch writes a string
-    that is returned (the stage) and cannot read it back."""
+    """torch.export keeps a module with its operators. The program can be saved and loaded, except for RDDLoss: torch
+    saves a returned string (the stage) but cannot load it."""
     loss = MODULES[name]()
     for step in (0, 5) if name == "rdd" else (0,):
         student, teacher, target = pair(step)
@@ -132,14 +132,14 @@ def test_export(name):
             torch.testing.assert_close(torch.export.load(file).module()(*args, **options), want)
 
 
-# ---- autograd and func ----------------------------------------------------------------------------------------------
+# Autograd and func
 
 
 @pytest.mark.promise("double-backward")
 @each_kernel
 @each_loss
 def test_func_is_refused_by_kernels_and_works_on_the_reference(backend, name):
-    """torch.func and forward-mode derivatives: an error, never a wrong or missing derivative."""
+    """torch.func and forward-mode derivatives raise an error instead of giving a wrong or missing derivative."""
     student, teacher, target = pair(0)
     student = student.detach()
 
@@ -176,7 +176,7 @@ def test_double_backward_is_refused(backend, name):
 @each_loss
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed(backend, name, reentrant):
-    """Activation checkpointing runs the forward twice; loss and gradient are the same bits."""
+    """Activation checkpointing runs the forward twice; loss and gradient are bitwise equal."""
     student, teacher, target = pair(1)
     with fastkd.use_backend(backend):
         want = LOSSES[name](student, teacher, target)
@@ -191,7 +191,7 @@ def test_checkpointed(backend, name, reentrant):
 @each_backend
 @each_loss
 def test_strictly_deterministic(backend, name):
-    """No operation is used that torch calls nondeterministic (plain PyTorch's resize is, on a GPU)."""
+    """Uses no operation that torch lists as nondeterministic (plain PyTorch's resize is one on a GPU)."""
     if backend == "reference" and DEVICE == "cuda":
         pytest.skip("the backward of torch's bilinear resize is not deterministic on a GPU")
     student, teacher, target = pair(1)
@@ -205,7 +205,7 @@ def test_strictly_deterministic(backend, name):
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_training_step_under_autocast(backend, dtype):
-    """The layers run in half precision, the losses take what comes out and give fp32; gradients reach the weights."""
+    """The layers run in half precision; the losses take their outputs and return fp32; gradients reach the weights."""
     student, teacher = nn.Conv2d(3, 4, 3, padding=1).to(DEVICE), nn.Conv2d(3, 4, 3, padding=1).to(DEVICE)
     images, target = torch.randn(2, 3, 6, 6, device=DEVICE), labels((2, 12, 12), 4, 0.2, torch.int64, 0)
     for name, loss in LOSSES.items():
@@ -222,13 +222,13 @@ def test_a_training_step_under_autocast(backend, dtype):
         assert student.weight.grad.count_nonzero() > 0, name
 
 
-# ---- modules --------------------------------------------------------------------------------------------------------
+# Modules
 
 
 @pytest.mark.promise("copies")
 @each_module
 def test_copies_of_a_module(name):
-    """deepcopy, pickle and torch.save, also after a step; the copy gives the same loss."""
+    """deepcopy, pickle and torch.save, also after a step; the copy computes the same loss."""
     loss = MODULES[name]()
     student, teacher, target = pair(0)
     args, options = call_of(name, student, teacher, target)
@@ -242,7 +242,7 @@ def test_copies_of_a_module(name):
         assert [p.shape for p in twin.parameters()] == [p.shape for p in loss.parameters()]
 
 
-# ---- threads and processes ------------------------------------------------------------------------------------------
+# Threads and processes
 
 
 @pytest.mark.promise("callers")
@@ -298,7 +298,7 @@ def batch(rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def in_another_process(rank: int, folder: str, want: list[Tensor]) -> None:
-    """One of two spawned processes: the losses alone, then a step of distributed data parallel over gloo."""
+    """One of two spawned processes: first the losses alone, then a step of DDP over gloo."""
     torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(gradients(3), want, strict=True))
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -313,7 +313,7 @@ def in_another_process(rank: int, folder: str, want: list[Tensor]) -> None:
 @pytest.mark.promise("ddp")
 @pytest.mark.skipif(DEVICE != "cpu", reason="two gloo processes on the CPU")
 def test_spawned_processes_and_ddp(tmp_path):
-    """Two processes give the bits of this one, and DDP the mean of the gradients of both batches."""
+    """Two processes give bitwise the results of this one, and DDP the mean gradient of both batches."""
     mp.spawn(in_another_process, (str(tmp_path), gradients(3)), nprocs=2)
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     torch.manual_seed(0)
@@ -349,6 +349,6 @@ sys.exit(status)
 @pytest.mark.skipif(DEVICE != "cpu", reason="CUDA does not survive a fork")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_forked_process():
-    """A child forked after the kernels ran gives the same bits."""
+    """A child forked after the kernels ran gives bitwise equal results."""
     done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr

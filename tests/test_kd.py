@@ -37,7 +37,8 @@ def test_within_eagers_error(backend, problem, reduction, temperature, ignored, 
     n, c, h, w = student.shape
     target = None if ignored is None else labels((n, h, w), c, ignored, label_dtype, problem.seed)
     weight = torch.rand(n, h, w, device=DEVICE) if weighted else None
-    # One rounding of a logit is |logit| * eps in a log-probability, which a pixel's loss holds temperature^2 times.
+    # One rounding of a logit changes a log-probability by |logit| * eps; a pixel's loss multiplies that by
+    # temperature^2.
     pixels = {"sum": n * h * w, "batchmean": h * w}.get(reduction, 1)
     assert_within_budget(
         lambda s, t: fastkd.kd_loss(s, t, temperature=temperature, target=target, weight=weight, reduction=reduction),
@@ -128,7 +129,7 @@ def test_other_ignore_index(backend, ignore_index):
 @each_backend
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_impossible_class_of_the_teacher(backend, layout):
-    """A teacher logit of -inf is a class of probability 0, and adds 0."""
+    """A teacher logit of -inf is a class of probability 0 and contributes 0."""
     student, teacher = (x.to(memory_format=layout) for x in torch.randn(2, 2, 6, 5, 4, device=DEVICE))
     teacher[:, 2] = -torch.inf
     value, gradient = loss_and_gradient(fastkd.kd_loss, student, teacher, backend, torch.tensor(1.0))
@@ -151,7 +152,7 @@ def test_identical_inputs_give_zero(backend):
 @each_kernel
 @pytest.mark.parametrize("scale", [1e2, 1e4])
 def test_confident_networks(backend, scale):
-    """Logits in the hundreds and thousands: the softmax is one-hot and a naive log of it is -inf."""
+    """Logits in the hundreds and thousands: the softmax is one-hot and its naive log is -inf."""
     student, teacher = scale * torch.randn(2, 2, 19, 16, 16, device=DEVICE)
     assert_within_budget(fastkd.kd_loss, student, teacher, backend, 1 / 512)
 
@@ -193,8 +194,8 @@ def test_gradcheck(backend, reduction):
 @pytest.mark.parametrize("with_target", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
 def test_second_backward_and_other_scales(backend, with_target, reduction):
-    """The gradient of the first backward may come from the forward; the second is computed anew. Both scale alike, and
-    neither touches what the first one handed out."""
+    """The first backward may use a gradient computed in the forward; the second recomputes it. Both scale alike, and
+    the second does not change the gradient that the first returned."""
     student, teacher = torch.randn(2, 2, 7, 9, 11, device=DEVICE)
     student.requires_grad_()
     target = labels((2, 9, 11), 7, 0.3, torch.int64, 2) if with_target else None

@@ -1,4 +1,5 @@
-"""KD with a sigmoid of each class: the KL of Bernoulli distributions in float64, the edges, the kernels' budget."""
+"""KD with one sigmoid per class: the KL of Bernoulli distributions in float64, edge cases, the kernels' error
+budget."""
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from .test_resized_kernels import problems as resized_problems
 
 
 def truth(student, teacher, temperature):
-    """Per pixel, as binary cross-entropy less the teacher's entropy."""
+    """Per pixel, as binary cross-entropy minus the teacher's entropy."""
     s, t = student.double() / temperature, torch.sigmoid(teacher.double() / temperature)
     cross = F.binary_cross_entropy_with_logits(s, t, reduction="none")
     return (cross - torch.special.entr(t) - torch.special.entr(1 - t)).sum(1) * temperature**2
@@ -100,7 +101,7 @@ def test_gradcheck_of_the_reference():
 @each_backend
 @pytest.mark.parametrize("resized", [False, True])
 def test_extremes(backend, resized):
-    """+-1e4 and infinity on either side, a teacher that is certain, and equal logits."""
+    """+-1e4 and infinity on either side, a teacher with probability 1, and equal logits."""
     needs(backend, "resized_kd_sigmoid" if resized else "kd_sigmoid")
     big, inf = 1e4, torch.inf
     cases = [

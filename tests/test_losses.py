@@ -1,4 +1,4 @@
-"""The modules call the functions with their options, and NFDLoss matches channels and sizes."""
+"""The modules pass their options to the functions, and NFDLoss matches channels and sizes."""
 
 import copy
 import inspect
@@ -92,7 +92,7 @@ def test_module_is_the_function(module, function, options, args, call):
 
 @pytest.mark.parametrize(("module", "function"), [case[:2] for case in CASES] + [(fastkd.RDDLoss, fastkd.rdd_loss)])
 def test_defaults_are_the_functions(module, function):
-    """The same keyword has the same default in the module and in the function."""
+    """Each keyword has the same default in the module and in the function."""
     options = inspect.signature(module).parameters
     shared = [p for p in inspect.signature(function).parameters.values() if p.name in options and p.name != "blend"]
     assert shared
@@ -102,7 +102,7 @@ def test_defaults_are_the_functions(module, function):
 
 
 def test_module_of_cross_entropy_and_dice():
-    """All three numbers take the module's weight."""
+    """The module's weight multiplies all three numbers."""
     options = {
         "ce_weight": 0.5,
         "dice_weight": 2.0,
@@ -134,7 +134,7 @@ def test_adapter_and_resize():
 
 
 def test_adapter_learns():
-    """The adapter alone can undo a linear map of the channels."""
+    """The adapter alone can learn to invert a linear map of the channels."""
     torch.manual_seed(0)
     student = torch.randn(2, 4, 16, 16)
     teacher = torch.einsum("ij,njhw->nihw", torch.randn(6, 4), student)

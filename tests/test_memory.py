@@ -1,4 +1,4 @@
-"""What forward and backward need beyond the gradient, from the peak of a fresh process."""
+"""Memory of forward and backward beyond the gradient, from the peak of a fresh process."""
 
 import json
 import subprocess
@@ -36,7 +36,7 @@ pytestmark = [needs_cpu, needs_proc]
 
 
 def measure(cases: list[tuple]) -> dict[str, tuple[float, float]]:
-    """By case and dtype: bytes beyond the gradient, as a share of the inputs and for each label pixel."""
+    """By case and dtype: bytes beyond the gradient, as a fraction of the inputs and per label pixel."""
     command = [sys.executable, "-c", CODE, json.dumps(cases)]
     out = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr
@@ -47,7 +47,7 @@ def measure(cases: list[tuple]) -> dict[str, tuple[float, float]]:
 
 @pytest.mark.promise("memory-maps")
 def test_extra_memory():
-    """The losses at the resolution of the maps: less than 1 % of the inputs."""
+    """Losses at map resolution: less than 1 % of the inputs."""
     used = measure(
         [
             ("nfd", "nfd", (1, 512, 128, 256), (1, 1)),
@@ -61,7 +61,7 @@ def test_extra_memory():
 
 @pytest.mark.promise("memory-labels")
 def test_extra_memory_at_label_resolution():
-    """Beyond the gradient: at most 8 bytes a label pixel, 16 in TSE, where the logits alone would be 76 or 600."""
+    """Beyond the gradient: at most 8 bytes per label pixel, 16 in TSE; the logits alone would take 76 or 600."""
     used = measure(
         [
             (f"{name}, {shape[1]} classes", name, shape, size)

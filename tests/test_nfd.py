@@ -35,7 +35,7 @@ def smallest_std(x: torch.Tensor, dims: str) -> float:
 def test_within_eagers_error(backend, dims, problem, reduction):
     student, teacher = problem.tensors()
     group = student[0, 0].numel()
-    # The z-score divides by the spread, and so does the gradient: that is the size of its rounding noise.
+    # The z-score divides by the standard deviation, and so does the gradient: this is the size of its rounding noise.
     scale = 1 / smallest_std(student, dims) / (group if reduction == "none" else 1)
     offset = 1 + abs(problem.offset) / smallest_std(student, dims)
     # The loss of an element is a small difference of numbers near 1 (docs/nfd.md).
@@ -56,7 +56,7 @@ def test_within_eagers_error(backend, dims, problem, reduction):
 @each_dims
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_far_from_zero(backend, mean, std, tolerance, dims, layout):
-    """|mean| / std = 10^6 in fp32: the gradient stays within 0.1 %, where plain PyTorch loses percents."""
+    """mean| / std = 10^6 in fp32: the gradient is within 0.1 %, while plain PyTorch is off by percents."""
     g = torch.Generator().manual_seed(1)
     student, teacher = (
         (torch.randn(2, 24, 33, 40, generator=g, dtype=torch.float64) * std + mean)
@@ -77,7 +77,7 @@ def test_far_from_zero(backend, mean, std, tolerance, dims, layout):
 @each_backend
 @each_dims
 def test_formula_by_hand(backend, dims):
-    """Against numbers worked out with the definition, not with our reference."""
+    """Against numbers computed by hand from the definition, not with our reference."""
     student = torch.tensor([[[[1.0, 3.0]], [[2.0, 2.0]]]], device=DEVICE)
     teacher = torch.tensor([[[[3.0, 1.0]], [[0.0, 4.0]]]], device=DEVICE)
     with fastkd.use_backend(backend):

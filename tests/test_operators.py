@@ -1,4 +1,4 @@
-"""What holds for every row of the table of operators: its schema everywhere, opcheck, names of arguments, deterministic bits."""
+"""Properties of every operator in the table: schema, opcheck, argument names, bitwise reproducibility."""
 
 import inspect
 
@@ -13,12 +13,13 @@ from .support import DEVICE, INTERPRETER, each_kernel
 NAMES = {row.name: row for row in OPERATORS}
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 each_operator = pytest.mark.parametrize("name", NAMES)
-# Triton's interpreter takes up to seconds for a call with the default sizes.
+# In Triton's interpreter a call with the default sizes takes up to seconds.
 SMALL = {"shape": (2, 3, 2, 3), "size": (5, 7)} if INTERPRETER else {}
 
 
 def calls(name: str, **draw) -> list[tuple]:
-    """As few of the row's samples as have every value of every argument, and every shape of every tensor, among them."""
+    """A minimal subset of the row's samples that contains every value of every argument and every shape of every
+    tensor."""
     seen, chosen = set(), []
     for args in NAMES[name].samples(Draw(device=DEVICE, **SMALL, **draw)):
         values = {(i, str(a.shape) if isinstance(a, torch.Tensor) else str(a)) for i, a in enumerate(args)}
@@ -29,7 +30,7 @@ def calls(name: str, **draw) -> list[tuple]:
 
 
 def few(samples: list[tuple], first: bool) -> list[tuple]:
-    """In the interpreter one of them, the first or the last."""
+    """In the interpreter a single one, the first or the last."""
     return samples[:1] if INTERPRETER and first else samples[-1:] if INTERPRETER else samples
 
 
@@ -56,7 +57,7 @@ def test_schema_is_the_tables(backend, name):
 
 @each_operator
 def test_at_most_ten_arguments(name):
-    """Backward operators take the upstream gradient and what was kept beside the forward's."""
+    """Backward operators take the upstream gradient and the saved tensors in addition to the forward's arguments."""
     arguments = NAMES[name].schema.partition(" ->")[0].count(",") + 1
     assert arguments <= 10
 
@@ -78,7 +79,8 @@ def test_opcheck(backend, name, layout, dtype):
 @each_kernel
 @each_operator
 def test_opcheck_of_dynamic_shapes(backend, name):
-    """Traced with symbolic sizes, the operator gives the numbers of eager mode; once, since it takes a second."""
+    """Traced with symbolic sizes, the operator gives eager mode's numbers. One operator only, since it takes a
+    second."""
     op = implemented(name, backend)
     if name == "isa":
         pytest.skip("no tensor")
@@ -107,13 +109,13 @@ def test_same_bits_every_time_and_inputs_are_left_alone(backend, name):
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Also where both are NaN."""
+    """Equal, or both NaN."""
     return torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
 
 
 @each_operator
 def test_fakes_take_the_schemas_arguments(name):
-    """A fake with a misspelt argument is found where it is called by keyword."""
+    """Calls by keyword, which finds a misspelt argument of a fake."""
     row = NAMES[name]
     parameters = list(inspect.signature(row.fake).parameters.values())
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):

@@ -1,4 +1,4 @@
-"""The package builds with and without a compiler, holds what it should, and asks of its surroundings what it says it does.
+"""The package builds with and without a compiler, contains the right files, and requires only what it declares.
 Slow: each build takes a minute."""
 
 import os
@@ -19,7 +19,7 @@ from .tools.environment import clean
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = Path(fastkd.__file__).with_name("_cpu.so")
-# What torch promises not to change: the C functions of its stable headers (torch/csrc/stable/c, inductor/aoti_torch/c).
+# The symbols that torch keeps stable: C functions of its stable headers (torch/csrc/stable/c, inductor/aoti_torch/c).
 STABLE = re.compile(r"^(aoti_torch|torch)_[a-z0-9_]+$")
 SYSTEM = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_[0-9.]+$|^_ITM_\w+$|^__gmon_start__$")
 
@@ -34,7 +34,7 @@ def needs(program: str) -> pytest.MarkDecorator:
 @needs_library
 @needs("nm")
 def test_library_uses_stable_symbols_alone():
-    """No C++ function of torch, none of Python: that is why one file serves every Python and torch from 2.10 on."""
+    """No C++ symbols of torch and none of Python, so that one file works with every Python and torch from 2.10 on."""
     lines = subprocess.check_output(["nm", "-D", "--undefined-only", str(LIBRARY)], text=True).splitlines()
     names = [line.split()[-1] for line in lines]
     used = [name for name in names if STABLE.match(name)]
@@ -57,8 +57,8 @@ def test_library_uses_stable_symbols_alone():
 @needs("objdump")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="registers of x86")
 def test_wide_instructions_stay_in_their_namespace():
-    """AVX outside the functions that are chosen at run time (an inline one that the linker shares, say) would crash an
-    older processor."""
+    """AVX instructions outside the functions selected at run time (e.g. in an inline function that the linker
+    shares) would crash an older processor."""
     code = subprocess.check_output(["objdump", "-d", "--no-show-raw-insn", str(LIBRARY)], text=True)
     functions = re.split(r"\n\n[0-9a-f]+ <", code)
     wide = {f.partition(">")[0] for f in functions[1:] if re.search(r"%[yz]mm", f)}
@@ -81,7 +81,7 @@ print(fastkd.backend_info()["operators"]["kd"]["cpu"], [str(w.message) for w in 
 
 
 def sources(folder: str, inside: str, *suffixes: str) -> set[str]:
-    """What git has in a folder, by its name in the package."""
+    """Files of a folder in git, by their name in the package."""
     listed = subprocess.check_output(["git", "ls-files", folder], cwd=ROOT, text=True).split()
     found = {inside + name.removeprefix(folder) for name in listed if name.endswith(suffixes or "")}
     assert found
@@ -111,7 +111,7 @@ def use(wheel: zipfile.ZipFile, folder: Path) -> str:
 @pytest.mark.promise("pure-python")
 @pytest.mark.slow
 def test_wheel_without_torch_at_build_time(tmp_path):
-    """Build isolation: no torch, so no C++; the package works and says once what it lacks."""
+    """Build isolation: no torch, so no C++; the package works and warns once about the missing library."""
     wheel = build(tmp_path, FASTKD_BUILD="")
     assert wheel.filename.endswith("-py3-none-any.whl")
     assert not [name for name in wheel.namelist() if name.endswith(".so")]
@@ -125,7 +125,8 @@ def test_wheel_without_torch_at_build_time(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="manylinux")
 @needs("make")
 def test_make_wheel(tmp_path):
-    """The source archive; from it a pure wheel, and one for every Python and torch, with every file the package needs."""
+    """The source archive; from it a pure wheel, and one for every Python and torch, each with all files of the
+    package."""
     here = Path(sys.executable).parent
     command = [
         "make",
@@ -134,7 +135,7 @@ def test_make_wheel(tmp_path):
         "wheel",
         f"BIN={here}",
         f"DIST={tmp_path}",
-    ]  # with this environment as it is
+    ]  # uses the present environment
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "FASTKD_CUDA": "0"})
     archive, pure, wheel = sorted(
         tmp_path.iterdir(), key=lambda path: (path.suffix == ".whl", "manylinux" in path.name)
@@ -156,8 +157,8 @@ def test_make_wheel(tmp_path):
 @pytest.mark.promise("sdist")
 @pytest.mark.slow
 def test_from_source_archive_to_tests_with_torch_alone(tmp_path):
-    """The archive holds what a wheel is built from; the wheel, in an environment with nothing but torch and what runs
-    tests, passes the tests of the core."""
+    """The archive contains everything to build a wheel. In an environment with only torch and the test requirements,
+    the wheel passes the core tests."""
     code = "import setuptools.build_meta as b, sys; print(b.build_sdist(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, cwd=ROOT)
     (archive,) = tmp_path.glob("*.tar.gz")
@@ -199,7 +200,7 @@ def test_files_name_the_same_version():
 
 @pytest.mark.parametrize("tool", ["ruff", "mypy"])
 def test_a_linter_has_one_version(tool):
-    """`make lint` takes it from the constraints, a commit and CI from pre-commit."""
+    """`make lint` takes its version from the constraints; commits and CI take it from pre-commit."""
     pinned = {first(rf"^{tool}==(.+)$", name) for name in ("constraints.txt", "constraints-oldest.txt")}
     hooks = set(re.findall(rf"\[{tool}==(.+)\]", (ROOT / ".pre-commit-config.yaml").read_text()))
     assert pinned == hooks

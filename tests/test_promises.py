@@ -1,4 +1,4 @@
-"""docs/promises.md is made of the tests' marks, and the bounds of its table hold."""
+"""docs/promises.md matches the marks of the tests, and the bounds of its table hold."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_error_bounds(name, dtype):
 
 @pytest.mark.promise("examples-differ")
 def test_examples_differ():
-    """What hypothesis draws covers the options: dtypes, layouts, and what a loss adds to them."""
+    """Hypothesis' examples cover the options: dtypes, layouts, and those of each loss."""
     drawn = []
 
     @settings(settings.get_profile("default"), database=None)

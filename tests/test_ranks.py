@@ -1,4 +1,5 @@
-"""Tokens (B, L, C) and volumes (N, C, D, H, W): the numbers of the same elements as a map, in place, in the same strides."""
+"""Tokens (B, L, C) and volumes (N, C, D, H, W) give the numbers of a map with the same elements, in place, in the
+same strides."""
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_tokens_in_their_own_strides(backend, name):
 
 @pytest.mark.parametrize("name", ["nfd", "cwd", "kd"])
 def test_tokens_are_read_without_a_copy(name, monkeypatch):
-    """What reaches the kernel is the caller's memory."""
+    """The kernel gets the caller's memory."""
     student = torch.randn(2, 24, 5).transpose(1, 2)
     seen = []
     for module in (fastkd.functional, fastkd._operators):
@@ -94,7 +95,7 @@ def test_wrong_ranks():
 
 @pytest.mark.parametrize("spatial", [(24,), (4, 6), (2, 3, 4)])
 def test_adapter_of_any_rank(spatial):
-    """The 1x1 convolution of a map is a linear layer of tokens; a teacher of another size is resized."""
+    """The 1x1 convolution of a map becomes a linear layer on tokens; a teacher of another size is resized."""
     loss = fastkd.NFDLoss(5, 7)
     student = torch.randn(2, 5, *spatial)
     teacher = torch.randn(2, 7, *(2 * size for size in spatial))
@@ -135,7 +136,7 @@ def test_constants_that_want_a_gradient_are_refused(name, call):
 
 @each_kernel
 def test_a_mean_of_equal_terms_does_not_drift(backend):
-    """Each of two million label pixels has the same term: the mean is that term to 1e-6."""
+    """Two million label pixels with equal terms: the mean is that term to 1e-6."""
     size = (1024, 2048) if DEVICE == "cuda" or backend == "cpu" else (16, 64)
     student, teacher = 3 * torch.randn(2, 1, 19, 1, 1, device=DEVICE)
     target = torch.full((1, *size), 3, dtype=torch.uint8, device=DEVICE)

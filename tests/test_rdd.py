@@ -1,4 +1,4 @@
-"""RDD: the two maps, both stages and both presets against the definitions written out with plain torch functions."""
+"""RDD: both maps, stages and presets against the definitions, written with plain torch functions."""
 
 import itertools
 
@@ -26,7 +26,8 @@ def on_backend(request):
 
 @pytest.fixture
 def heads():
-    """Student, teacher, their auxiliary heads (confident enough that a threshold of 0.7 divides), and labels."""
+    """Student, teacher, their auxiliary heads (confident enough for a threshold of 0.7 to separate pixels), and
+    labels."""
     student, teacher, student_aux, teacher_aux = 3 * torch.randn(4, 2, CLASSES, 6, 8, device=DEVICE)
     target = labels((2, 24, 30), CLASSES, 0.2, torch.int64, 3)
     return student.requires_grad_(), teacher, student_aux.requires_grad_(), teacher_aux, target
@@ -90,7 +91,8 @@ def test_select_words(heads, select):
     flat=st.booleans(),
 )
 def test_kth_smallest(kept, threshold, seed, flat):
-    """hard = confidence <= max(threshold, k-th smallest), by sorting; k may exceed the pixels; ties included."""
+    """hard = confidence <= max(threshold, k-th smallest), by sorting; k may exceed the number of pixels; includes
+    ties."""
     g = torch.Generator().manual_seed(seed)
     student, teacher = torch.randn(2, 2, 3, 6, 8, generator=g).to(DEVICE, torch.float64) * (0 if flat else 1)
     target = labels((2, 24, 30), 3, 0.1, torch.int64, seed)
@@ -160,7 +162,7 @@ def test_official_tse(heads, min_kept):
 
 @pytest.mark.promise("nothing-counted")
 def test_min_kept_beyond_the_pixels_selects_nothing(heads):
-    """Every pixel is hard for both, so none is relatively difficult: 0, not NaN."""
+    """Every pixel is hard for both networks, so none is relatively difficult: 0, not NaN."""
     student, teacher, _, _, target = heads
     out = fastkd.rdd_loss(student, teacher, target, stage="tse", preset="official", min_kept=10**6)
     assert out.task == 0
@@ -254,7 +256,7 @@ def test_mask_where_there_are_more_classes_than_rows(backend):
 
 @each_backend
 def test_mask_of_one_class(backend):
-    """Whose ignored pixels have no other class to stand for them."""
+    """With one class, an ignored pixel cannot be given another class."""
     logits, target = torch.zeros(1, 1, 2, 2, device=DEVICE), torch.zeros(1, 4, 4, dtype=torch.long, device=DEVICE)
     target[:, 0] = 255
     with fastkd.use_backend(backend):

@@ -16,7 +16,7 @@ from .test_rdd import kl
 
 
 def at_the_limit(logits, target, *, threshold=0.7, min_kept=0, confidence="max", align_corners=False, select="xor"):
-    """Pixels of float64 logits whose confidence is within roundings of what makes it hard."""
+    """Pixels of float64 logits whose confidence is within rounding of the threshold."""
     p = reference.confidence(logits, target, confidence, 255, align_corners)
     kept = min(min_kept, p.numel())
     limit = p.flatten().kthvalue(kept).values.clamp(min=threshold) if kept else threshold
@@ -41,7 +41,7 @@ def at_the_limit(logits, target, *, threshold=0.7, min_kept=0, confidence="max",
     seed=st.integers(0, 2**16),
 )
 def test_mask_is_the_references(backend, shape, size, teacher_size, confidence, select, min_kept, align_corners, seed):
-    """In fp64, but where a confidence is a rounding away from the threshold."""
+    """In fp64, except where a confidence is within rounding of the threshold."""
     g = torch.Generator().manual_seed(seed)
     student = 4 * torch.randn(shape, generator=g, dtype=torch.float64).to(DEVICE)
     teacher = 4 * torch.randn(*shape[:2], *teacher_size, generator=g, dtype=torch.float64).to(DEVICE)
@@ -59,7 +59,8 @@ def test_mask_is_the_references(backend, shape, size, teacher_size, confidence, 
 @each_kernel
 @pytest.mark.parametrize("min_kept", [0, 2000])
 def test_mask_differs_by_roundings_alone(backend, min_kept):
-    """In fp32 a pixel may fall on the other side only if its confidence is a few roundings from the threshold."""
+    """In fp32 a pixel may be classified differently only if its confidence is within a few roundings of the
+    threshold."""
     rows = 1 if INTERPRETER else 16
     student, teacher = 3 * torch.randn(2, 2, 19, rows, 32, device=DEVICE)
     target = labels((2, 8 * rows, 256), 19, 0.2, torch.uint8, 1)

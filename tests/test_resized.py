@@ -1,5 +1,4 @@
-"""The losses at label resolution equal "interpolate, then the loss" on each backend, and behave as docs promise at the
-edges."""
+"""The losses at label resolution equal "interpolate, then the loss" on each backend; edge cases as documented."""
 
 import pytest
 import torch

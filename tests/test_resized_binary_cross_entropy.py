@@ -1,4 +1,5 @@
-"""Binary cross-entropy at label resolution: torch's own on interpolated logits, the edges, the kernels' budget."""
+"""Binary cross-entropy at label resolution: torch's own on interpolated logits, edge cases, the kernels' error
+budget."""
 
 import pytest
 import torch
@@ -157,7 +158,7 @@ def test_huge_logits(backend):
 @each_kernel
 @pytest.mark.parametrize("weights", [False, True])
 def test_fp16_gradients(backend, weights):
-    """Of a mean over many elements, and with weights beyond fp16."""
+    """For a mean over many elements, and with weights beyond fp16's range."""
     needs(backend, "resized_binary_cross_entropy")
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 3, 8, 16, generator=g).to(DEVICE, torch.float16).requires_grad_()

@@ -1,4 +1,5 @@
-"""Dice, and cross-entropy with Dice, at label resolution: the formulas in float64, torch's cross-entropy, the edges."""
+"""Dice, and cross-entropy with Dice, at label resolution: the formulas in float64, torch's cross-entropy, edge
+cases."""
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def build(problem):
 
 
 def probabilities(logits, target, align_corners):
-    """Of all classes at label size in float64 (two of one logit), the one-hot labels and the valid map."""
+    """Of all classes at label size in float64 (two for one logit), the one-hot labels, and the map of valid pixels."""
     x = F.interpolate(logits.double(), target.shape[-2:], mode="bilinear", align_corners=align_corners)
     if x.shape[1] == 1:
         x = torch.cat([torch.zeros_like(x), x], 1)
@@ -59,7 +60,7 @@ def probabilities(logits, target, align_corners):
 
 def dice(logits, target, *, batch=True, smooth=1.0, square=False, background=True, present=False, class_weight=None,
          align_corners=False, reduction="mean"):  # fmt: skip
-    """Written as the formula is, one class after another, in float64."""
+    """The formula as written, class by class, in float64."""
     _, p, onehot = probabilities(logits, target, align_corners)
     one = logits.shape[1] == 1
     terms = p.new_zeros(1 if batch else len(p), 1 if one else p.shape[1])
@@ -98,7 +99,7 @@ def test_dice_is_the_formula(backend, problem, reduction, options):
 @each_backend
 @given(problem=problems, smoothing=st.sampled_from([0.0, 0.1]), options=st.fixed_dictionaries(OPTIONS))
 def test_both_are_the_two_losses(backend, problem, smoothing, options):
-    """Of one logit, the cross-entropy is torch's binary one."""
+    """With one logit, the cross-entropy is torch's binary one."""
     needs(backend, "resized_dice")
     logits, target, class_weight = build(problem)
     one = logits.shape[1] == 1
@@ -180,7 +181,7 @@ def test_all_ignored(backend, smooth):
 @each_backend
 @pytest.mark.parametrize("present", [False, True])
 def test_one_class_absent_and_one_class_alone(backend, present):
-    """Numbers by hand: at ratio 1 and with equal logits every p is 1/3."""
+    """By hand: at ratio 1 and with equal logits every p is 1/3."""
     needs(backend, "resized_dice")
     logits = torch.zeros(1, 3, 2, 4, device=DEVICE)
     target = torch.tensor([[[0, 0, 0, 0], [1, 1, 255, 255]]], device=DEVICE)
@@ -215,7 +216,7 @@ def test_nothing_at_all(backend):
 @each_kernel
 @pytest.mark.skipif(INTERPRETER or "emulat" in str(fastkd.backend_info()), reason="minutes there")
 def test_a_large_image_keeps_its_digits(backend):
-    """4096x8192 equal terms: a sum in fp32 would be off by 1e-5 and more."""
+    """4096x8192 equal terms: an fp32 sum would be off by 1e-5 or more."""
     needs(backend, "resized_dice")
     logits = torch.tensor([0.3, -0.4, 1.1], device=DEVICE).view(1, 3, 1, 1)
     target = torch.zeros(1, 4096, 8192, dtype=torch.uint8, device=DEVICE)
@@ -244,7 +245,7 @@ def test_what_is_refused():
 
 @each_kernel
 def test_sums_are_the_references(backend):
-    """Column by column, on its own: what the functions make of them could hide a wrong one."""
+    """Each column separately: the functions' combination could hide a wrong one."""
     needs(backend, "resized_dice")
     from fastkd.ops import operator
 

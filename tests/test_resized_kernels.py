@@ -1,4 +1,4 @@
-"""The kernels of the losses at label resolution: error budgets, the transpose, extremes, repetition."""
+"""The kernels of the losses at label resolution: error budgets, the transposed interpolation, extremes, repetition."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def build(problem):
 
 
 def scale_of(problem, target) -> float:
-    """A loss is a difference of logits as large as the scale; a sum adds up as many as there are pixels."""
+    """A loss is a difference of logits of this scale; a sum has one per pixel."""
     pixels = {"sum": target.numel(), "batchmean": target[0].numel()}.get(problem["reduction"], 1)
     return 4 * problem["scale"] * pixels
 
@@ -123,7 +123,7 @@ def test_gradient_is_the_transpose_of_the_interpolation(backend, align_corners, 
 @each_kernel
 @pytest.mark.parametrize("classes", [2, 19] if INTERPRETER else [2, 19, 300])
 def test_neighbours_that_disagree_by_hundreds(backend, classes):
-    """Between two pixels that are sure of different classes, the largest interpolated logit is far below both."""
+    """Between two pixels confident of different classes, the largest interpolated logit is far below both."""
     size = (4, 24) if INTERPRETER else (16, 48)
     student = torch.zeros(1, classes, 2, 6, device=DEVICE)
     student[:, 0, :, ::2] = 400.0
@@ -142,7 +142,7 @@ def test_neighbours_that_disagree_by_hundreds(backend, classes):
 @each_kernel
 @pytest.mark.parametrize(("size", "first"), [((2, 80), 40), ((1, 20), 15)])
 def test_an_ignored_pixel_may_hold_anything(backend, size, first):
-    """Logits that only ignored pixels see may be NaN or infinite: loss and gradient of the others do not change."""
+    """Logits that affect only ignored pixels may be NaN or infinite: loss and gradient of the others are unchanged."""
     student, teacher = torch.randn(2, 1, 5, 1, 20, device=DEVICE)
     target = labels((1, *size), 5, 0.1, torch.uint8, 2)
     target[..., first:] = 255
@@ -177,7 +177,7 @@ def test_nan_propagates(backend):
 @each_kernel
 @pytest.mark.parametrize("size", [(3, 4), (6, 4), (3, 8)])
 def test_nan_crosses_no_axis_without_interpolation(backend, size):
-    """A neighbour's weight of 0 times NaN is NaN: the gradient has no share of it along an axis that is not resized."""
+    """0 * NaN is NaN: along an axis that is not resized, the gradient takes nothing from a neighbour of weight 0."""
     student, teacher = torch.randn(2, 1, 2, 3, 4, device=DEVICE)
     student[0, 1, 1, 1] = torch.nan
     target = torch.zeros(1, *size, dtype=torch.int64, device=DEVICE)
@@ -193,7 +193,7 @@ def test_nan_crosses_no_axis_without_interpolation(backend, size):
 @pytest.mark.promise("masked-classes")
 @each_kernel
 def test_masked_classes_at_ratio_one(backend):
-    """-inf is a class of probability 0, where nothing is interpolated."""
+    """Without interpolation, -inf is a class of probability 0."""
     logits = torch.randn(1, 5, 4, 9, device=DEVICE)
     logits[:, 3] = -torch.inf
     target = labels((1, 4, 9), 3, 0.2, torch.int64, 1)
@@ -203,12 +203,12 @@ def test_masked_classes_at_ratio_one(backend):
         student = torch.randn_like(logits)
         kd = fastkd.resized_kd_loss(student, logits, size=(4, 9))
         torch.testing.assert_close(kd, fastkd.kd_loss(student, logits))
-        # Nor where it is the label, and impossible in the neighbouring columns and rows alone.
+        # The same if it is the label, and masked only in the neighbouring columns and rows.
         logits[0, 3, 1::2, 1::2] = 1.0
         target[0, 1::2, 1::2] = 3
         got = fastkd.resized_cross_entropy(logits, target)
         torch.testing.assert_close(got, F.cross_entropy(logits, target, ignore_index=255))
-        if backend != "cuda":  # it has no kernel for RDD
+        if backend != "cuda":  # no RDD kernel
             hard = fastkd.difficulty_mask(logits, student, target, confidence="label", threshold=1.0, select="student")
             assert torch.equal(hard, target != 255)
 
@@ -216,7 +216,8 @@ def test_masked_classes_at_ratio_one(backend):
 @each_kernel
 @pytest.mark.parametrize("turned", [False, True])
 def test_beside_a_huge_logit(backend, turned):
-    """Class 0 goes from -3e7 to 1e8, so that halfway the other classes decide, far below what bounds them: all digits stay."""
+    """Class 0 goes from -3e7 to 1e8. Halfway the other classes determine the result, far below the bound: no
+    precision is lost."""
     teacher, student = torch.randn(2, 1, 5, 3, 3, device=DEVICE)
     teacher[0, 0] = torch.tensor([-3e7, 1e8, 1e8], device=DEVICE).view((1, 3) if turned else (3, 1))
     target = labels((1, 7, 7), 5, 0.0, torch.int64, 1)
@@ -230,7 +231,7 @@ def test_beside_a_huge_logit(backend, turned):
             got = loss(student, teacher)
         with fastkd.use_backend("reference"):
             want = loss(student.double(), teacher.double())
-        sane = want < 1e3  # where class 0 is not the one that counts
+        sane = want < 1e3  # where class 0 does not dominate
         assert sane.sum() >= 7
         torch.testing.assert_close(got[sane].double(), want[sane], rtol=1e-4, atol=1e-4)
 
@@ -238,7 +239,7 @@ def test_beside_a_huge_logit(backend, turned):
 @each_kernel
 @pytest.mark.parametrize(("size", "align_corners"), [((2, 5), True), ((5, 11), False)])
 def test_a_masked_pixel_is_an_ignored_one(backend, size, align_corners):
-    """The mask of RDD's TSE and the label ignore_index leave out the same pixels, bit for bit."""
+    """The mask of RDD's TSE and the label ignore_index exclude the same pixels, bitwise."""
     if backend == "cuda":
         pytest.skip("CUDA C++ takes no mask")
     logits = torch.randn(2, 3, 2, 5, device=DEVICE, requires_grad=True)
@@ -279,14 +280,14 @@ def test_same_bits_for_any_number_of_threads(backend):
 @pytest.mark.promise("backward-again")
 @each_kernel
 def test_backward_twice(backend):
-    """A second backward over the same graph makes the gradient anew; a graph of the backward is refused."""
+    """A second backward over the same graph recomputes the gradient; double backward is refused."""
     student, teacher = torch.randn(2, 1, 4, 2, 6, device=DEVICE)
     target = labels((1, 4, 12), 4, 0.3, torch.int64, 4)
     losses = [
         lambda s: fastkd.resized_cross_entropy(s, target),
         lambda s: fastkd.resized_kd_loss(s, teacher, size=(4, 12)),
     ]
-    if backend != "cuda":  # it has no kernel for RDD
+    if backend != "cuda":  # no RDD kernel
         losses.append(lambda s: fastkd.rdd_loss(s, teacher, target, stage="tfe", teacher_aux=teacher.flip(1)).loss)
     for loss in losses:
         s = student.clone().requires_grad_()
@@ -304,7 +305,7 @@ def test_backward_twice(backend):
 @each_kernel
 @pytest.mark.skipif(INTERPRETER, reason="one program would take 65 536 label pixels in turn")
 def test_half_precision_does_not_overflow(backend):
-    """A gradient of a sum over 65 536 label pixels of one logit is beyond fp16; its mean is not."""
+    """The gradient of a sum over 65 536 label pixels of one logit overflows fp16; that of the mean does not."""
     logits = torch.zeros(1, 2, 1, 1, device=DEVICE, dtype=torch.float16, requires_grad=True)
     target = torch.zeros(1, 512, 512, dtype=torch.uint8, device=DEVICE)
     with fastkd.use_backend(backend):

@@ -1,4 +1,4 @@
-"""OHEM at label resolution against the float64 formula written out, on every backend."""
+"""OHEM at label resolution against the float64 formula on every backend."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from .test_kd import labels
 
 
 def ohem(logits, target, threshold=0.7, min_kept=100_000, class_weight=None, align_corners=False, reduction="mean"):
-    """As training code writes it: upsample, sort the probabilities of the labels, keep the hardest."""
+    """As in typical training code: upsample, sort the probabilities of the labels, keep the hardest."""
     upsampled = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=align_corners)
     target = target.long()
     valid = target != 255
@@ -49,7 +49,7 @@ def ohem(logits, target, threshold=0.7, min_kept=100_000, class_weight=None, ali
     seed=st.integers(0, 2**16),
 )
 def test_against_the_formula(backend, shape, size, min_kept, threshold, weighted, align_corners, reduction, seed):
-    """In fp64, where no rounding of fp32 moves a pixel over the limit."""
+    """In fp64, so that fp32 rounding moves no pixel across the threshold."""
     g = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(shape, generator=g, dtype=torch.float64).to(DEVICE)
     target = labels((shape[0], *size), shape[1], 0.2, torch.int64, seed)

@@ -1,4 +1,5 @@
-"""Label smoothing and focal loss at label resolution: torch's smoothing, the focal formula, the kernels' budget."""
+"""Label smoothing and focal loss at label resolution: torch's smoothing, the focal formula, the kernels' error
+budget."""
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ each_shape = pytest.mark.parametrize("shape", SHAPES)
 
 
 def truth(logits, target, class_weight, align_corners, label_smoothing=0.0, focal_gamma=0.0):
-    """Terms (N, H, W) and what the mean divides by, in float64."""
+    """Terms (N, H, W), and the divisor of the mean, in float64."""
     x = upsample(logits, target.shape[-2:], align_corners)
     weight = None if class_weight is None else class_weight.double()
     options = {"ignore_index": 255, "reduction": "none"}
@@ -97,7 +98,7 @@ def test_all_ignored(backend, shape):
 @each_backend
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 5.0])
 def test_focal_of_a_sure_pixel_is_zero(backend, gamma):
-    """p = 1 in fp32: (1 - p)^gamma has an infinite derivative there for gamma < 1, the loss has none."""
+    """p = 1 in fp32: for gamma < 1 the derivative of (1 - p)^gamma is infinite there, that of the loss is not."""
     needs(backend, "resized_shaped_cross_entropy")
     logits = torch.tensor([100.0, -100.0], device=DEVICE).view(1, 2, 1, 1).requires_grad_()
     for label, want in ((0, 0.0), (1, 200.0)):
@@ -111,7 +112,7 @@ def test_focal_of_a_sure_pixel_is_zero(backend, gamma):
 
 @each_backend
 def test_neither_is_plain_cross_entropy(backend):
-    """Bit for bit, from the same operator."""
+    """Bitwise, from the same operator."""
     logits = torch.randn(2, 5, 4, 6, device=DEVICE, requires_grad=True)
     target = labels((2, 9, 13), 5, 0.3, torch.int64, 1)
     results = []

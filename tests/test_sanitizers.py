@@ -1,4 +1,5 @@
-"""Every C++ kernel, small, under the sanitizers; all operator tests under them: ``python -m tests.tools.sanitize``."""
+"""Every C++ kernel on small inputs under the sanitizers. ``python -m tests.tools.sanitize`` runs all operator tests
+under them."""
 
 import os
 import shutil
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.skipif(not shutil.which(COMPILER), reason=f"there is no
 
 @pytest.fixture(params=["asan", "tsan"])
 def tool(request, tmp_path):
-    """The name of a tool that this compiler can link."""
+    """Name of a tool that this compiler can link."""
     source = tmp_path / "empty.cpp"
     source.write_text("int main() {}")
     flags = {"asan": ASAN, "tsan": TSAN}[request.param]
@@ -29,7 +30,7 @@ def tool(request, tmp_path):
 
 
 def sanitize(tool: str, folder, *options: str) -> str:
-    """The end of what the script printed; it must have ended well."""
+    """The end of the script's output, after checking its exit status."""
     command = [
         sys.executable,
         "-m",

@@ -1,7 +1,7 @@
-"""What is Triton's own: how maps are cut into tiles and chunks, every dtype and layout at every cut, labels of every type.
+"""Triton only: tiles and chunks, every dtype and layout with every tiling, labels of every dtype.
 
-Runs where Triton's kernels run: on a GPU, or with TRITON_INTERPRET=1 in its interpreter. The tests that hold for every
-backend's kernels are in the files of the operators.
+Runs on a GPU, or with TRITON_INTERPRET=1 in Triton's interpreter. Tests that apply to every backend are in the
+operators' files.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float6
 # Student and teacher.
 DTYPES = [(F32, F32), (F16, F16), (BF16, BF16), (BF16, F32), (F32, F16), (F64, F64)]
 KINDS = [(*DTYPES[i % 6], (NCHW, NHWC)[(i + i // 6) % 2]) for i in range(12)]
-# Sizes around the tiles' (powers of two and WIDTH), one of everything, the channel and class counts of the field.
+# Sizes around the tiles (powers of two and WIDTH), all sizes 1, and common numbers of channels and classes.
 SHAPES = [(2, 19, 5, 7), (3, 1, 9, 4), (1, 2, 1, 1), (2, 64, 4, 16), (1, 3, 53, 61), (2, 150, 3, 3), (1, 300, 2, 5)]
-# (TILE, WIDTH, PROGRAMS): as shipped; one long chunk of many tiles; a few chunks of several tiles each.
+# (TILE, WIDTH, PROGRAMS): the defaults; one long chunk of many tiles; a few chunks of several tiles each.
 CUTS = {"shipped": (2048, 64, 2048), "one chunk": (256, 8, 1), "chunks": (256, 8, 12)}
 CASES = [("shipped", shape) for shape in SHAPES] + [
     (cut, shape) for cut in ("one chunk", "chunks") for shape in [(2, 19, 5, 7), (1, 3, 23, 41), (1, 150, 3, 3)]
@@ -41,7 +41,7 @@ each_layout = pytest.mark.parametrize("layout", [NCHW, NHWC])
 
 
 def each_problem(option: str, *values):
-    """Every cut and shape with every value of an option, each with the next kind of maps in turn."""
+    """Every tiling and shape with every value of an option, cycling through the dtypes and layouts."""
     problems = [
         (value, cut, shape, *KINDS[(i + 5 * j) % len(KINDS)])
         for j, value in enumerate(values)
@@ -67,7 +67,7 @@ def maps(shape, student=F32, teacher=F32, layout=NCHW, scale=1.0, offset=0.0, se
 
 
 def truth(formula, student: Tensor, teacher: Tensor, grad: Tensor, dtype) -> tuple[Tensor, Tensor]:
-    """Loss, and gradient of sum(grad * loss) for the student, of plain PyTorch in ``dtype``."""
+    """Loss, and gradient of sum(grad * loss) for the student, by plain PyTorch in ``dtype``."""
     s = student.to(dtype).requires_grad_()
     loss = formula(s, teacher.to(dtype))
     (gradient,) = torch.autograd.grad(loss, s, grad.to(dtype))
@@ -125,7 +125,7 @@ def test_kd(pixels, cut, shape, student, teacher, layout):
     if pixels == "weighted":
         temperature = 1.0
         weight = torch.rand(n, h, w, dtype=F64 if s.dtype == F64 else F32, device=DEVICE)
-    else:  # some labels are ignored, some belong to no class
+    else:  # some labels are ignored, some out of range
         target = torch.randint(0, min(c + 2, 256), (n, h, w), device=DEVICE)
         target[torch.rand(n, h, w, device=DEVICE) < 0.2] = 255
         target = target.to(torch.uint8)
@@ -141,7 +141,7 @@ def test_kd(pixels, cut, shape, student, teacher, layout):
 @each_cut
 @pytest.mark.parametrize("dims", ["hw", "nhw", "c", "chw"])
 def test_nfd_far_from_zero(dims, cut, layout):
-    """|mean| / std = 1e6: the gradient stays within 0.1 %."""
+    """mean| / std = 1e6: the gradient is within 0.1 %."""
     s, t = maps((2, 20, 5, 9), layout=layout, scale=1e-2, offset=1e4)
     grad, loss, gradient = run_nfd(s, t, dims, 1e-12)
     want, want_gradient = truth(lambda s, t: reference.nfd(s, t, dims, 1e-12), s, t, grad, F64)
@@ -152,7 +152,7 @@ def test_nfd_far_from_zero(dims, cut, layout):
 @each_cut
 @pytest.mark.parametrize("dims", ["hw", "nhw", "c", "chw"])
 def test_nfd_near_convergence(dims, cut):
-    """The loss is a difference of large numbers: its absolute error stays below 1e-6."""
+    """The loss is a difference of large numbers: its absolute error is below 1e-6."""
     s, _ = maps((1, 10, 5, 17), scale=100.0, offset=30.0)
     for noise in (0.0, 1e-3, 1e-1):
         t = 0.5 * s + noise * torch.randn_like(s)
@@ -162,7 +162,7 @@ def test_nfd_near_convergence(dims, cut):
 
 @each_cut
 def test_outlier_first(cut):
-    """The value all means are kept relative to may be the one that is far from all others."""
+    """The reference value of all means may itself be an outlier."""
     s, t = maps((1, 2, 30, 40))
     s[..., 0, 0] = 1e4
     for dims in ("hw", "chw", "nhw"):
@@ -172,7 +172,7 @@ def test_outlier_first(cut):
 @each_cut
 @each_layout
 def test_masked_teacher(cut, layout):
-    """A teacher logit of -inf is probability 0: it adds 0, also where a whole tile or chunk is -inf."""
+    """A teacher logit of -inf is probability 0 and contributes 0, also if a whole tile or chunk is -inf."""
     s, t = maps((1, 70, 3, 5), layout=layout)
     t[:, :40] = -torch.inf
     check(lambda s, t: reference.kd(s, t, 2.0), s, t, *run_kd(s, t, 2.0))
@@ -184,7 +184,7 @@ def test_masked_teacher(cut, layout):
 @pytest.mark.parametrize("cut", ["shipped", "chunks"], indirect=True)
 @each_layout
 def test_same_maps(cut, layout):
-    """Equal maps have a divergence and a gradient of exactly 0, masked classes and far offsets included."""
+    """Divergence and gradient of equal maps are exactly 0, also with masked classes and large offsets."""
     s, _ = maps((1, 21, 5, 7), layout=layout, scale=30.0, offset=1e3)
     for temperature in (1.0, 3.0):
         for _, loss, gradient in (run_kd(s, s, temperature), run_cwd(s, s, temperature)):
@@ -195,7 +195,7 @@ def test_same_maps(cut, layout):
 
 
 def test_kd_labels():
-    """Every label type; labels that are no class are ignored and lead to no read."""
+    """Every label dtype; out-of-range labels are ignored and cause no read."""
     s, t = maps((2, 4, 6, 7))
     want = reference.kd(s.double(), t.double(), 1.0)
     signed = {torch.int32: [-(2**31), -100, -1, 2**31 - 1], torch.int64: [-(2**63), -100, 2**40, 2**63 - 1]}
@@ -224,7 +224,7 @@ def test_kd_labels():
 @pytest.mark.parametrize("shape", [(2, 19, 5, 7), (1, 150, 3, 41)])
 @pytest.mark.parametrize("labelled", [False, True], ids=["all", "labelled"])
 def test_kd_reductions(shape, labelled):
-    """The sum, the mean and the count are those of the map, and so are their gradients; ``scale`` multiplies both."""
+    """Sum, mean and count, and the gradients, match those of the map; ``scale`` multiplies both."""
     n, c, h, w = shape
     s, t = maps(shape)
     weight = torch.rand(n, h, w, device=DEVICE)
@@ -244,7 +244,7 @@ def test_kd_reductions(shape, labelled):
 
 @pytest.mark.parametrize("dims", ["hw", "nhw", "c", "chw"])
 def test_group_sums(dims):
-    """The sum is that of the groups; a 0-d upstream gradient is one for all groups; ``scale`` multiplies both."""
+    """The sum equals that of the groups; a 0-d upstream gradient applies to all groups; ``scale`` multiplies both."""
     s, t = maps((3, 20, 9, 13))
     for run, args in ((nfd, (s, t, dims, 1e-5)), (cwd, (s, t, 2.0))):
         terms, stats = run.forward(*args, "none", 0.5)
@@ -267,7 +267,7 @@ def test_nan_propagates():
 
 
 def test_constant_maps():
-    """No variance: the loss is 0 and eps keeps the gradient finite."""
+    """Variance 0: the loss is 0 and eps keeps the gradient finite."""
     s = torch.full((2, 3, 8, 9), 7.0, device=DEVICE)
     for dims in ("hw", "nhw", "c", "chw"):
         _, loss, gradient = run_nfd(s, s + 1, dims)
@@ -291,7 +291,7 @@ def test_same_bits_every_time(cut):
 
 
 def test_registered():
-    """The operators are reachable with the schemas of ``fastkd.ops``, and the storage offset of a map is minded."""
+    """The operators have the schemas of ``fastkd.ops``, and respect a map's storage offset."""
     s, t = (torch.cat([torch.zeros(1, device=DEVICE), x.flatten()])[1:].view(x.shape) for x in maps((1, 5, 6, 7)))
     assert backends.why_not("triton") is None  # loads it
     ops, group = torch.ops.fastkd_triton, ("none", 1.0)
@@ -306,7 +306,7 @@ def test_a_long_sum_of_equal_terms_does_not_drift(monkeypatch):
     """One lane adds all label pixels of a cell: 144 equal terms, and 144 equal class weights."""
     monkeypatch.setattr(planning, "PROGRAMS", 1)
     planning._plan.cache_clear()
-    # Of these the roundings of one term after the other have one sign.
+    # For these, the roundings of a sequential sum all have the same sign.
     logits, student, teacher = (
         torch.tensor(x, device=DEVICE).view(1, 2, 1, 1) for x in ([0.0, 0.2], [-0.7, 0.0], [1.5, 0.0])
     )

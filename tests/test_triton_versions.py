@@ -1,7 +1,8 @@
 """Every supported Triton compiles every kernel in every combination of optional arguments and label dtypes, for sm_90.
 
-In `make test-all` those of ``FASTKD_TRITONS`` do: folders separated like PATH, each with a Triton
-(``pip install --target FOLDER --no-deps triton==VERSION``). CI runs it with the oldest and the newest torch. For one Triton:
+`make test-all` tests the versions in ``FASTKD_TRITONS``: folders separated as in PATH, each with a Triton (``pip
+install --target FOLDER --no-deps triton==VERSION``). CI tests those of the oldest and the newest torch. For one
+version:
 
     python -m tests.test_triton_versions [SHARE OF]
 """
@@ -87,7 +88,7 @@ def combinations() -> list[Callable[[], None]]:
         out.append(lambda t=teacher, a=args: run_resized_kd(shape, t, size, *a))
         args = (NCHW, F32, F32, next(of_label) if labelled else None, weight, "mean", kd_sigmoid)
         out.append(lambda a=args: run_kd(shape, *a))
-    # A size of 1 is a constant to the compiler.
+    # The compiler specialises on a size of 1.
     for one, to, dtype in (((1, 1, 1, 1), (1, 1), F32), ((1, 2, 1, 1), (1, 9), F64), ((3, 1, 4, 5), (4, 5), F16)):
         for options in ((0.1, 0.0), (0.0, 2.0)):
             out.append(lambda o=one, t=to, d=dtype, p=options: run_shaped(o, t, NHWC, d, U8, p, True))
@@ -107,7 +108,7 @@ def combinations() -> list[Callable[[], None]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", TRITONS)
 def test_every_combination_compiles(folder):
-    """A torch brings a Triton of its own: each compiles every kernel, whatever arguments are given."""
+    """Each torch version has its own Triton: each compiles every kernel with any arguments."""
     command = [sys.executable, "-m", "tests.test_triton_versions"]
     root = Path(__file__).parents[1]
     paths = os.pathsep.join(filter(None, (folder, str(root))))
@@ -118,7 +119,7 @@ def test_every_combination_compiles(folder):
 
 
 def compile_combinations(share: int, of: int) -> int:
-    """Every ``of``-th combination from ``share``; how many kernels that is."""
+    """Compiles every ``of``-th combination from ``share`` on; returns the number of kernels."""
     found = stand_in("sm_90")
     for run in combinations()[share::of]:
         run()

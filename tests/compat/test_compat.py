@@ -1,4 +1,4 @@
-"""The classes of other projects give those projects' numbers: each formula is written out here, in float64."""
+"""The classes of other projects reproduce those projects' numbers; each formula is written out here in float64."""
 
 import inspect
 import subprocess
@@ -24,13 +24,13 @@ def maps(*shape):
 
 
 def divergence(student, teacher, tau, dim):
-    """KL of the softmaxes over `dim`, one number for each of the rest."""
+    """KL of the softmaxes over `dim`, reduced over `dim` only."""
     p, q = torch.softmax(teacher / tau, dim), torch.softmax(student / tau, dim)
     return (p * (p / q).log()).sum(dim)
 
 
 def agree(loss, formula, student, teacher, backend="auto", rtol=1e-10):
-    """Value and gradient of `loss` in float64 are those of `formula`; in float32 nearly so."""
+    """Value and gradient of `loss` equal those of `formula` in float64, and approximately in float32."""
     for dtype, tolerance in ((torch.float64, rtol), (torch.float32, max(rtol, 1e-5))):
         rounded = student.detach().to(dtype)
         ours, plain = (rounded.to(kind, copy=True).requires_grad_() for kind in (dtype, torch.float64))
@@ -72,7 +72,7 @@ def test_cirkd_cwd_of_squares():
 
 
 def test_cirkd_adapters():
-    """A 1x1 convolution without bias: where channels differ in CWD, always in FitNet."""
+    """A 1x1 convolution without bias: in CWD if the channels differ, in FitNet always."""
     student, teacher = (x.float() for x in maps())
     for loss, formula in (
         (
@@ -89,7 +89,7 @@ def test_cirkd_adapters():
 
 
 def test_cirkd_feature_losses():
-    """The formulas are tested in tests/train/test_methods.py; here they come under the names and arguments of CIRKD."""
+    """The formulas are tested in tests/train/test_methods.py; this tests CIRKD's names and arguments."""
     from fastkd.train.methods.at import ATLoss
     from fastkd.train.methods.cirkd import CIRKDLoss
     from fastkd.train.methods.ifvd import IFVDLoss
@@ -141,7 +141,7 @@ def elements(student, teacher, tau):
 REDUCE = {
     "batchmean": lambda x: x.sum() / N,
     "sum": torch.sum,
-    "mean": lambda x: x.sum() / x.numel(),  # of elements: C times smaller than the mean over pixels
+    "mean": lambda x: x.sum() / x.numel(),  # over elements: C times smaller than the mean over pixels
     "none": lambda x: x,
 }
 
@@ -199,7 +199,7 @@ def io(student, teacher):
     return {"head": {"output": student}}, {"classifier": {"input": None, "output": teacher}}
 
 
-# With "none" the two terms, (N, H, W) and (N, C, H, W), cannot be added, there as here.
+# With "none" the two terms, (N, H, W) and (N, C, H, W), cannot be added; the original has the same limitation.
 @pytest.mark.parametrize(
     ("reduction", "labelled"), [(r, y) for r in REDUCTIONS for y in (True, False) if not (r == "none" and y)]
 )

@@ -1,6 +1,7 @@
-"""The losses of segmentation-models-pytorch and MONAI give the numbers of the originals; Ultralytics' that of its description.
+"""The losses reproduce the numbers of segmentation-models-pytorch and MONAI; Ultralytics' loss is checked against its
+formula.
 
-Logits are at the labels' size, or smaller; the originals then see them resized.
+Logits are at label size or smaller; in the latter case the original gets resized logits.
 """
 
 import itertools
@@ -30,7 +31,7 @@ def problem(ignore_index=None, absent=None, size=None, dtype=torch.float64, chan
 
 
 def agree(ours, theirs, logits, labels, *, size=(H, W), rtol=1e-6):
-    """Value and gradient; theirs sees the logits at the labels' size."""
+    """Value and gradient; the original gets logits at label size."""
     found = []
     for loss, resize in ((ours, False), (theirs, True)):
         x = logits.clone().requires_grad_()

@@ -1,2 +1,2 @@
-"""Scripts that check the checks: sanitizers, fuzzing, mutants, other versions of Python and torch. docs/promises.md says
-how to run each and what it found."""
+"""Scripts that test the tests: sanitizers, fuzzing, mutants, other versions of Python and torch. docs/promises.md
+explains how to run each, with results."""

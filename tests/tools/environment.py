@@ -1,4 +1,4 @@
-"""Fresh virtual environments with a few packages of this one and nothing else, without a download."""
+"""Fresh virtual environments with a few of this one's packages only, without downloads."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from packaging.requirements import Requirement
 
 
 def clean(folder: Path, packages: tuple[str, ...]) -> str:
-    """Makes a virtual environment that sees ``packages`` and what they require; the path of its Python."""
+    """Creates a virtual environment with ``packages`` and their requirements; returns the path of its Python."""
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     site = next((folder / "lib").glob("python3*")) / "site-packages"
     for entry in {file for name in closure(packages) for file in top_level(name)}:
         link = site / entry.name
         if link.is_dir() and not link.is_symlink():
-            shutil.rmtree(link)  # what venv has put there: setuptools, in an old version
+            shutil.rmtree(link)  # setuptools from venv, in an old version
         if not link.exists():
             link.symlink_to(entry)
     return str(folder / "bin" / "python")
 
 
 def closure(packages: tuple[str, ...]) -> set[str]:
-    """The packages and, as far as they are installed, what they require."""
+    """The packages and their installed requirements, recursively."""
     found: set[str] = set()
     todo = list(packages)
     while todo:
@@ -43,7 +43,7 @@ def closure(packages: tuple[str, ...]) -> set[str]:
 
 
 def top_level(name: str) -> set[Path]:
-    """What a package has put into site-packages."""
+    """What a package installs in site-packages."""
     files = metadata.files(name) or []
     return {
         Path(str(f.locate())).parents[len(f.parts) - 2] if len(f.parts) > 1 else Path(str(f.locate()))

@@ -1,10 +1,10 @@
-"""How far the losses are from float64, beside plain PyTorch in the same dtype: the table of docs/promises.md.
+"""Errors of the losses against float64, next to plain PyTorch's in the same dtype: the table of docs/promises.md.
 
-    python -m tests.tools.errors            # on the CPU, or on a GPU where there is one
+    python -m tests.tools.errors            # on a GPU if there is one, else on the CPU
     python -m tests.tools.errors --save     # and append the rows to benchmarks/results/errors.csv
 
-The truth is the reference in float64 on the inputs as rounded to their dtype. Loss: |error| / |truth|; gradient: the L2 norm of
-the error over that of the truth; the worst of some seeds.
+The truth is the reference in float64 on the inputs rounded to their dtype. Loss: |error| / |truth|; gradient: L2 norm
+of the error over that of the truth. The table has the worst of several seeds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def problem(dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of two networks that agree to some extent, 3 wide, and labels at four times the size, a tenth ignored."""
+    """Correlated logits of two networks, 3 wide, and labels at four times the size, a tenth of them ignored."""
     g = torch.Generator().manual_seed(seed)
     student = 3 * torch.randn(2, 19, 32, 64, generator=g)
     teacher = 0.7 * student + 2 * torch.randn(2, 19, 32, 64, generator=g)
@@ -40,7 +40,7 @@ def run(loss: Loss, backend: str, student: Tensor, teacher: Tensor, labels: Tens
     student = student.detach().requires_grad_()
     with fastkd.use_backend(backend):
         value = loss(student, teacher, labels)
-    (2**12 * value).backward()  # as a GradScaler does: a mean's gradient is below fp16's range
+    (2**12 * value).backward()  # as GradScaler does: a mean's gradient underflows fp16
     return value.detach().double(), student.grad.double()
 
 
@@ -58,7 +58,7 @@ def errors(name: str, dtype: torch.dtype, seeds: int) -> dict[str, tuple[float, 
 
 
 def records(seeds: int = 5) -> list[Record]:
-    """A row for each loss and dtype: errors of the kernel and of plain PyTorch."""
+    """One row per loss and dtype: errors of the kernel and of plain PyTorch."""
     found = []
     for name in LOSSES:
         for dtype in DTYPES:
@@ -72,7 +72,7 @@ def records(seeds: int = 5) -> list[Record]:
 
 
 def newest() -> list[Record]:
-    """The rows of the last run on a CPU."""
+    """The rows of the last CPU run."""
     rows = [row for row in read(RESULTS / FILE) if not row["driver"]]
     return [row for row in rows if (row["date"], row["commit"]) == (rows[-1]["date"], rows[-1]["commit"])]
 

@@ -1,12 +1,13 @@
-"""Random calls of the C++ operators (fastkd.ops.OPERATORS): shapes, strides, dtypes, options and contents, some of them wrong.
+"""Random calls of the C++ operators (fastkd.ops.OPERATORS): shapes, strides, dtypes, options and contents, some of them
+invalid.
 
-    python -m tests.tools.fuzz --minutes 60                   # with the library that is built
-    python -m tests.tools.sanitize --tool asan --fuzz 60      # the same under the address and undefined-behaviour sanitizers
-    python -m tests.tools.fuzz --seed 123456                  # one case again
+    python -m tests.tools.fuzz --minutes 60                   # with the installed library
+    python -m tests.tools.sanitize --tool asan --fuzz 60      # under the address and undefined-behaviour sanitizers
+    python -m tests.tools.fuzz --seed 123456                  # repeats one case
 
-A case is drawn from its seed alone. What must hold: a call returns or raises RuntimeError; what it returns has no element
-that was never written; inputs are unchanged; a second call gives the same bits; finite inputs of ordinary size give
-finite results. The seed of a case that fails is printed, and the exit status is 1; a crash leaves it in ``--log``.
+A case depends only on its seed. A call must return or raise RuntimeError. Its results must have no unwritten element;
+inputs must be unchanged; a second call must be bitwise equal; finite inputs of ordinary size must give finite results.
+The seed of a failing case is printed, and the exit status is 1; after a crash the seed is in ``--log``.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from fastkd.ops import OPERATORS, Draw, Operator
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LABELS = (torch.uint8, torch.int32, torch.int64)
-# Around the tiles, spans and vectors of the kernels: 4, 8 and 16 lanes, 64 to 256 pixels, spans of 2048.
+# Around the kernels' tiles, spans and vectors: 4, 8 and 16 lanes, 64 to 256 pixels, spans of 2048.
 SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 255, 257)
-# Around the chunks of those that take a vector: k-th smallest, the exponential.
+# Around the chunks of operators on vectors: k-th smallest, the exponential.
 LENGTHS = (1, 2, 100, 65_535, 65_536, 65_537, 200_000)
 ROWS = {row.name: row for row in OPERATORS if "cpu" in row.backends and row.name != "isa"}
-# What an option may be, by its name: of ordinary size, and any.
+# Values of an option, by name: ordinary ones, and any.
 OPTIONS: dict[str, tuple[tuple, tuple]] = {
     "temperature": ((1.0, 4.0, 0.5), (1.0, 1e-3, 1e6, 1e-30, 1e30)),
     "eps": ((1e-5,), (0.0, 1e-5, 1e-30)),
@@ -46,14 +47,14 @@ OPTIONS: dict[str, tuple[tuple, tuple]] = {
 
 
 class Fuzzed(Draw):
-    """The sample inputs of one case, in the place of the tame ones; everything comes from the seed."""
+    """Random sample inputs of one case, from its seed."""
 
     def __new__(cls, seed: int) -> Fuzzed:
         r = random.Random(seed)
         shape = size = (10**6, 1, 1, 1)
         while shape[0] * shape[1] * shape[2] * shape[3] > 300_000:
             shape = (r.choice((1, 1, 2, 3, 5)), r.choice((*SIZES, 150, 1025, 4096)), r.choice(SIZES), r.choice(SIZES))
-        # A sanitizer would spend minutes on labels that have thousands of classes.
+        # Labels for thousands of classes would take a sanitizer minutes.
         while size[0] * size[1] > min(40_000, 4_000_000 // shape[1]):
             size = r.choice(SIZES), r.choice((*SIZES, 513, 1030))
         layout = r.choice((torch.contiguous_format, torch.channels_last))
@@ -62,7 +63,7 @@ class Fuzzed(Draw):
         )
         self.r, self.g = r, torch.Generator().manual_seed(seed)
         self.tame = r.random() < 0.5  # finite and of ordinary size
-        self.made: dict[tuple, Tensor] = {}  # a row's samples ask for the same tensors again and again
+        self.made: dict[tuple, Tensor] = {}  # a row's samples request the same tensors repeatedly
         return self
 
     def map(self, seed: int, spatial: tuple[int, int] | None = None) -> Tensor:
@@ -86,7 +87,7 @@ class Fuzzed(Draw):
         return self.lay_out(x.to(dtype))
 
     def lay_out(self, x: Tensor) -> Tensor:
-        """In the case's memory format, at an odd address or, seldom, in strides that must be refused."""
+        """In the case's memory format, at an odd address or, rarely, with strides that must be refused."""
         kind = self.r.random()
         if kind < 0.02:
             return x.transpose(-1, -2).contiguous().transpose(-1, -2)
@@ -138,7 +139,7 @@ def arguments(row: Operator) -> list[tuple[str, str]]:
 
 
 def case(row: Operator, d: Fuzzed) -> list[Any]:
-    """One of the row's samples, its options drawn anew; seldom with something that must be refused."""
+    """One of the row's samples with random options; rarely with an argument that must be refused."""
     count = sum(1 for _ in row.samples(Draw()))
     args = list(next(itertools.islice(row.samples(d), d.r.randrange(count), None)))
     for i, (kind, name) in enumerate(arguments(row)):
@@ -147,7 +148,7 @@ def case(row: Operator, d: Fuzzed) -> list[Any]:
         elif kind == "str" and d.r.random() < 0.003:
             args[i] = "no such word"
         elif isinstance(args[i], Tensor):
-            if all(not isinstance(a, Tensor) or a.dim() == 1 for a in args):  # a vector, and no map that it belongs to
+            if all(not isinstance(a, Tensor) or a.dim() == 1 for a in args):  # a vector that does not belong to a map
                 args[i] = d.weight(d.r.choice(LENGTHS))
             if d.r.random() < 0.02:
                 args[i] = spoiled(args[i], d.r)
@@ -155,7 +156,7 @@ def case(row: Operator, d: Fuzzed) -> list[Any]:
 
 
 def spoiled(x: Tensor, r: random.Random) -> Tensor:
-    """Smaller by one in a dimension, larger by one, or of another dtype."""
+    """One smaller or larger in a dimension, or of another dtype."""
     if x.dim() == 0 or r.random() < 0.3:
         return x.to(r.choice((*DTYPES, *LABELS)))
     d = r.randrange(x.dim())
@@ -163,7 +164,7 @@ def spoiled(x: Tensor, r: random.Random) -> Tensor:
 
 
 def call(row: Operator, args: list[Any]) -> tuple[Tensor, ...]:
-    """What the operator returns, or the argument that it writes."""
+    """The operator's results, or the argument that it writes."""
     args = [a.clone() if "(a!)" in kind else a for a, (kind, _) in zip(args, arguments(row), strict=True)]
     out = getattr(torch.ops.fastkd_cpu, row.name)(*args)
     return (args[0],) if out is None else out if isinstance(out, tuple) else (out,)
@@ -178,10 +179,10 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def run_case(seed: int) -> tuple[str, bool]:
-    """One case; the name of its operator, and whether the call returned rather than being refused.
+    """Runs one case. Returns the operator's name, and whether the call returned (it may also be refused).
 
     Raises:
-        AssertionError: what must hold does not.
+        AssertionError: a requirement is violated.
     """
     d = Fuzzed(seed)
     row = d.r.choice(list(ROWS.values()))
@@ -195,9 +196,9 @@ def run_case(seed: int) -> tuple[str, bool]:
         return row.name, False
     second = call(row, args)
     assert all(same(a, b) for a, b in zip(inputs, before, strict=True)), "an input was written to"
-    assert all(same(a, b) for a, b in zip(first, second, strict=True)), "a second call gives other bits"
+    assert all(same(a, b) for a, b in zip(first, second, strict=True)), "a second call gives different bits"
     tame = d.tame and all(not x.is_floating_point() or x.isfinite().all() for x in inputs)
-    numbers = [x for x in first if x.is_floating_point() and x.dtype != torch.float16]  # whose sums may be beyond it
+    numbers = [x for x in first if x.is_floating_point() and x.dtype != torch.float16]  # fp16 sums may overflow
     assert not tame or all(x.isfinite().all() for x in numbers), "not finite"
     return row.name, True
 
@@ -210,7 +211,7 @@ def main() -> int:
     parser.add_argument("--log", type=Path, help="a file that always holds the seed that is running")
     args = parser.parse_args()
     assert (reason := backends.why_not("cpu")) is None, reason
-    # Fresh memory is NaN, so that what is never written shows.
+    # Fills fresh memory with NaN, so that unwritten elements show.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     if args.seed is not None:

@@ -1,6 +1,6 @@
-// Every kernel without Python and torch: for tools that cannot see into OpenMP (ThreadSanitizer) or that are too slow for
-// all of torch (valgrind). Threads are std::thread, inputs are exact-size allocations, and each result with several
-// threads, and from several callers at once, must be the result with one, bit for bit.
+// Runs every kernel without Python and torch, for tools that do not understand OpenMP (ThreadSanitizer) or are too slow
+// for torch (valgrind). Threads are std::thread, inputs are allocated at their exact size. Results with several
+// threads, and from several concurrent callers, must be bitwise equal to those with one thread.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -17,7 +17,7 @@ namespace {
 
 thread_local int threads = 1;
 
-// The grain is a hint, and ignored: small cases must be shared by threads too.
+// Ignores the grain, which is a hint, so that small cases are split between threads too.
 void parallel_for(int64_t begin, int64_t end, int64_t, Body body, void* context) {
     const int64_t chunk = std::max<int64_t>(1, (end - begin + threads - 1) / threads);
     std::vector<std::thread> workers;
@@ -29,7 +29,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t, Body body, void* context)
 int64_t bytes(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
 int64_t acc(DType type) { return type == DType::f64 ? 8 : 4; }
 
-// Random numbers of a type; half precisions as the upper half of a float's bits (bf16) or small halves (f16).
+// Random numbers of a type; half-precision types as the upper half of a float's bits (bf16) or small halves (f16).
 std::vector<char> numbers(int64_t n, DType type, uint32_t seed) {
     std::mt19937 random(seed);
     std::normal_distribution<double> normal;
@@ -58,7 +58,7 @@ struct Case {
     int64_t n, c, h, w, height, width, teacher_h, teacher_w;
 };
 
-// All results of all kernels, end to end.
+// All results of all kernels, concatenated.
 class Outputs {
 public:
     void* add(int64_t size) {
@@ -66,7 +66,7 @@ public:
         return parts_.back().data();
     }
     bool operator==(const Outputs& o) const { return parts_ == o.parts_; }
-    // To compare with another run of the program.
+    // For comparing with another run of the program.
     size_t hash() const {
         size_t h = 0;
         for (const std::vector<char>& part : parts_) h = h * 31 + std::hash<std::string_view>()({part.data(), part.size()});
@@ -77,7 +77,7 @@ private:
     std::vector<std::vector<char>> parts_;
 };
 
-// Inputs long enough for threads to share whatever the grain; drawn once, since at -O0 that takes longer than the kernels.
+// Inputs long enough to be split at any grain. Drawn once, because at -O0 that takes longer than the kernels.
 const std::vector<int64_t> many_labels = [] {
     std::vector<int64_t> labels(100'001);
     std::mt19937 random(9);
@@ -102,7 +102,7 @@ Outputs run(const Case& x, int with_threads) {
     const Pair in{s.data(), t.data(), x.s, x.t, x.channels_last, x.n, x.c, hw, parallel_for};
     const Kernels& k = kernels();
     Outputs out;
-    // The loss of each reduction: `terms` numbers, or one; the count where it has one.
+    // The loss for each reduction: `terms` numbers or one, and the count if there is one.
     const auto loss = [&](Reduce reduce, int64_t terms, bool counted) {
         return Loss{reduce, 0.7, out.add((reduce == Reduce::none ? terms : 1) * a), counted ? out.add(a) : nullptr};
     };
@@ -203,7 +203,7 @@ int main() {
     for (const Case& x : cases) {
         const Outputs want = run(x, 1);
         bool good = run(x, 5) == want;
-        std::vector<char> callers(&x - cases < 3 ? 2 : 0);  // what callers share does not depend on the case
+        std::vector<char> callers(&x - cases < 3 ? 2 : 0);  // the state that callers share does not depend on the case
         std::vector<std::thread> at_once;
         for (char& ok : callers) at_once.emplace_back([&] { ok = run(x, 2) == want; });
         for (std::thread& caller : at_once) caller.join();

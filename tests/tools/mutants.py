@@ -1,15 +1,14 @@
-"""Do the tests notice? One sign, constant, bound or word of the kernels and the reference is changed at a time.
+"""Mutation testing: changes one sign, constant, bound or word of kernels or reference at a time and runs the tests.
 
-    python -m tests.tools.mutants --minutes 60 --log mutants.jsonl     # a sample, in the order of its seed; goes on from the log
-    python -m tests.tools.mutants --part 1/2 --log part1.jsonl         # every second of the sample: two processes share it
+    python -m tests.tools.mutants --minutes 60 --log mutants.jsonl     # a random sample; continues from the log
+    python -m tests.tools.mutants --part 1/2 --log part1.jsonl         # half of the sample, for two processes
     python -m tests.tools.mutants --only csrc/cpu/kd.cpp:120           # the mutants of one line
     python -m tests.tools.mutants --summary mutants.jsonl
 
-For each mutant only what it touches is compiled, for one instruction set, and the tests of that part run until one fails:
-first with few examples, which is enough for most, then with as many as `make test` takes, at last, for C++, the
-sanitizers' test. CUDA C++ runs on the emulated GPU. A mutant that no test notices survives: it wants a test, or it is
-equivalent, and :data:`EQUIVALENT` says why. A mutant that makes a test crash, hang or ask for more than 10 GB counts as
-noticed.
+For each mutant the affected units are compiled for one instruction set, and their tests run until one fails: first with
+few examples, which are usually enough, then with as many as `make test`, then, for C++, under the sanitizers. CUDA C++
+runs on the emulated GPU. A mutant that survives needs a test, or it is equivalent, and :data:`EQUIVALENT` gives the
+reason. A mutant that makes a test crash, hang or use more than 10 GB is noticed.
 """
 
 from __future__ import annotations
@@ -35,16 +34,16 @@ from . import stage
 
 SEED = 20
 FLAGS = ("-O1",)
-PROCESSOR_TIME = 400  # seconds, of all threads: a loop that never ends
+PROCESSOR_TIME = 400  # seconds over all threads, against infinite loops
 
-# Header -> the units that are compiled anew.
+# Header -> units that are recompiled.
 HEADERS = {
     "moments.h": ("nfd",),
     "softmax.h": ("kd", "cwd", "rdd"),
     "sigmoid.h": ("kd", "resized_kd"),
     "resize.h": ("resized_cross_entropy", "resized_kd", "resized_dice", "resized_binary_cross_entropy", "rdd"),
 }
-# The tests of a family that are not in the file of its name; the table's operators and test_csrc.py's are everyone's.
+# Tests of a family outside the file of its name. The operators' table and test_csrc.py apply to all.
 TESTS = {
     "kd": ["kd", "kd_sigmoid"],
     "resized_cross_entropy": ["resized_kernels", "resized", "resized_shaped_cross_entropy"],
@@ -54,7 +53,7 @@ TESTS = {
     "labels": ["functional"],
     "exp": [],
 }
-# Of tests/test_adversarial.py, beside those with the name of the family.
+# Keywords for tests/test_adversarial.py besides the family's name.
 WORDS = {
     "nfd": "equal_to or half",
     "kd": "weights or out_of_range or ignored or equal_to",
@@ -106,11 +105,11 @@ SWAPS = [
     (r"\bFalse\b", "True"),
 ]
 NUMBER = re.compile(r"(?<![\w.\"'])(\d+)(?![\w.\"'])")
-# Not code, or code that changes speed alone.
+# Not code, or code that affects only speed.
 SKIP = re.compile(
     r"^\s*(//|#|\*|\"\"\"|import |from |using |template|typedef)|prefetch|fetch\(|static_assert|Error\(|_CHECK"
 )
-# What no test of results can notice: (file, old, new, a part of the line, why). These are not run.
+# Mutants that no test of results can notice: (file, old, new, a part of the line, why). These are skipped.
 EQUIVALENT = [
     (
         "cpu/cwd.cpp",
@@ -216,7 +215,7 @@ class Mutant:
 
 
 def mutants_of(file: str) -> Iterator[Mutant]:
-    inside = False  # a docstring
+    inside = False  # within a docstring
     for number, line in enumerate((stage.ROOT / file).read_text().split("\n"), 1):
         quotes = line.count('"""')
         if file.endswith(".py") and (inside or quotes):
@@ -242,7 +241,7 @@ def why_equivalent(m: Mutant) -> str | None:
 
 
 def sample(share: dict[str, int]) -> list[Mutant]:
-    """So many mutants of each file, in one random order."""
+    """This many mutants of each file, in one random order."""
     chosen = []
     for file, count in share.items():
         found = list(mutants_of(file))
@@ -269,7 +268,7 @@ def units_of(file: str) -> tuple[str, ...]:
 
 
 def isa_of(mutant: Mutant) -> str:
-    """The instruction set that is compiled with the mutant's line: the widest, unless an #elif or #else leaves it out."""
+    """The widest instruction set that compiles the mutant's line, considering #elif and #else."""
     branches: list[str] = []
     for line in (stage.ROOT / mutant.file).read_text().split("\n")[: mutant.line - 1]:
         if line.startswith("#if"):
@@ -284,7 +283,7 @@ def isa_of(mutant: Mutant) -> str:
 
 
 def runs_of(file: str) -> list[list[str]]:
-    """What pytest is given, one list after the other until one fails."""
+    """Argument lists for pytest, run in order until one fails."""
     if file in PYTHON:
         return [PYTHON[file]]
     if file.startswith("csrc/cuda"):
@@ -299,12 +298,12 @@ def runs_of(file: str) -> list[list[str]]:
 
 
 def judge(folder: Path, file: str) -> str:
-    """ "noticed" or "survived".
+    """Returns "noticed" or "survived".
 
     Raises:
-        subprocess.CalledProcessError: CUDA code that does not compile.
+        subprocess.CalledProcessError: CUDA code does not compile.
     """
-    noticed = fails(folder, file, "interpreter")  # 8 examples; what is interpreted or emulated never gets more
+    noticed = fails(folder, file, "interpreter")  # 8 examples; interpreted and emulated tests never run more
     if not noticed and not file.startswith(("kernels", "csrc/cuda")):
         noticed = fails(folder, file, "default")
     if not noticed and file.startswith("csrc/cpu"):
@@ -313,7 +312,7 @@ def judge(folder: Path, file: str) -> str:
 
 
 def fails(folder: Path, file: str, profile: str) -> bool:
-    """Whether a test of the file fails; in a forked child, which has torch and the tests' libraries loaded already."""
+    """Whether a test of the file fails, in a forked child that has torch and the test libraries already loaded."""
     if file.startswith("csrc/cuda"):
         return fails_emulated(folder)
     child = os.fork()
@@ -332,7 +331,7 @@ def fails(folder: Path, file: str, profile: str) -> bool:
 
 
 def fails_emulated(folder: Path) -> bool:
-    """Whether a test of the CUDA kernels fails on the emulated GPU, or ends in no time."""
+    """Whether a test of the CUDA kernels fails on the emulated GPU, or times out."""
     build = [sys.executable, "-m", "tests.emulation"]
     library = subprocess.run(build, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
     command = [
@@ -358,7 +357,8 @@ def fails_emulated(folder: Path) -> bool:
 
 
 def fails_sanitized(folder: Path) -> bool:
-    """Whether the sanitizers find something in the kernels. Unlike the tests, they want more address space than there is."""
+    """Whether the sanitizers report an error in the kernels. They need more address space than the tests' limit
+    allows."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "tests/test_sanitizers.py"]
     return subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode != 0
 

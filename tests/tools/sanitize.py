@@ -1,16 +1,16 @@
-"""The C++ kernels under tools that see what tests do not.
+"""Runs the C++ kernels under sanitizers and Valgrind.
 
     python -m tests.tools.sanitize --tool asan                # address + undefined behaviour: the operator tests
     python -m tests.tools.sanitize --tool asan --fuzz 60      # the same library under an hour of tests/tools/fuzz.py
     python -m tests.tools.sanitize --tool tsan                # races: the operator tests
-    python -m tests.tools.sanitize --tool valgrind            # uninitialised memory: every kernel, small
-    ... --harness                                             # asan, tsan: every kernel, small, as for valgrind
-    ... --isa baseline|avx2|avx512                            # default: FASTKD_CPU_ISA, or the widest of this processor
-    ... --self-check                                          # with a bug put in first: the tool must find it
+    python -m tests.tools.sanitize --tool valgrind            # uninitialised memory: every kernel on small inputs
+    ... --harness                                             # asan, tsan: every kernel on small inputs, as for valgrind
+    ... --isa baseline|avx2|avx512                            # default: FASTKD_CPU_ISA, or the widest supported
+    ... --self-check                                          # inserts a bug, which the tool must find
 
-Each builds what it needs in ``--folder`` (under the system's temporary folder); nothing of the checkout changes. Exit
-status 0: nothing found. ``make test`` runs the harness. ThreadSanitizer cannot see into OpenMP, which the library uses
-through torch: for it, the library is built with :data:`THREADS` instead.
+Builds go to ``--folder`` (by default in the system's temporary folder); the checkout is unchanged. Exit status 0: no
+errors found. ``make test`` runs the harness. ThreadSanitizer does not understand OpenMP, which the library uses through
+torch, so the library is built with :data:`THREADS` instead.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from . import stage
 TSAN = ("-g", "-fsanitize=thread")
 ASAN = ("-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 TESTS = suites.files("core")
-# Of those, what is not about this library, which has one instruction set: the compiler's words, what other processes import,
-# memory measured from outside.
+# Excluded tests, which do not concern this library with its single instruction set: the compiler's messages, imports of
+# other processes, memory measured from outside.
 DESELECTED = (
     "not compile and not export and not process and not import_is_light and not environment and not says_once and not leak "
     "and not writes_nothing and not instruction_sets"
 )
-# ThreadSanitizer's parallel loop: as many threads as items, up to three, whatever the grain.
+# ThreadSanitizer's parallel loop: up to three threads for any grain.
 THREADS = (
     "torch::stable::parallel_for(begin, end, grain, [&](int64_t b, int64_t e) { body(b, e, context); });",
     """(void)grain;
@@ -45,7 +45,7 @@ THREADS = (
         threads.emplace_back(body, b, b + chunk < end ? b + chunk : end, context);
     for (std::thread& thread : threads) thread.join();""",
 )
-# Bugs for --self-check: (file, what is there, what it becomes).
+# Bugs for --self-check: (file, original text, replacement).
 BUGS = {
     "asan": ("cpu/rdd.cpp", "j < min(n, (i + 1) * chunk)", "j < (i + 1) * chunk + 1"),
     "tsan": ("cpu/cwd.cpp", "partial[item] = m;", "partial[0] = m, partial[item] = m;"),
@@ -58,16 +58,16 @@ def preload(*names: str) -> str:
 
 
 def asan_options(fill: int = 0xFF) -> str:
-    """Leaks are not looked for: Python leaves memory to the end of the process (test_adversarial.py measures them).
+    """Leak detection is off: Python frees some memory only at exit (test_adversarial.py tests for leaks).
 
-    All fresh memory is filled with a byte, by default so that it is NaN and a result that depends on it shows.
+    Fresh memory is filled with a byte; the default makes it NaN, so that results that depend on it show.
     """
     filled = f"malloc_fill_byte={fill}:max_malloc_fill_size={1 << 30}"
     return f"detect_leaks=0:abort_on_error=1:allocator_may_return_null=1:{filled}"
 
 
 def asan(folder: Path, isa: str, command: list[str], optimise: str) -> int:
-    """Runs a Python command in the stage, with the library under both sanitizers."""
+    """Runs a Python command in the stage with the library under both sanitizers."""
     stage.build(folder, isa, (optimise, *ASAN))
     environment = stage.environment(
         isa,
@@ -79,11 +79,11 @@ def asan(folder: Path, isa: str, command: list[str], optimise: str) -> int:
 
 
 def tsan(folder: Path, isa: str, command: list[str], optimise: str) -> int:
-    """Runs a Python command in the stage, with the library under ThreadSanitizer."""
+    """Runs a Python command in the stage with the library under ThreadSanitizer."""
     replace(folder / "csrc" / "checks.h", *THREADS)
     replace(folder / "csrc" / "checks.h", "#include <string>", "#include <string>\n#include <thread>")
     stage.build(folder, isa, (optimise, *TSAN))
-    # Of torch and Python, which are not instrumented, the locks and threads are seen, and memory is not looked at.
+    # torch and Python are not instrumented: their locks and threads are tracked, their memory accesses are ignored.
     environment = stage.environment(
         isa,
         LD_PRELOAD=preload("libtsan.so"),
@@ -96,7 +96,7 @@ def tsan(folder: Path, isa: str, command: list[str], optimise: str) -> int:
 
 
 def unrandomised() -> list[str]:
-    """Runs a program at addresses that are not randomised, as ThreadSanitizer wants, where the system allows it."""
+    """Disables address randomisation, which ThreadSanitizer requires, if the system allows it."""
     command = ["setarch", "-R"]
     allowed = shutil.which(command[0]) and subprocess.run([*command, "true"], capture_output=True, check=False)
     return command if allowed and allowed.returncode == 0 else []
@@ -109,7 +109,7 @@ def replace(path: Path, there: str, becomes: str) -> None:
 
 
 def harness(folder: Path, isa: str, flags: tuple[str, ...], runner: list[str], *environments: dict[str, str]) -> int:
-    """Builds harness.cpp with the kernels into one program, and runs it in each environment; all must print the same."""
+    """Builds harness.cpp with the kernels and runs it in each environment; all outputs must be equal."""
     stage.build(folder, isa, flags, units=(*stage.KERNELS, "dispatch", "others"), link=False)
     program = folder / "harness"
     objects = [str(folder / "objects" / f"{name}.o") for name in (*stage.KERNELS, "dispatch", "others")]
@@ -156,13 +156,13 @@ def main() -> int:
     if args.self_check:
         name, there, becomes = BUGS[args.tool]
         replace(folder / "csrc" / name, there, becomes)
-    # Few examples each: it is memory and threads that are looked at, and --fuzz draws many more. Reports are not captured.
+    # Few examples, since this tests memory and threads; --fuzz runs many more. Reports are not captured.
     options = ["-q", "--capture=sys", "-p", "no:cacheprovider", "-m", "not slow", "--hypothesis-profile=interpreter"]
     command = ["-m", "pytest", *options, "-k", DESELECTED, *args.tests]
     if args.fuzz:
         log = ["--log", str(folder / "seed")]
         command = ["-m", "tests.tools.fuzz", "--minutes", str(args.fuzz), "--first", str(args.first), *log]
-    optimise = "-O1" if args.fuzz else "-O0"  # the tests are done before -O1 has compiled
+    optimise = "-O1" if args.fuzz else "-O0"  # -O1 would take longer to compile than the tests take to run
     if args.tool == "asan":
         if args.harness:
             fills = [{"ASAN_OPTIONS": asan_options(fill)} for fill in (0xFF, 0x11)]

@@ -1,6 +1,6 @@
-"""A copy of the project in another folder with a C++ library of its own: what the scripts here build, break and run.
+"""A copy of the project in another folder with a separate C++ library, which the tools build, modify and run.
 
-The package in the copy is found before an installed one, since pytest and ``python -m`` run in that folder.
+pytest and ``python -m`` run in that folder, so the copy takes precedence over an installed package.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ISA_FLAGS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
 }
-# The instruction sets that are left out.
+# Stubs for the instruction sets that are not built.
 OTHER = """namespace fastkd::{isa} {{
 Kernels table() {{ throw std::runtime_error("{isa} is not in this build, which this processor does not have"); }}
 }}
@@ -30,13 +30,13 @@ Kernels table() {{ throw std::runtime_error("{isa} is not in this build, which t
 
 
 def widest() -> str:
-    """The widest instruction set of this processor, "baseline" on one that is not x86."""
+    """The widest instruction set of this processor; "baseline" if it is not x86."""
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return "avx512" if "avx512vl" in flags else "avx2" if "avx2" in flags and "fma" in flags else "baseline"
 
 
 def copy(to: Path) -> Path:
-    """The package, its sources and its tests, without anything built."""
+    """Copies the package, its sources and its tests, without build results."""
     if to.exists():
         shutil.rmtree(to)
     ignore = shutil.ignore_patterns("__pycache__", "*.so")
@@ -44,7 +44,7 @@ def copy(to: Path) -> Path:
         shutil.copytree(ROOT / name, to / name, ignore=ignore, symlinks=True)
     for name in ("pyproject.toml", "setup.py", "Makefile"):
         shutil.copy(ROOT / name, to / name)
-    if not (to / "fastkd" / "kernels").is_symlink():  # it is one in the copy of a copy
+    if not (to / "fastkd" / "kernels").is_symlink():  # already a link if copied from a copy
         (to / "fastkd" / "kernels").symlink_to("../kernels")
     return to
 
@@ -55,12 +55,12 @@ def build(
     """Compiles ``stage/csrc`` for one instruction set into ``stage/fastkd/_cpu.so``.
 
     Args:
-        flags: of the compiler and the linker, e.g. ``("-O1", "-fsanitize=address")``.
-        units: what to compile anew (:data:`KERNELS`, "registration", "dispatch", "others"); None: everything.
-        link: whether the library is made, or only ``stage/objects``.
+        flags: for compiler and linker, e.g. ``("-O1", "-fsanitize=address")``.
+        units: units to recompile (:data:`KERNELS`, "registration", "dispatch", "others"); None: all.
+        link: whether to link the library, or only create ``stage/objects``.
 
     Raises:
-        subprocess.CalledProcessError: it does not compile; ``stderr`` holds the compiler's words.
+        subprocess.CalledProcessError: it does not compile; ``stderr`` has the compiler's messages.
     """
     csrc, objects = stage / "csrc", stage / "objects"
     objects.mkdir(exist_ok=True)
@@ -91,7 +91,7 @@ def build(
 
 
 def keep(stage: Path) -> Path:
-    """Sets aside what is built, for :func:`restore`."""
+    """Saves the build, for :func:`restore`."""
     whole = stage / "whole"
     shutil.copytree(stage / "objects", whole)
     shutil.copy(stage / "fastkd" / "_cpu.so", whole)
@@ -99,7 +99,7 @@ def keep(stage: Path) -> Path:
 
 
 def restore(stage: Path, whole: Path) -> None:
-    """Puts it back. The library gets a new file: the old one's contents are mapped by whoever has loaded it."""
+    """Restores a saved build. The library gets a new file, because processes have mapped the old one."""
     for kept in whole.iterdir():
         to = stage / ("fastkd" if kept.suffix == ".so" else "objects") / kept.name
         to.unlink(missing_ok=True)
@@ -111,5 +111,5 @@ def run(command: list[str], **options) -> subprocess.CompletedProcess:
 
 
 def environment(isa: str, **extra: str) -> dict[str, str]:
-    """What a process in a stage needs."""
+    """Environment variables for a process in a stage."""
     return {**os.environ, "FASTKD_CPU_ISA": isa, "PYTHONDONTWRITEBYTECODE": "1", **extra}

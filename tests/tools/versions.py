@@ -1,13 +1,13 @@
-"""One library under several versions of torch (and of Python, where they are installed).
+"""Tests one library under several versions of torch (and of Python, if they are installed).
 
     python -m tests.tools.versions 2.10.0 2.12.1 2.14.1
     python -m tests.tools.versions newest --python python3.10 python3.13
     python -m tests.tools.versions 2.10.0 --wheel dist/fastkd-0.2.0-py3-none-any.whl
 
-The library is built once, with the torch of this environment, unless a wheel is given. For each version a fresh
-environment gets that torch from the package index, the wheel, and what runs the tests; then the tests of the core run. A
-version that cannot be installed is said to be so. It ends in 1 where a version fails or is not there. An environment with
-CUDA libraries takes some 7 GB; it is removed before the next is made.
+The library is built once with this environment's torch, unless a wheel is given. For each version, that torch (from the
+package index), the wheel and the test requirements are installed in a fresh environment, and the core tests run.
+Versions that cannot be installed are reported. The exit status is 1 if a version fails or is missing. An environment
+with CUDA libraries takes about 7 GB and is removed before the next one is created.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def call(command: list[str], **options) -> subprocess.CompletedProcess:
 
 
 def tests_of(python: str, tests: Path, pure: bool) -> tuple[bool, str]:
-    """Whether the tests passed; the last line of pytest, after the lines of what failed."""
+    """Whether the tests passed; the last line of pytest, preceded by the lines of failures."""
     shutil.rmtree(tests, ignore_errors=True)
     shutil.copytree(ROOT / "tests", tests, ignore=shutil.ignore_patterns("train", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tests.parent)
-    # Few examples: what the kernels compute is the library's own business, which is the same one everywhere.
+    # Few examples: the kernels' results depend on the library, which is the same everywhere.
     options = ["-q", "-m", "not slow", "-p", "no:cacheprovider", "--hypothesis-profile=interpreter"]
     command = [python, "-m", "pytest", *options, *suites.files("core")]
-    # Of a pure wheel: the tests of kernels skip, and the one that asks for them.
+    # With a pure wheel, tests of kernels skip, and so does the test that requires them.
     done = call(command, cwd=tests.parent, env={**os.environ, **({"FASTKD_BUILD": "0"} if pure else {})})
     lines = done.stdout.strip().splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
@@ -84,7 +84,7 @@ def main() -> int:
     args.folder.mkdir(exist_ok=True)
     if args.wheel is None:
         options = ["-q", "--no-deps", "--no-build-isolation", "-w", str(args.folder), str(ROOT)]
-        # The CUDA kernels, where there is a compiler for them, would take longer than all the tests and run in none of them.
+        # Compiling the CUDA kernels would take longer than all tests, and none of them uses these.
         environment = {"FASTKD_CUDA": "0", **os.environ, "FASTKD_BUILD": "1"}
         subprocess.run([sys.executable, "-m", "pip", "wheel", *options], check=True, env=environment)
     wheel = args.wheel or max(args.folder.glob("fastkd-*.whl"), key=lambda path: path.stat().st_mtime)

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, for the tests: `python -m tests.train.child killed|shared|few OUT TEACHER`."""
+"""Runs in separate processes for the tests: `python -m tests.train.child killed|shared|few OUT TEACHER`."""
 
 import sys
 from pathlib import Path
@@ -11,24 +11,25 @@ STEPS = 12
 
 
 def killed(out, teacher):
-    """NFD+RDD with an auxiliary head, a moving average and unlabelled images; a checkpoint after every step."""
+    """NFD+RDD with an auxiliary head, EMA weights and unlabelled images; a checkpoint after every step."""
     train = {"steps": STEPS, "checkpoint_every": 1, "ema": 0.9, "panels": 0}
     return unlabelled(tiny.config(out, method="nfd+rdd", teacher=teacher, aux=True, train=train))
 
 
 def unlabelled(config):
-    """The same run on half the labels, with half of each batch from the other images."""
+    """The same run with half the labels; half of each batch comes from the unlabelled images."""
     config.data.labelled, config.data.unlabelled = "1/2", "rest"
     return config
 
 
 def shared(out, teacher, *, accumulate=1, few=False):
-    """KD and NFD beside the task, with nothing that depends on who shares the batch: no dropout, no batch statistics.
+    """KD and NFD besides the task, without dropout and batch statistics, so that nothing depends on how the batch is
+    split.
 
-    The auxiliary head is one that no loss reads. few: with unlabelled images.
+    No loss uses the auxiliary head. few: with unlabelled images.
     """
     train = {"steps": 3, "accumulate": accumulate, "batch_norm": "frozen", "panels": 0, "checkpoint_every": 3}
-    evaluation = EvalConfig(every=2, batch_size=2, limit=3)  # which two processes cannot share evenly
+    evaluation = EvalConfig(every=2, batch_size=2, limit=3)  # not divisible by two processes
     config = tiny.config(
         out, method="kd+nfd", teacher=teacher, aux=True, options={"decoder_dropout": 0.0}, train=train, eval=evaluation
     )

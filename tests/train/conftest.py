@@ -1,4 +1,4 @@
-"""What several tests of the trainer share."""
+"""Fixtures shared by the trainer's tests."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Runs without what comes after the last step: the page and the cost of the losses."""
+    """Skips the steps after training: the report and the loss timing."""
     from fastkd.train.engine import Run
 
     monkeypatch.setattr(Run, "_report", lambda self: None)

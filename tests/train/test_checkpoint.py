@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there: killed, cut short, on a full disk."""
+"""A checkpoint is complete or absent, also after a kill, a truncated write or a full disk."""
 
 import os
 import random
@@ -119,11 +119,11 @@ def test_a_disk_that_is_full(tmp_path):
 
 @pytest.mark.promise("whole-checkpoints")
 def test_killed_at_any_moment(tmp_path):
-    """A process that does nothing but save is killed again and again: what is left can be read, and never goes back."""
+    """A process that only saves is killed repeatedly: what remains can be read, and its step never decreases."""
     chance, newest = random.Random(0), 0
     for _ in range(25):
         child = os.fork()
-        if not child:  # no threads of torch's are used in it
+        if not child:  # the child uses no torch threads
             for step in range(newest + 1, 10**9):
                 saved(tmp_path, step)
         time.sleep(chance.uniform(0.001, 0.06))

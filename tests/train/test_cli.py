@@ -1,4 +1,4 @@
-"""The command line, mostly in processes of its own."""
+"""The command line, mostly in separate processes."""
 
 import json
 import os
@@ -87,7 +87,7 @@ def test_train_eval(tmp_path, capsys):
 
 
 def test_a_terminal_that_is_not_utf8_loses_nothing(tmp_path):
-    """Two seeds of one run, whose row has a ±."""
+    """Two seeds of one run, so the row contains a ±."""
     pytest.importorskip("accelerate")
     from tests.train import tiny, trees
 

@@ -1,4 +1,4 @@
-"""Configuration: YAML, the command line over it, round trips, and messages."""
+"""Configuration: YAML, overrides from the command line, round trips, error messages."""
 
 import re
 from pathlib import Path

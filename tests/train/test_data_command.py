@@ -1,4 +1,4 @@
-"""`fastkd data`: what it counts, by hand, and that it finds every damaged file."""
+"""`fastkd data`: its counts, checked by hand, and that it finds every damaged file."""
 
 import numpy as np
 import pytest

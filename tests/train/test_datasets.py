@@ -1,4 +1,4 @@
-"""Data sets in folders: each layout, every way a tree or a file can be wrong, and the real CamVid where it is at hand."""
+"""Data sets in folders: each layout, every kind of broken tree or file, and the real CamVid if available."""
 
 import os
 import struct
@@ -26,7 +26,7 @@ CLASSES = {"cityscapes": 19, "camvid": 11, "voc": 21, "ade20k": 150, "folders": 
 
 @pytest.fixture
 def tree(tmp_path):
-    """name -> the root of a sound data set of that name."""
+    """name -> root of a valid data set of that name."""
 
     def make(name):
         TREES[name](tmp_path / name)
@@ -58,7 +58,7 @@ def test_items(name, tree):
         assert len({path for path, _ in dataset.items}) == count
 
 
-# From cityscapesScripts' table, column by column: id 7 is road (0), 11 building (2), 24 person (11), 33 bicycle (18).
+# From cityscapesScripts' table: raw id 7 is road (0), 11 building (2), 24 person (11), 33 bicycle (18).
 @pytest.mark.parametrize(("raw", "number"), [(7, 0), (8, 1), (11, 2), (17, 5), (23, 10), (24, 11), (26, 13), (33, 18)])
 def test_cityscapes_ids(raw, number, tree):
     dataset = build("cityscapes", tree("cityscapes"))
@@ -96,7 +96,7 @@ def test_ade20k_shift(tree):
 def test_camvid_void_and_palette_labels(tree):
     dataset = build("camvid", tree("camvid"))
     label = np.full(SIZE, 11, np.uint8)
-    label[0] = 255  # void as others write it
+    label[0] = 255  # void in other tools' files
     label[1] = 3
     save(label, dataset.items[0][1], palette=True)
     with Image.open(dataset.items[0][1]) as stored:
@@ -108,7 +108,7 @@ def test_voc_lists(tree):
     root = tree("voc")
     names = [path.stem for path, _ in build("voc", root).items]
     assert names == ["2007_000001", "2008_000002", "2008_000003"]
-    plain = build("voc", root / "VOCdevkit", aug=False)  # the root may also be given further down
+    plain = build("voc", root / "VOCdevkit", aug=False)  # the root may also be a subfolder
     assert [path.stem for path, _ in plain.items] == ["2007_000001"]
     assert plain.items[0][1].parent.name == "SegmentationClass"
     inside = root / "VOCdevkit" / "VOC2012"
@@ -128,7 +128,7 @@ def test_voc_lists(tree):
     [
         ("../../../../etc/passwd", "leaves the data set"),
         ("/etc/passwd", "leaves the data set"),
-        ("/etc/passwd.jpg /etc/passwd.png", "has no label"),  # such lines start at the root, where nothing is
+        ("/etc/passwd.jpg /etc/passwd.png", "has no label"),  # such paths are taken relative to the root
         ("../secret.jpg JPEGImages/a.png", "leaves the data set"),
         ("JPEGImages/../../x.jpg SegmentationClassAug/a.png", "leaves the data set"),
         ("a b c", "expected a name, or the paths"),
@@ -161,7 +161,7 @@ def test_folders_with_other_names(tree, tmp_path):
     save(stripes([0, 1, 2, 3]), other / "gt" / "a_label.png")
     (other / "names").write_text("x\ny\nz\n")
     options = {"images": ".", "labels": "gt", "label_suffix": "_label.png", "classes": "names", "first": 1, "ignore": 0}
-    beside = build("folders", other, **options)  # labels below the images are not taken for images
+    beside = build("folders", other, **options)  # label folders below the images are not read as images
     assert [(image.name, label.name) for image, label in beside.items] == [("a.png", "a_label.png")]
     (other / "in").mkdir()
     (other / "a.png").rename(other / "in" / "a.png")
@@ -201,7 +201,7 @@ def test_camvid_in_colours(tree):
 
 
 def test_camvid_colours_belong_to_classes():
-    """All 32, the eleven classes' own colours among them where the tutorial kept them."""
+    """All 32, including the eleven classes' own colours if the tutorial kept them."""
     colours = layouts._camvid_colours()
     names, palette = read_classes(layouts.CLASSES / "camvid.txt")
     assert len(colours) == 32
@@ -293,7 +293,7 @@ def test_image_without_label_and_label_that_vanished(tree):
 
 
 def png_header(width, height):
-    """A few bytes that promise a picture of any size."""
+    """A few bytes that declare a picture of any size."""
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     chunk = b"IHDR" + header
     head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk + struct.pack(">I", zlib.crc32(chunk))
@@ -306,7 +306,7 @@ DAMAGE = {
     "text": lambda whole: b"<html>not found</html>",
     "bomb": lambda whole: png_header(100_000, 100_000),
     "warned about": lambda whole: png_header(10_000, 10_000),  # between one and two times Pillow's limit
-    "another format": lambda whole: b"P6\n64 48\n255\n" + bytes(64 * 48 * 3),  # sound, but not one that is read
+    "another format": lambda whole: b"P6\n64 48\n255\n" + bytes(64 * 48 * 3),  # valid, but not a supported format
     "postscript": lambda whole: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
 }
 
@@ -343,7 +343,7 @@ def test_truncated_jpeg(tree):
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "CMYK", "1"])
 def test_images_of_other_modes(mode, tree):
-    """Training takes what prediction takes."""
+    """Training supports the same modes as prediction."""
     dataset = build("camvid", tree("camvid"))
     suffix = "jpg" if mode == "CMYK" else "png"
     picture = Image.new("RGB", SIZE[::-1], (255, 255, 255)).convert(mode)
@@ -359,7 +359,7 @@ def test_wrong_image_mode(tree):
 
 
 def test_grey_images_are_read(tree):
-    """ADE20K has a few."""
+    """ADE20K contains a few."""
     dataset = build("ade20k", tree("ade20k"))
     Image.new("L", SIZE[::-1], 90).save(dataset.items[0][0])
     assert (dataset[0][0] == 90).all()
@@ -392,11 +392,11 @@ def test_sizes_differ(tree):
         dataset[0]
 
 
-# Files of others.
+# Files from other tools
 
 
 def linked(root, split="train"):
-    """The folder of the images, and that of the labels."""
+    """The folder of the images and that of the labels."""
     return root / "images" / split, root / "labels" / split
 
 
@@ -406,7 +406,7 @@ def test_folders_that_are_links_are_followed(tree, tmp_path):
     for folder, elsewhere in zip(linked(root), ("far images", "far labels"), strict=True):
         (folder / "town 0").rename(tmp_path / elsewhere)
         (folder / "town 0").symlink_to(tmp_path / elsewhere)
-    (linked(root)[0] / "round").symlink_to(linked(root)[0])  # a link to what it lies in does not go on for ever
+    (linked(root)[0] / "round").symlink_to(linked(root)[0])  # a cyclic link must not recurse forever
     assert len(build("folders", root)) == count
 
 
@@ -438,7 +438,7 @@ def test_an_image_is_never_its_own_label(by, tmp_path):
         (tmp_path / "gt").symlink_to(tmp_path / "in")
     with pytest.raises(DataError, match=r"a\.png would be its own label; .*--data\.options\.labels"):
         build("folders", tmp_path, images="in", labels="in" if by == "name" else "gt")
-    save(np.zeros((*SIZE, 3), np.uint8), tmp_path / "in" / "a.jpg")  # photos and masks side by side
+    save(np.zeros((*SIZE, 3), np.uint8), tmp_path / "in" / "a.jpg")  # photos and masks in one folder
     beside = build("folders", tmp_path, images="in", labels="in")
     assert [image.name for image, _ in beside.items] == ["a.jpg"]
 
@@ -455,7 +455,7 @@ def test_endings_of_images_can_be_given(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_photo_is_seen_as_its_camera_says(orientation, tmp_path):
-    """In training as in prediction, and a mask beside it stays as it is."""
+    """EXIF orientation is applied in training and prediction; a mask next to the photo is not rotated."""
     upright = picture(1)
     exif = Image.Exif()
     exif[274] = orientation
@@ -498,7 +498,7 @@ def test_values_of_masks_can_be_mapped(tree):
     root = tree("folders")
     (root / "classes.txt").write_text("ground\nthing\n")
     save(stripes([0, 255]), build("folders", root, values={0: 0, 1: 1, 2: 1}).items[0][1])
-    for values in ({0: 0, 255: 1}, {"0": 0, "255": 1}):  # as YAML and as a written configuration have them
+    for values in ({0: 0, 255: 1}, {"0": 0, "255": 1}):  # from YAML and from a saved configuration
         assert build("folders", root, values=values)[0][1].unique().tolist() == [0, 1]
     assert build("folders", root, values={0: 255, 255: 1})[0][1].unique().tolist() == [1, 255]
     for values, says in (

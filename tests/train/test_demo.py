@@ -1,4 +1,4 @@
-"""The demo in miniature: it ends in a page, skips what is finished, and trains again what has changed."""
+"""The demo in miniature: it writes the report, skips finished runs, and retrains what has changed."""
 
 import dataclasses
 
@@ -63,6 +63,6 @@ def test_demo(settings, tmp_path, capsys, quick):
     state = checkpoint.load(tmp_path / "teacher" / "last.pt")
     state["model"]["aux_head.0.weight"] += 1
     checkpoint.save(state, tmp_path / "teacher" / "last.pt")
-    assert demo.run_state(runs["cwd-0"]) == "new"  # of another teacher
+    assert demo.run_state(runs["cwd-0"]) == "new"  # it had another teacher
     (tmp_path / "plain-0" / "last.pt").write_bytes(b"cut")
     assert demo.run_state(runs["plain-0"]) == "new"

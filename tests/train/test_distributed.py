@@ -1,4 +1,4 @@
-"""Two processes (gloo, on the CPU) train as one does with the whole batch."""
+"""Two processes (gloo, on the CPU) train like one process with the whole batch."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 
 @pytest.mark.parametrize("kind", [pytest.param("shared", marks=pytest.mark.slow), "few"])  # few: with unlabelled images
 def test_two_processes_train_as_one(kind, teacher, tmp_path, quick):
-    """Each in two parts, of different numbers of valid pixels; and the evaluation has an image too many to share."""
+    """Each accumulates two parts with different numbers of valid pixels; the evaluation has an odd number of images."""
     one, two = tmp_path / "one", tmp_path / "two"
     tiny.run(child.shared(one, teacher, few=kind == "few"))
     done = subprocess.run(

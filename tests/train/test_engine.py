@@ -1,4 +1,4 @@
-"""Runs of a few steps: every method, how a step is done, what a run writes, and what goes wrong."""
+"""Runs of a few steps: every method, the steps, the files of a run, errors."""
 
 import json
 
@@ -76,7 +76,7 @@ def test_training_learns(tmp_path, quick):
     config = tiny.config(tmp_path, train={"steps": 30, "checkpoint_every": 30}, optim=OptimConfig("adamw", lr=0.01))
     result = run(config)
     losses = [line["loss"] for line in lines(tmp_path, "train")]
-    assert sum(losses[-5:]) / 5 < 0.4 * losses[0]  # the first is that of a network that knows nothing, log 3
+    assert sum(losses[-5:]) / 5 < 0.4 * losses[0]  # the first is that of an untrained network, log 3
     assert result["pixel_accuracy"] > 0.6
 
 
@@ -104,17 +104,17 @@ def test_an_old_run_is_not_overwritten_silently(tmp_path, quick):
     assert not (tmp_path / checkpoint.PREVIOUS).exists()
 
 
-# How a step is done
+# Steps
 
 
 def exact(**changes):
-    """Options under which a batch in parts gives what the whole gives: no dropout, no batch statistics."""
+    """Options with which an accumulated batch equals the whole one: no dropout, no batch statistics."""
     train = {"batch_norm": "frozen", "panels": 0} | changes.pop("train", {})
     return {"options": {"decoder_dropout": 0.0}, "train": train} | changes
 
 
 def test_parts_of_a_batch_give_what_the_whole_gives(teacher, tmp_path, quick):
-    """Although the parts have different numbers of valid pixels."""
+    """The parts have different numbers of valid pixels."""
     for parts in (1, 4):
         train = {"accumulate": parts, "steps": 3}
         run(tiny.config(tmp_path / str(parts), method="kd+nfd", teacher=teacher, aux=True, **exact(train=train)))
@@ -128,13 +128,13 @@ def test_parts_of_a_batch_give_what_the_whole_gives(teacher, tmp_path, quick):
 
 
 def test_every_method_takes_a_batch_in_parts(teacher, tmp_path, quick):
-    """CIRKD alone gives something else: it compares the pixels of the images that it sees together."""
+    """Only CIRKD differs: it compares the pixels of images within a part."""
     for parts in (1, 2):
         method = "at+fitnet+skd+ifvd+dsd+cirkd"
         config = tiny.config(
             tmp_path / str(parts), method=method, teacher=teacher, **exact(train={"accumulate": parts})
         )
-        config.loss.dsd.weight = 0.0  # its other term wants two taps
+        config.loss.dsd.weight = 0.0  # its other term needs two taps
         run(config)
     whole, parts = (lines(tmp_path / name, "train")[0] for name in ("1", "2"))
     for name, value in named(whole, "loss/").items():
@@ -182,11 +182,11 @@ def test_frozen_batch_norm_keeps_its_statistics(tmp_path, quick):
 
 
 def test_synchronised_batch_norm_keeps_the_network(tmp_path):
-    """timm's batch norms have their activation inside, which torch's own conversion drops."""
+    """timm's batch norms include their activation, which torch's own conversion drops."""
     work = built(tiny.config(tmp_path, aux=True))
     images = torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8)
     train_mode(work.student, "local")
-    work.student(images)  # statistics that are not 0 and 1
+    work.student(images)  # running statistics other than 0 and 1
     before = work.student.eval()(images)
     student = set_batch_norm(work.student, "sync", processes=2, device=torch.device("cuda"))
     after = student.eval()(images)
@@ -219,7 +219,7 @@ def test_half_precision_reaches_the_losses(score_first, teacher, tmp_path):
 
 
 def test_loss_scaling_changes_nothing(teacher, tmp_path):
-    """The scaler of fp16 training, which Accelerate makes on a GPU only, put in by hand."""
+    """Inserts the GradScaler of fp16 training manually; Accelerate creates it on GPUs only."""
     weights = []
     for scaler in (None, torch.amp.GradScaler("cpu")):
         work = built(tiny.config(tmp_path, method="kd+nfd", teacher=teacher, aux=True))
@@ -251,7 +251,7 @@ def compiled_run(tmp_path, teacher):
 
 
 def test_compiled_networks(teacher, tmp_path, quick, monkeypatch):
-    """Captured in one graph each; with a backend that runs the graph as it is."""
+    """One graph each, with a backend that runs the graph unchanged."""
     graphs = []
 
     def eager(graph, inputs):
@@ -271,7 +271,7 @@ def test_compiled_networks_by_inductor(teacher, tmp_path, quick):
     compiled_run(tmp_path, teacher)
 
 
-# What a run writes
+# Output files
 
 
 def test_panels_events_and_page(teacher, tmp_path):
@@ -304,7 +304,7 @@ def test_long_runs_draw_few_panels(tmp_path, quick, monkeypatch):
     assert drawn[-1] == 1000
 
 
-# What goes wrong
+# Errors
 
 
 def test_a_teacher_of_other_classes(teacher, tmp_path):
@@ -317,7 +317,7 @@ def test_a_teacher_of_other_classes(teacher, tmp_path):
 
 def test_a_loss_that_is_not_finite_is_named(teacher, tmp_path):
     config = tiny.config(tmp_path, method="kd", teacher=teacher, train={"steps": 6, "log_every": 3})
-    config.loss.kd.weight = 1e39  # infinite in fp32; after this step everything is
+    config.loss.kd.weight = 1e39  # infinite in fp32; non-finite after this step
     with pytest.raises(
         FloatingPointError, match=r"the loss kd is no longer finite at step 1 .*'kd': inf.*lower --optim\.lr \(0\.01\)"
     ):
@@ -343,11 +343,11 @@ def test_too_little_memory_says_what_to_lower(tmp_path, monkeypatch):
         run(tiny.config(tmp_path))
 
 
-# What others run into.
+# Common problems
 
 
 class Cut(tiny.Patches):
-    """Images of 60x60, which no encoder divides."""
+    """Images of 60x60, not divisible by any encoder's stride."""
 
     def __getitem__(self, index):
         image, label = super().__getitem__(index)
@@ -375,7 +375,7 @@ def test_a_batch_norm_on_one_value_says_what_to_change(tmp_path):
 
 
 class Without(tiny.Patches):
-    """No pixel of the last class."""
+    """Without pixels of the last class."""
 
     def __getitem__(self, index):
         image, label = super().__getitem__(index)

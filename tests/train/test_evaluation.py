@@ -1,4 +1,4 @@
-"""Scores against numbers worked out by hand; windows, scales and flips against what they must come to."""
+"""Scores against numbers computed by hand; windows, scales and flips against their expected results."""
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ CPU = torch.device("cpu")
 
 
 def test_scores_by_hand():
-    # rows = labels: class 0 has 5 pixels (3 right), class 1 has 3 (2 right), class 2 is labelled and predicted nowhere.
+    # rows = labels: class 0 has 5 pixels (3 right), class 1 has 3 (2 right), class 2 occurs in neither labels nor
+    # predictions.
     matrix = torch.tensor([[3, 2, 0], [1, 2, 0], [0, 0, 0]])
     result = scores(matrix, ["a", "b", "c"])
     assert result.class_iou == {"a": pytest.approx(3 / 6), "b": pytest.approx(2 / 5), "c": None}
@@ -48,7 +49,7 @@ def test_confusion_matrix_by_hand():
 
 
 class Waits(TorchDispatchMode):
-    """Records operators whose result a host must wait for where the tensors are on a GPU."""
+    """Records operators that would synchronise the host if the tensors were on a GPU."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "unique", "is_nonzero")
 
@@ -71,13 +72,13 @@ def test_no_batch_waits_for_the_device():
     with Waits() as waits:
         matrix.update(predict_scores(Red(), images, (12, 12), how).argmax(1), labels)
     assert waits.seen == []
-    with Waits() as waits:  # the test sees what it looks for
+    with Waits() as waits:  # checks that the test can detect one
         labels[labels != 255].max().item()
     assert waits.seen == ["index", "_local_scalar_dense"]
 
 
 class Red(nn.Module):
-    """Logits that read the class off the red channel."""
+    """Logits that encode the class from the red channel."""
 
     def forward(self, images):
         images = images.float() if images.dtype == torch.uint8 else images * 255
@@ -107,7 +108,7 @@ def test_evaluate_by_hand(batch_size):
         ([[0, 2, 0]], [[0, 0, 255]]),
     ])  # fmt: skip
     model = Red().train()
-    # valid pixels, label -> prediction: 0->0, 1->0, 1->1; 0->0, 0->1, 1->1; and of another size 0->0, 0->2
+    # valid pixels, label -> prediction: 0->0, 1->0, 1->1; 0->0, 0->1, 1->1; image of another size: 0->0, 0->2
     result = evaluate(model, data, EvalConfig(batch_size=batch_size), device=CPU)
     assert result.class_iou == {"a": pytest.approx(3 / 6), "b": pytest.approx(2 / 4), "c": 0.0}
     assert result.miou == pytest.approx((0.5 + 0.5 + 0) / 3)
@@ -119,7 +120,7 @@ def test_evaluate_by_hand(batch_size):
 
 
 def test_evaluate_in_shares():
-    """What two processes count adds up to what one counts (the sum itself is torch.distributed's)."""
+    """The counts of two processes add up to those of one (torch.distributed does the sum)."""
     data = Pairs([([[k % 3, 0]], [[0, k % 2]]) for k in range(5)])
 
     def counts(**share):
@@ -154,7 +155,7 @@ def test_scores_are_at_label_resolution():
 
 
 class Seen(nn.Module):
-    """Remembers the shapes it was given; logits are the first two channels, at a quarter of the size."""
+    """Records input shapes; logits are the first two channels at a quarter of the size."""
 
     def __init__(self):
         super().__init__()
@@ -172,7 +173,7 @@ def test_padding_to_what_the_network_takes():
     assert model.shapes == [(32, 48)]
     own = predict_logits(model, images, (20, 36), size_divisor=4)
     assert model.shapes[-1] == (20, 36)
-    # The padding repeats the edge and is cut off again: what is left of it reaches half a cell of the logits in.
+    # The padding repeats the border and is cropped again; it affects half a cell of the logits.
     torch.testing.assert_close(found[..., :18, :34], own[..., :18, :34])
 
 
@@ -185,11 +186,11 @@ def test_windows():
     assert model.shapes == [(16, 16)] * (2 * 3)
     model.shapes.clear()
     predict_scores(model, images, (24, 40), EvalConfig(window=(64, 64), size_divisor=4))
-    assert model.shapes == [(24, 40)]  # no larger than the image
+    assert model.shapes == [(24, 40)]  # not larger than the image
 
 
 class Mean(nn.Module):
-    """Logits (mean of the window, 0), so that a window's number can be told."""
+    """Logits (mean of the window, 0), which identify a window."""
 
     def forward(self, images):
         means = images[:, :1].mean((-2, -1), keepdim=True).expand_as(images[:, :1])
@@ -212,7 +213,7 @@ def test_a_pixelwise_network_sees_the_same_in_windows():
 
 
 class Lopsided(nn.Module):
-    """Sees class 1 in the left half of whatever it is shown."""
+    """Predicts class 1 in the left half of any input."""
 
     def forward(self, images):
         logits = images.new_zeros((len(images), 2, *images.shape[-2:]), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""`fastkd export`: what is written is the network, for another program too."""
+"""`fastkd export`: the exported file computes what the network does, also in other programs."""
 
 import json
 
@@ -24,7 +24,7 @@ from tests.train import tiny  # noqa: E402
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     config = tiny.config("run", aux=True)
-    config.model.encoder = "tu-test_resnet"  # of few operators: the exporter takes its time for each
+    config.model.encoder = "tu-test_resnet"  # few operators: the exporter takes time for each
     return tiny.save_network(tmp_path_factory.mktemp("run") / "best.pt", config)
 
 
@@ -58,7 +58,7 @@ def test_safetensors(path, tmp_path):
 
 
 class Drifting(nn.Module):
-    """What is traced, and then no longer what the network does."""
+    """Behaves differently after it has been traced."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Named taps: what they return, what they leave behind, and what they say when a name is wrong."""
+"""Named taps: their results, their cleanup, and the errors for wrong names."""
 
 import copy
 import gc
@@ -46,7 +46,7 @@ def test_taps_are_the_modules_outputs(net):
     features = net.encoder(x)
     torch.testing.assert_close(taps["feat"], features[-1])
     torch.testing.assert_close(taps["mid"], features[1])
-    assert taps["logits"].shape == (2, 3, 4, 4)  # before the up-sampling
+    assert taps["logits"].shape == (2, 3, 4, 4)  # before upsampling
     assert taps["whole"] is output["out"]
 
 
@@ -61,7 +61,7 @@ def test_nothing_is_kept_between_calls(net):
     tapped = Tapped(net, {"feat": "encoder[-1]"})
     out = tapped(torch.randn(1, 3, 16, 16))
     alive = weakref.ref(out.taps["feat"])
-    gc.disable()  # no cycle: the feature must go with its last reference
+    gc.disable()  # no reference cycle: the feature is freed with its last reference
     try:
         del out
         assert alive() is None
@@ -117,7 +117,7 @@ def test_wrong_entries(net, path, kind, says):
 
 
 class Normed(nn.Module):
-    """A convolution, a batch norm and an activation that overwrites it, as every block of a torchvision ResNet has them."""
+    """A convolution, a batch norm and an in-place activation, as in every block of a torchvision ResNet."""
 
     def __init__(self, activation):
         super().__init__()
@@ -158,7 +158,7 @@ def test_a_tensor_that_is_not_overwritten_is_not_copied(net):
         assert taps["whole"] is output["out"]
     tapped.eval()
     tapped(x)
-    with torch.inference_mode():  # what the first forward of the mode has shown holds there too
+    with torch.inference_mode():  # findings of the mode's first forward also apply here
         output, taps = tapped(x)
     assert taps["whole"] is output["out"]
 

@@ -1,4 +1,4 @@
-"""The backward pass in two parts, and the statistics of the losses' gradients."""
+"""The backward pass in two parts, and statistics of the losses' gradients."""
 
 import pytest
 import torch

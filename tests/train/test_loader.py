@@ -1,4 +1,4 @@
-"""Samples depend on the seed and their number in the run alone."""
+"""Samples depend only on the seed and on their index in the run."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_samples_depend_on_seed_and_step_alone():
 
 def test_batches_do_not_depend_on_the_number_of_workers():
     def batches(workers):
-        torch.manual_seed(workers)  # another place in the random stream
+        torch.manual_seed(workers)  # another state of the random number generator
         loader = train_loader(
             tiny.Patches(5), batch_size=4, steps=range(1, 4), seed=3, workers=workers, part=Part(parts=2)
         )

@@ -1,4 +1,4 @@
-"""What a run says: its log, its progress and the time left."""
+"""Output of a run: log, progress, time left."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ def test_the_log_goes_on_after_the_step_that_was_saved(tmp_path):
         first.write(step, 1.0, "train", {"loss": 1 / 3})
     first.close()
     path = tmp_path / "log.jsonl"
-    path.write_text(path.read_text() + '[3]\n{"step": 4, "spl')  # cut short by a kill
+    path.write_text(path.read_text() + '[3]\n{"step": 4, "spl')  # truncated by a kill
     second = RunLog(tmp_path)
     second.open(keep_to=2)
     second.write(3, 2.0, "train", {"loss": 0.25})

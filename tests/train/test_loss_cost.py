@@ -1,4 +1,4 @@
-"""What the losses cost: measured with the kernels and in plain PyTorch, and never the end of a run."""
+"""Cost of the losses, measured with the kernels and in plain PyTorch; it never ends a run."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def test_kernels_and_plain_pytorch(objective, shapes):
     cost = loss_cost.loss_cost(objective, shapes, step=9, device=CPU)
     assert cost["note"] is None
     assert cost["backends"] == ["cpu"]
-    copy = 4 * CLASSES * LABELS[0] * LABELS[1] * LABELS[2]  # of the logits at label size, which plain PyTorch makes
+    copy = 4 * CLASSES * LABELS[0] * LABELS[1] * LABELS[2]  # the logits at label size, which plain PyTorch materialises
     assert cost["eager"]["bytes"] > 2 * copy
     assert cost["ours"]["bytes"] < copy / 4
     assert cost["ours"]["images"] == cost["eager"]["images"] == 2
@@ -58,7 +58,7 @@ def test_a_long_call_is_scaled_from_one_image(objective, shapes, monkeypatch):
     monkeypatch.setattr(loss_cost, "SECONDS", 0.0)
     scaled = loss_cost.loss_cost(objective, shapes, step=9, device=CPU)["eager"]
     assert scaled["images"] == 1
-    # Resident memory: what the process kept of earlier work hides as much of the new.
+    # Resident memory: memory that the process kept from earlier work hides the same amount of new memory.
     assert whole / 6 < scaled["bytes"] < 6 * whole, (scaled["bytes"], whole)
 
 

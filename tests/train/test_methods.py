@@ -1,4 +1,4 @@
-"""Distillation methods against their formulas written out in loops, in float64; edges; a few steps of training."""
+"""Distillation methods against their formulas, written as loops in float64; edge cases; a few training steps."""
 
 import copy
 import dataclasses
@@ -26,7 +26,7 @@ from fastkd.train.methods.skd import SKDLoss
 N, K, H, W = 2, 3, 4, 5
 LABELS = torch.tensor(
     [0, 0, 1, 1, 255, 1, 0, 1, 1, 255, 0, 0, 0, 1, 7, 255, 0, 1, 1, 1]
-)  # class 2 is absent, 7 is none
+)  # class 2 is absent, 7 is out of range
 TARGET = torch.stack([LABELS.view(H, W), LABELS.flip(0).view(H, W)])
 
 
@@ -35,7 +35,7 @@ def pair(channels=(6, 6), size=(H, W), dtype=torch.float64):
     return [torch.randn(N, c, *size, generator=rng, dtype=torch.float64).to(dtype) for c in channels]
 
 
-# The formulas of the papers, literally: one number at a time.
+# The papers' formulas, element by element
 
 
 def norm(v):
@@ -94,7 +94,7 @@ def variation_map(x, label):
 
 
 def literal_ifvd(student, teacher, target, ignored=0):
-    """ignored: 1 counts the pixels without a class, whose similarity is 1 on both sides."""
+    """ignored: 1 includes pixels without a class, whose similarity is 1 on both sides."""
     terms = []
     for s, t, y in zip(student, teacher, target, strict=True):
         s, t = variation_map(s, y), variation_map(t, y)
@@ -104,7 +104,7 @@ def literal_ifvd(student, teacher, target, ignored=0):
 
 
 def literal_dsd_published(student, teacher, temperature=4.0):
-    """The layers of an image, the last being the logits."""
+    """The layers of an image, with the logits last."""
 
     def residuals(layers, n):
         maps = [torch.stack(attention(layer[n])) for layer in layers]
@@ -125,7 +125,7 @@ def literal_dsd_published(student, teacher, temperature=4.0):
 
 
 def literal_dsd(student_logits, teacher_logits, student, teacher, temperature):
-    def residual(features, n):  # of two layers of the same size
+    def residual(features, n):  # two layers of the same size
         return [b - a for a, b in zip(attention(features[0][n]), attention(features[1][n]), strict=True)]
 
     def correlation(z):
@@ -221,7 +221,7 @@ def test_formula_of_dsd():
 
 
 def test_values_of_the_code_behind_the_published_tables():
-    """That code was run on these tensors, in float64."""
+    """Values computed by the published code on these tensors, in float64."""
     rng = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -272,7 +272,7 @@ def test_ifvd_takes_labels_by_nearest_neighbour():
     large = TARGET.repeat_interleave(3, 1).repeat_interleave(2, 2)
     for target in (large, large.to(torch.uint8), large.int()):
         torch.testing.assert_close(IFVDLoss(K)(student, teacher, target), IFVDLoss(K)(student, teacher, TARGET))
-    # An ignored class has no prototype.
+    # The ignored class has no prototype.
     torch.testing.assert_close(
         IFVDLoss(K, ignore_index=1)(student, teacher, TARGET),
         IFVDLoss(K)(student, teacher, torch.where(TARGET == 1, 255, TARGET)),
@@ -288,7 +288,7 @@ def test_ifvd_without_a_label_is_zero():
 
 @pytest.mark.parametrize("name", LITERAL)
 def test_the_graph_can_be_used_twice(name, monkeypatch):
-    """As when the trainer logs gradients before the step."""
+    """For example if the trainer logs gradients before the step."""
     monkeypatch.setattr(base, "CHUNK", 40)
     loss, _, channels = LITERAL[name]
     student, teacher = pair(channels)
@@ -311,7 +311,7 @@ def test_the_backward_pass_keeps_the_backend(monkeypatch):
 
 @pytest.mark.parametrize("name", LITERAL)
 def test_zero_features_have_finite_gradients(name):
-    """Behind a ReLU a pixel may be zero in every channel."""
+    """After a ReLU a pixel can be zero in all channels."""
     loss, _, channels = LITERAL[name]
     student, teacher = pair(channels)
     student[:, :, 1] = teacher[:, :, 2] = 0
@@ -341,7 +341,7 @@ def test_a_teacher_that_is_the_student_costs_nothing(name):
 
 @pytest.mark.parametrize("name", LITERAL)
 def test_no_step_waits_for_the_device(name, monkeypatch):
-    """A value that reaches Python would stop a GPU; a tensor without values cannot give one."""
+    """Reading a value in Python would synchronise a GPU; a tensor without values raises an error instead."""
     monkeypatch.setattr(base, "CHUNK", 40)
     loss, _, channels = LITERAL[name]
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -366,7 +366,8 @@ for loss in (CIRKDLoss(), SKDLoss(pool=1)):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_similarities_do_not_pile_up():
-    """All similarities at once would take 250 MB in CIRKD and 130 in SKD; a span's matrices are of 4 MB. Measured: 35 to 66."""
+    """All similarities at once would take 250 MB in CIRKD and 130 in SKD; the matrices of a span take 4 MB.
+    Measured: 35 to 66."""
     root = str(Path(__file__).parents[2])
     out = subprocess.run([sys.executable, "-c", MEMORY, root], capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr
@@ -389,7 +390,7 @@ def test_wrong_values_are_named():
         parse_method("kd+cird")
 
 
-# In the trainer.
+# In the trainer
 
 
 @pytest.fixture(scope="module")
@@ -405,7 +406,7 @@ def networks():
 
 
 def steps(method, networks, config=None, count=2):
-    """A few steps of SGD; the last terms, and the student."""
+    """A few SGD steps; returns the last terms and the student."""
     from fastkd.train.models import Student
 
     torch.manual_seed(0)
@@ -480,7 +481,7 @@ def test_networks_that_do_not_fit(networks):
     )
     paper = LossConfig()
     paper.dsd.variant = "paper"
-    Objective("dsd", LossConfig(), total_steps=1, student=one_tap, teacher=teacher)  # the logits are the other layer
+    Objective("dsd", LossConfig(), total_steps=1, student=one_tap, teacher=teacher)  # the logits are the second layer
     with pytest.raises(ValueError, match=r"two or more from shallow to deep.*--loss.dsd.weight 0"):
         Objective("dsd", paper, total_steps=1, student=one_tap, teacher=teacher)
     other = build_model(ModelConfig(arch="FPN", encoder="tu-mobilenetv3_small_050"), K + 1)

@@ -61,7 +61,7 @@ def test_architectures_of_smp(arch):
     out = model(IMAGES)
     assert out.logits.shape[:2] == (2, 5)
     assert out.features["encoder"].shape[1] == model.tapped.model.encoder.out_channels[-1]
-    assert arch == "Unet" or out.logits.shape[-1] < 96  # a U-Net's own logits are full size
+    assert arch == "Unet" or out.logits.shape[-1] < 96  # a U-Net's logits have the full size
 
 
 DILATED = {"encoder_output_stride": 8}
@@ -93,12 +93,12 @@ def test_dilated_resnets_are_those_of_torchvision():
     reference = resnet50(replace_stride_with_dilation=[False, True, True]).eval().double()
     reference.load_state_dict(encoder.state_dict(), strict=False)
     reference.avgpool = reference.fc = torch.nn.Identity()
-    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)  # fp32 convolutions differ with the algorithm a machine picks
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)  # fp32 convolutions depend on the algorithm
     torch.testing.assert_close(encoder(x)[-1].flatten(1), reference(x))
 
 
 def test_input_as_another_code_base_takes_it():
-    """CIRKD's: BGR in 0 to 255, minus a mean, no deviation."""
+    """CIRKD's: BGR in 0 to 255, minus a mean, without standard deviation."""
     model = build_model(small(channels="bgr", max_value=255.0, mean=(104.007, 116.669, 122.679), std=(1, 1, 1)), 5)
     pixel = torch.tensor([10, 20, 30], dtype=torch.uint8).view(1, 3, 1, 1)
     want = torch.tensor([30 - 104.007, 20 - 116.669, 10 - 122.679]).view(1, 3, 1, 1)
@@ -325,7 +325,7 @@ def test_weights_of_torchvision_with_their_auxiliary_head(tmp_path):
 
 
 def dilated_resnet18():
-    """torchvision's ResNet-18 at output stride 8: a stage's first convolution has the dilation of the stage before."""
+    """torchvision's ResNet-18 at output stride 8: a stage's first convolution has the previous stage's dilation."""
     from torchvision.models import resnet18
 
     net = resnet18()
@@ -338,7 +338,7 @@ def dilated_resnet18():
 
 
 class PublicLayout(nn.Module):
-    """A DeepLabV3 under the names of a CIRKD checkpoint, written as awesome-semantic-segmentation-pytorch documents them."""
+    """A DeepLabV3 with the names of a CIRKD checkpoint, as documented by awesome-semantic-segmentation-pytorch."""
 
     def __init__(self, classes):
         super().__init__()
@@ -411,7 +411,7 @@ def test_convert_makes_a_teacher_of_foreign_weights(tmp_path, capsys):
     assert "give --model.weights FILE" in capsys.readouterr().err
     words += ["--model.weights", str(tmp_path / "foreign.pth")]
     assert main(words) == 0
-    (tmp_path / "foreign.pth").unlink()  # the checkpoint stands alone
+    (tmp_path / "foreign.pth").unlink()  # the checkpoint does not need it
     network, state = checkpoint.load_network(tmp_path / "teacher" / "best.pt")
     assert len(state["classes"]) == 15
     torch.testing.assert_close(network(IMAGES).logits, trained.eval()(IMAGES).logits)
@@ -432,7 +432,7 @@ def test_unreadable_weights_are_named(tmp_path):
 
 
 def wrapped():
-    """name -> a function that puts a common wrapper around a state dict."""
+    """name -> a function that adds a common wrapper to a state dict."""
     prefix = lambda *words: lambda state: {"".join(words) + k: v for k, v in state.items()}  # noqa: E731
     return {
         "plain": lambda state: state,
@@ -530,7 +530,7 @@ def test_what_a_library_raises_names_the_value(changes, says):
         build_model(config, 3)
 
 
-# ---- tokens of vision transformers ----------------------------------------------------------------------------------
+# Tokens of vision transformers
 
 
 class TokenNetwork(torch.nn.Module):

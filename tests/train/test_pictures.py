@@ -1,4 +1,4 @@
-"""What networks see, in images of any size."""
+"""Visualisations, for images of any size."""
 
 import numpy as np
 import pytest
@@ -11,11 +11,11 @@ from fastkd.train.models import build_model
 from fastkd.train.pictures import difficulty, predictions, sample
 from tests.train import tiny
 
-WIDTH = 270  # of a picture in a panel
+WIDTH = 270  # width of a picture in a panel
 
 
 class Odd(tiny.Patches):
-    """Images whose sides nothing divides, another size each."""
+    """Images of different sizes, none divisible by the stride."""
 
     def __getitem__(self, index):
         image, label = super().__getitem__(index)
@@ -42,12 +42,12 @@ def test_images_of_any_size(how, networks):
     picture = difficulty(teacher, student, samples, Odd(4), how)
     assert picture.width == 6 * WIDTH
     alone = difficulty(student, student, samples, Odd(4), how)
-    assert alone.width == 5 * WIDTH  # no TFE map without an auxiliary head
+    assert alone.width == 5 * WIDTH  # without an auxiliary head there is no TFE map
     assert predictions({"a": student}, samples, Odd(4), how).width == 3 * WIDTH
 
 
 def test_the_mask_of_equal_networks_is_empty(networks):
-    """Dark, as the heat map's lowest value is."""
+    """Dark, the heat map's lowest value."""
     _, student = networks
     picture = np.asarray(difficulty(student, student, sample(Odd(4), 1), Odd(4), EvalConfig()))
     mask = picture[60:200, -200:-50].reshape(-1, 3)

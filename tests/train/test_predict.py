@@ -1,4 +1,4 @@
-"""`fastkd predict`: overlays of sound images; a message for each other one, by name, while the rest goes on."""
+"""`fastkd predict`: overlays of valid images; for each other image a message with its name, and the rest continues."""
 
 import numpy as np
 import pytest
@@ -102,7 +102,7 @@ def test_wrong_words(network, tmp_path, capsys):
 
 def test_a_photo_is_turned_as_its_camera_says(tmp_path):
     exif = Image.Exif()
-    exif[274] = 6  # a quarter turn
+    exif[274] = 6  # rotated by 90 degrees
     Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
     with Image.open(tmp_path / "a.jpg") as photo:
         assert upright(photo).size == (20, 40)

@@ -1,4 +1,4 @@
-"""Recipes: how they resolve, their published numbers, and three steps of each on each data set."""
+"""Recipes: resolution, published numbers, and three steps of each on each data set."""
 
 import json
 
@@ -17,14 +17,14 @@ from tests.train import tiny, trees
 
 SETS = ("cityscapes", "camvid", "voc", "ade20k")
 PUBLISHED = ("baseline", "cirkd-v1", "cirkd-v2", "rdd-paper", "rdd-official", "nfd", "cwd", "segformer", "canonical-kd")
-OWN = {"camvid-lite0": "camvid", "street-scenes": "street_scenes"}  # of this project: the data set of each
+OWN = {"camvid-lite0": "camvid", "street-scenes": "street_scenes"}  # the data set of each of this project's own recipes
 
 
 def resolve(name, *words):
     return parse(["--recipe", name, "--teacher", "t.pt", *words])[0]
 
 
-# From the tables of the papers: crop, batch, learning rate, steps, weight decay.
+# From the papers' tables: crop, batch, learning rate, steps, weight decay.
 @pytest.mark.parametrize(
     ("name", "data", "crop", "batch", "lr", "steps", "decay"),
     [
@@ -68,10 +68,10 @@ def test_later_words_win(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("data: {name: voc}\noptim: {lr: 0.5, warmup: 7}\n")
     c = resolve("rdd-paper", "--config", str(path), "--optim.warmup", "9", "--model.options.decoder_channels", "64")
-    assert (c.data.name, c.data.crop) == ("voc", (512, 512))  # the file's data set decides the recipe's layer
+    assert (c.data.name, c.data.crop) == ("voc", (512, 512))  # the file's data set selects the recipe's layer
     assert (c.optim.lr, c.optim.warmup, c.optim.weight_decay) == (0.5, 9, 5e-4)
     assert c.model.options == {"encoder_output_stride": 8, "decoder_channels": 64}
-    first = parse(["--optim.lr", "0.5", "--recipe", "baseline"])[0]  # wherever the recipe stands
+    first = parse(["--optim.lr", "0.5", "--recipe", "baseline"])[0]  # at any position on the command line
     assert first.optim.lr == 0.5
 
 
@@ -112,7 +112,7 @@ NARROW = {"DeepLabV3": "decoder_channels", "Segformer": "decoder_segmentation_ch
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """(data set, architecture) -> a tree and an untrained teacher of that kind; made when first asked for."""
+    """(data set, architecture) -> a tree and an untrained teacher of that kind, created on demand."""
     folder = tmp_path_factory.mktemp("recipes")
 
     def prepare(data, arch):
@@ -132,7 +132,7 @@ def narrow(arch, width):
     return [f"--model.options.{NARROW[arch]}", str(width)]
 
 
-# Each recipe on one of the data sets, with and without images that have no labels; `pytest -m slow` has the other pairs.
+# Each recipe on one data set, with and without unlabelled images; `pytest -m slow` runs the other pairs.
 PAIRS = [(name, SETS[(i + few) % 4], few) for i, name in enumerate(PUBLISHED) for few in (False, True)[: 1 + (i > 0)]]
 REST = [(name, data, False) for name in PUBLISHED for data in SETS if (name, data, False) not in PAIRS]
 
@@ -141,9 +141,9 @@ REST = [(name, data, False) for name in PUBLISHED for data in SETS if (name, dat
     ("name", "data", "few"), [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in REST)]
 )
 def test_three_steps(name, data, few, place, tmp_path, quick):
-    """The recipe as it is, but for a small encoder and decoder, a small crop, a batch of two, and three steps.
+    """The recipe with a small encoder and decoder, a small crop, a batch of two, and three steps.
 
-    few: with half of the labels, and an image without in each batch.
+    few: with half of the labels, and an unlabelled image in each batch.
     """
     arch = recipe.load(name)["model"]["arch"]
     root, teacher = place(data, arch)
@@ -169,7 +169,7 @@ def test_three_steps(name, data, few, place, tmp_path, quick):
     assert result["method"] == recipe.load(name)["method"]
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3]
-    if name.startswith("rdd"):  # both stages have run: a tenth of three steps is the first
+    if name.startswith("rdd"):  # both stages have run: the first lasts a tenth of three steps
         assert {"loss/rdd_task", "loss/rdd_kd"} <= set(lines[0])
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert saved["optim"]["weight_decay"] == recipe.load(name, data)["optim"]["weight_decay"]

@@ -1,4 +1,4 @@
-"""The report and the pictures in it, from run directories that are whole, cut short, or broken."""
+"""The report and its pictures, from run directories that are complete, truncated or broken."""
 
 import base64
 import io
@@ -65,7 +65,7 @@ def runs(tmp_path):
 
 
 class Strict(HTMLParser):
-    """Checks that tags nest, and gathers what a page would load."""
+    """Checks that tags nest, and collects the resources that a page would load."""
 
     VOID = ("meta", "img", "br", "path", "use", "link")
 
@@ -131,7 +131,7 @@ def test_markdown(runs, tmp_path):
     write_report(tmp_path / "out", runs, title="T")
     text = (tmp_path / "out" / "table.md").read_text()
     assert "| nfd | nfd | 55.0 | 80.0 | 0.25 | 7.0 | 1.90 M | 40 | \N{EN DASH} | 10 s |" in text
-    # The teacher is no student: the best student is marked, and every one of equals.
+    # The teacher is not a student. The best student is marked; with ties, all of them.
     assert "| road | 70.0 | 50.0 | **55.0** | 50.2 | 45.0 |" in text
     assert "| sky | 50.0 | **50.0** | **50.0** | **50.0** | **50.0** |" in text
     assert "| traffic sign |" + " \N{EN DASH} |" * 5 in text
@@ -199,7 +199,7 @@ def test_verdict_names_unlike_runs(runs, tmp_path):
 
 
 def test_verdict_at_equal_time(runs, tmp_path):
-    """A second plain student, trained for as long as a distilled one, is compared too."""
+    """A second plain student, trained for as long as a distilled one, is also compared."""
     for path in runs[2:]:
         result = json.loads((path / "result.json").read_text()) | {"seconds": 20.0}
         (path / "result.json").write_text(json.dumps(result))
@@ -219,7 +219,7 @@ def test_verdict_at_equal_time(runs, tmp_path):
 
 @pytest.fixture
 def seeds(tmp_path):
-    """A teacher, and three seeds of a plain student and of two distilled ones; seeds differ more than methods."""
+    """A teacher, and three seeds each of a plain student and two distilled ones; seeds differ more than methods."""
     paths = [make_run(tmp_path, "teacher", "none", 0.70, model="unet large")]
     for name, method, change in (("plain", "none", 0.0), ("nfd", "nfd", 0.02), ("kd", "kd", None)):
         for seed, base in enumerate((0.48, 0.50, 0.53)):
@@ -245,7 +245,8 @@ def test_seeds_of_one_configuration_are_one_row(seeds, tmp_path):
 
 
 def test_verdict_over_seeds(seeds):
-    """Seed by seed nfd always gains 2 points, although the seeds differ by 5; kd gains as much in one as it loses in another."""
+    """Per seed nfd always gains 2 points although the seeds differ by 5; kd gains in one seed what it loses in
+    another."""
     text = judged(seeds)
     assert "the plain student (plain) 50.3 ± 2.5 %" in text
     assert "Gained over the plain student, in points of mIoU: nfd (+2.1 ± 0.1 over 3 seeds, 11 % of the gap)." in text
@@ -305,7 +306,7 @@ def test_verdict_without_distillation(tmp_path):
 def test_unfinished_run_is_shown_as_such(runs, tmp_path):
     cut = make_run(tmp_path, "stopped", "kd", 0.9, finished=False)
     log = cut / "log.jsonl"
-    log.write_bytes(log.read_bytes()[:-40])  # in the middle of a line
+    log.write_bytes(log.read_bytes()[:-40])  # within a line
     page = write_report(tmp_path / "out", [*runs, cut], title="T").read_text()
     parse(page)
     assert "unfinished" in page

@@ -1,4 +1,4 @@
-"""A run that goes on is bitwise the run that was not interrupted."""
+"""A resumed run is bitwise equal to an uninterrupted one."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ def assert_same_run(left, right):
 
 
 def interrupted(config, monkeypatch, *, at):
-    """The run until it has done `at` steps."""
+    """The run up to step `at`."""
     step = engine.Run._step
 
     def stops(self, *args, **options):
@@ -62,13 +62,13 @@ def test_resume_is_bitwise_the_uninterrupted_run(workers, options, teacher, tmp_
     interrupted(config("parts"), monkeypatch, at=3)  # after the checkpoint of step 2
     assert checkpoint.load(tmp_path / "parts" / LAST)["step"] == 2
     assert len(lines(tmp_path / "parts", "train")) == 3
-    torch.rand(3)  # another place in the random stream
+    torch.rand(3)  # another state of the random number generator
     run(config("parts"), resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_killed_runs_go_on(teacher, tmp_path):
-    """SIGKILL, twice, at moments that nobody chose."""
+    """SIGKILL, twice, at arbitrary moments."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(child.killed(whole, teacher))
     root = Path(__file__).parents[2]
@@ -154,7 +154,7 @@ def test_resuming_with_another_teacher(teacher, tmp_path):
     run(config)
     path.rename(tmp_path / "moved.pt")
     config.teacher = str(tmp_path / "moved.pt")
-    run(config, resume=True)  # the same one elsewhere
+    run(config, resume=True)  # the same run in another folder
     state["model"]["aux_head.0.weight"] += 1
     checkpoint.save(state, tmp_path / "moved.pt")
     with pytest.raises(CheckpointError, match="another teacher"):

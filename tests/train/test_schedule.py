@@ -1,4 +1,4 @@
-"""Learning rates worked out by hand."""
+"""Learning rates computed by hand."""
 
 import math
 
@@ -12,7 +12,7 @@ from fastkd.train.schedule import build_optimizer, build_schedule
 
 
 def learning_rate(optim, step, steps):
-    """Of a run that goes on at this step; a run from the start comes to the same."""
+    """Learning rate of a run resumed at this step; a run from the start must give the same."""
     optimizer = build_optimizer(optim, torch.nn.Linear(1, 1))
     schedule = build_schedule(optimizer, optim, steps)
     for _ in range(step):

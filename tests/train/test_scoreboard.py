@@ -1,4 +1,4 @@
-"""Runs under one evaluation: seeds together, mean and deviation by hand, one way of scoring for all."""
+"""Runs under one evaluation: seeds grouped, mean and deviation by hand, one scoring for all."""
 
 import json
 import statistics
@@ -44,7 +44,7 @@ def test_seeds_are_averaged_by_hand():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two seeds and a run on other classes."""
+    """Two seeds, and a run on other classes."""
     place = tmp_path_factory.mktemp("runs")
     data = {
         name: DataConfig(name=name, crop=tiny.CROP, **trees.TREES[name](place / name)) for name in ("camvid", "folders")

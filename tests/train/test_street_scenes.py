@@ -1,4 +1,4 @@
-"""The generated data set, and the way data sets are built by name."""
+"""The generated data set, and building data sets by name."""
 
 import numpy as np
 import pytest
@@ -69,7 +69,8 @@ def test_every_class_occurs_and_no_other_label(scenes):
 
 
 def test_colour_alone_does_not_tell_the_class(scenes):
-    """The best guess from a pixel's colour (16 steps a channel) stays far from right, even on the data it is fitted to."""
+    """The best prediction from a pixel's colour (16 levels per channel) has low accuracy, even on the data that it
+    is fitted to."""
     classes = len(StreetScenes.classes)
     table = np.zeros((16**3, classes), dtype=np.int64)
     for image, label in scenes:
@@ -95,7 +96,7 @@ def test_any_size(size):
 
 
 def test_a_scene_keeps_its_layout_when_the_size_changes():
-    """Twice the size is the same world: nearest down-sampling of its labels agrees almost everywhere."""
+    """Twice the size shows the same scene: nearest-neighbour downsampling of its labels agrees almost everywhere."""
     small, large = StreetScenes("train", size=(64, 128)), StreetScenes("train", size=(128, 256))
     same = [np.mean(small.generate(i)[1] == large.generate(i)[1][::2, ::2]) for i in range(6)]
     assert min(same) > 0.85

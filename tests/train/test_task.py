@@ -1,4 +1,4 @@
-"""The task losses of the trainer: what each computes, its parts and weights, what is refused, and a short run of each."""
+"""The trainer's task losses: their formulas, terms and weights, errors, and a short run of each."""
 
 import pytest
 import torch
@@ -85,6 +85,6 @@ def test_a_run_of_each(task, tmp_path, quick):
     dice = {"loss/dice", "loss/aux_dice"} if task == "ce+dice" else set()
     assert parts == {"loss/task", "loss/aux"} | dice
     assert line["loss"] == pytest.approx(sum(line[name] for name in parts), rel=1e-5)
-    assert "grad_cosine" not in line  # the conflict of task and distillation
+    assert "grad_cosine" not in line  # the conflict between task and distillation
     assert line["weight/aux"] == 0.4
     assert f"task: {task}\n" in (tmp_path / "config.yaml").read_text()

@@ -1,4 +1,5 @@
-"""Augmentation: image and mask stay aligned, factors and crops are drawn as documented, one seed gives one crop."""
+"""Augmentation: image and mask stay aligned, factors and crops have the documented distribution, a seed fixes the
+crop."""
 
 import pytest
 
@@ -14,7 +15,7 @@ from fastkd.train.data.transforms import RandomScaleCrop  # noqa: E402
 
 SMALL = (64, 128)
 
-# An image painted with its own label must still agree with it afterwards.
+# An image that shows its own label must still match the label afterwards
 
 COLOURS = torch.tensor([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], dtype=torch.uint8)
 
@@ -43,7 +44,7 @@ def test_image_and_mask_stay_aligned(crop):
         valid = mask != 255
         padded += int((~valid).sum())
         distance = (image.long()[:, :, :, None] - COLOURS.long().T[:, None, None, :]).abs().sum(0)
-        # Edges are blended in the image, so only pixels whose neighbours have the same label can be told.
+        # Edges in the image are blended, so only pixels whose neighbours have the same label are compared.
         near = mask.float()[None]
         inside = (F.max_pool2d(near, 3, 1, 1) == -F.max_pool2d(-near, 3, 1, 1))[0]
         assert torch.equal(distance.argmin(-1)[inside & valid], mask.long()[inside & valid])
@@ -52,7 +53,7 @@ def test_image_and_mask_stay_aligned(crop):
 
 
 def factors(draws, **options):
-    """Factors a transform drew, read off the side of the window it cut."""
+    """The factors of a transform, derived from the size of the window it cut."""
     transform = RandomScaleCrop((60, 60), **options)
     label = tv_tensors.Mask(torch.zeros(400, 400, dtype=torch.uint8))
     return [60 / transform.make_params([label])["window"][2] for _ in range(draws)]
@@ -76,7 +77,7 @@ def test_scale_steps():
 
 
 def test_window_is_that_of_the_resized_picture():
-    """Cutting before the resize gives what a crop of the resized picture shows, but for the rows at the border."""
+    """Cropping before the resize gives the crop of the resized picture, except for the rows at the border."""
     ramp = torch.linspace(0, 255, 200).round().to(torch.uint8).expand(3, 100, 200)
     pair = tv_tensors.Image(ramp), tv_tensors.Mask(torch.zeros(100, 200, dtype=torch.uint8))
     for seed in range(5):
@@ -103,7 +104,7 @@ def test_a_small_picture_keeps_its_proportions_and_is_padded():
 
 
 def test_cap_on_one_class():
-    """Left half one class, right half two, half of it ignored: a window that is nearly all of one class is drawn again."""
+    """Left half one class, right half two, half of it ignored: a window with nearly a single class is drawn again."""
     label = torch.zeros(64, 256, dtype=torch.uint8)
     label[:, 128:] = 1
     label[:32, 160:] = 2
@@ -114,7 +115,7 @@ def test_cap_on_one_class():
         return torch.tensor([int(transform(*pair)[1].flatten().bincount().max()) / 64**2 for _ in range(200)])
 
     assert (most(1.0) > 0.75).float().mean() > 0.3
-    assert (most(0.75) > 0.75).float().mean() < 0.02  # ten draws in a row all failed
+    assert (most(0.75) > 0.75).float().mean() < 0.02  # all ten draws failed
     everything = tv_tensors.Mask(torch.full((64, 256), 255, dtype=torch.uint8))
     assert train_transform(64, cat_max_ratio=0.75)(pair[0], everything)[1].unique().tolist() == [255]
 

@@ -1,4 +1,4 @@
-"""Few labels and many images: which images they are, what each loss sees of them, and what a run says about it."""
+"""Training with few labels: selection of the labelled images, the inputs of each loss, and a run's messages."""
 
 from fractions import Fraction
 
@@ -107,7 +107,7 @@ def test_every_share_of_a_batch_has_as_many():
         assert [index < 3 for index, _ in batch] == [True] * 4 + [False] * 4
     assert {index for batch in whole for index, _ in batch} == set(range(10))
     numbers = [number for batch in whole for _, number in batch]
-    assert sorted(numbers) == list(range(48))  # each sample has a number, and so a seed, of its own
+    assert sorted(numbers) == list(range(48))  # each sample has a separate index and hence seed
     assert list(StepSampler(3, 8, range(2, 6), 0, **options)) == whole[2:]
     shares = [list(StepSampler(3, 8, range(6), 0, rank, 2, 2, **options)) for rank in range(2)]
     for step, batch in enumerate(whole):
@@ -119,7 +119,7 @@ def test_every_share_of_a_batch_has_as_many():
 
 
 def test_labelled_samples_are_those_of_a_smaller_batch():
-    """The labelled pass does not depend on the images beside it."""
+    """The labelled pass does not depend on the unlabelled images."""
     alone = [index for batch in StepSampler(5, 4, range(9), 3) for index, _ in batch]
     beside = StepSampler(5, 6, range(9), 3, unlabelled=4, unlabelled_size=2)
     assert [index for batch in beside for index, _ in batch if index < 5] == alone
@@ -154,7 +154,7 @@ def networks():
 def losses(networks, method, config, labels, step, images=slice(None)):
     """The objective's terms and their gradients at the student's outputs, for some of the images."""
     student, teacher, pictures, _ = networks
-    torch.manual_seed(1)  # of the adapters
+    torch.manual_seed(1)  # for the adapters
     trained = Student(student, student_features(method, config, student, teacher)).double()
     objective = Objective(method, config, total_steps=10, student=student, teacher=teacher)
     with torch.no_grad():
@@ -173,9 +173,10 @@ def losses(networks, method, config, labels, step, images=slice(None)):
     [*((m, 0, "paper") for m in METHODS), ("rdd", 5, "paper"), ("rdd", 0, "official"), ("rdd", 5, "official")],
 )
 def test_tasks_see_labelled_images_and_distillation_sees_all(networks, method, step, preset):
-    """Two of four images have labels: each task term, and its gradient, is that of these two alone; each other that of all."""
+    """Two of four images have labels. Each task term and its gradient equal those of these two images; other terms
+    use all images."""
     config = LossConfig()
-    config.rdd.preset, config.rdd.select = preset, "or"  # untrained networks find every pixel hard
+    config.rdd.preset, config.rdd.select = preset, "or"  # for untrained networks every pixel is hard
     config.rdd.tfe_steps = 2
     config.rdd.weight = 0.7
     labels = networks[3]
@@ -195,7 +196,7 @@ def test_tasks_see_labelled_images_and_distillation_sees_all(networks, method, s
         ]
         torch.testing.assert_close(grads[0][:2], grads[1])
         assert not grads[0][2:].any()
-    expected = few if method == "ifvd" else all_  # IFVD compares pixels with their class's, which only a label tells
+    expected = few if method == "ifvd" else all_  # IFVD compares pixels with their class prototype, which needs labels
     torch.testing.assert_close(terms.parts[distilled], expected.parts[distilled])
     torch.testing.assert_close(terms.total, torch.stack(list(terms.parts.values())).sum())
 

@@ -1,4 +1,4 @@
-"""A data set and configurations small enough to train in a test."""
+"""A data set and configurations small enough for training in a test."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ CROP = (64, 64)
 
 
 class Patches:
-    """Squares of colour on noise: three classes that a network learns at once; void rows, another number in each item."""
+    """Coloured squares on noise: three classes that a network learns quickly; the number of void rows differs
+    between items."""
 
     transform = None
     classes = ("ground", "red", "blue")
@@ -38,7 +39,7 @@ class Patches:
             y, x = torch.randint(4, 36, (2,), generator=rng).tolist()
             image[channel, y : y + 24, x : x + 24] += 120
             label[y : y + 24, x : x + 24] = kind
-        if self.noise:  # drawn from torch's default generator, as augmentation is
+        if self.noise:  # from torch's default generator, like augmentation
             image = image + torch.randint(0, 16, image.shape)
         label[: 1 + 6 * (index % 3)] = 255
         return image.clamp(0, 255).to(torch.uint8), label
@@ -48,7 +49,7 @@ DATASETS = (Patches(), Patches(4, noise=False))
 
 
 def config(out, **changes) -> Config:
-    """A run of a few steps; `aux=True` gives the network an auxiliary head, `dims` the width of its decoder."""
+    """A run of a few steps; `aux=True` adds an auxiliary head, `dims` is the decoder's width."""
     aux = changes.pop("aux", False)
     width = changes.pop("width", 32)
     train = {"steps": 2, "batch_size": 4, "log_every": 1, "checkpoint_every": 2, "device": "cpu", "panels": 0}
@@ -78,12 +79,13 @@ def run(config, **options) -> dict:
 
 
 def lines(out, split: str) -> list[dict]:
-    """The log's lines of one split."""
+    """The log's lines for one split."""
     return [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if line["split"] == split]
 
 
 def save_network(path, config, dataset=DATASETS[0]):
-    """A checkpoint of an untrained network of `config` for the classes of `dataset`; returns its path as text."""
+    """Saves an untrained network of `config` for the classes of `dataset`; returns the checkpoint's path as a
+    string."""
     torch.manual_seed(0)
     network = build_model(config.model, len(dataset.classes))
     state = {

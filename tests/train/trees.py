@@ -1,4 +1,4 @@
-"""Each data set as a tiny tree of files in the layout people have on disk: stripes of every label value its files may hold."""
+"""Each data set as a tiny tree in its usual layout on disk, with stripes of every valid label value."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COUNTS = {"train": 3, "val": 2}
 
 
 def stripes(values, seed: int = 0) -> np.ndarray:
-    """A label map whose columns hold `values` in turn, shifted by `seed`."""
+    """A label map whose columns cycle through `values`, shifted by `seed`."""
     columns = np.arange(SIZE[1]) // max(1, SIZE[1] // len(values)) + seed
     return np.broadcast_to(np.asarray(values, np.uint8)[columns % len(values)], SIZE).copy()
 
@@ -49,7 +49,7 @@ def camvid(root: Path) -> dict:
 
 
 def voc(root: Path) -> dict:
-    """VOCdevkit as it is unpacked, with the augmented labels beside those of VOC."""
+    """VOCdevkit as unpacked, with the augmented labels next to VOC's."""
     inside = root / "VOCdevkit/VOC2012"
     lists = {
         "train": ["2007_000001"],
