@@ -284,7 +284,7 @@ def test_tables_say_what_is_measured_and_what_is_not():
 
 def test_published_pages_are_those_of_the_rows():
     for path, text in publish.pages().items():
-        assert path.read_text() == text, f"{path.name} is not what the rows say; run python -m benchmarks.publish"
+        assert path.read_text() == text, f"{path.name} is out of date; run python -m benchmarks.publish"
 
 
 def test_readmes_comparison_is_that_of_the_rows():

@@ -193,7 +193,7 @@ def registers_table() -> str:
 
 def test_is_built():
     """With nvcc installed, the other tests here must not pass vacuously without the library."""
-    assert LIBRARY.is_file(), "nvcc is there and the CUDA kernels were not built: see the build's output"
+    assert LIBRARY.is_file(), "nvcc is installed but the CUDA kernels were not built: see the build's output"
 
 
 def test_every_architecture_has_code_and_the_last_one_ptx():
@@ -233,7 +233,7 @@ def test_one_read_uses_the_copy_engine_and_clusters(arch):
         assert 1 <= count(rows, "SYNCS.PHASECHK") <= 2, "a wait for an mbarrier, and its retry"
         assert count(rows, "UCGABAR_ARV") == count(rows, "UCGABAR_WAIT") == 2
         assert count(rows, "LDS.128") >= 4, "shared memory is read 16 bytes at a time"
-        assert count(rows, "STG.E.128") >= 1, "and so is the gradient written"
+        assert count(rows, "STG.E.128") >= 1, "the gradient is written 16 bytes at a time"
 
 
 def test_class_loops_are_lean(arch):
@@ -264,12 +264,12 @@ def test_vectors_are_16_bytes(arch):
         for kernel in ("NfdForwardRows", "NfdForwardColumns", "NfdBackwardRows", "NfdBackwardColumns"):
             code = instructions(arch, f"{kernel}-{kind}")
             loads = count(code, "LDG.E.128")
-            assert loads >= 4, f"{kernel} loads tiles of S and T, and what is left, in 16 bytes: {loads}"
+            assert loads >= 4, f"{kernel}: 16-byte loads of S and T, tiles and remainders: {loads}"
             if "Backward" in kernel:
                 assert count(code, "STG.E.128") >= 2
         tiles = instructions(arch, f"KdTiles-{kind}")
-        assert count(tiles, "LDGSTS.E.BYPASS.128") >= 4, "S and T of both layouts go to shared memory in 16 bytes"
-        assert count(tiles, "STG.E.128") >= 2, "and the gradient out of it, however often the loop is unrolled"
+        assert count(tiles, "LDGSTS.E.BYPASS.128") >= 4, "16-byte copies of S and T to shared memory, both layouts"
+        assert count(tiles, "STG.E.128") >= 2, "16-byte stores of the gradient, for any unrolling"
 
 
 @pytest.mark.skipif("100" not in ARCHS, reason="FASTKD_CUDA_ARCHS is without 100")
@@ -288,7 +288,7 @@ def test_ptx_has_the_instructions_meant():
         assert instruction in ptx
     atomics = set(re.findall(r"\b(?:atom|red)\.\S+", ptx))
     assert all(".shared" in name and name.endswith("u32") for name in atomics), (
-        "of values, sums would vary; counts do not"
+        "atomic sums of values vary between runs, counts do not"
     )
 
 

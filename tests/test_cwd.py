@@ -24,7 +24,7 @@ def test_within_eagers_error(backend, problem, reduction, temperature):
         teacher,
         backend,
         temperature / (h * w) / (1 if reduction in ("sum", "none") else n if reduction == "batchmean" else n * c),
-        # Ours rounds each channel less than eager, but a third of a rounding always the same way, which only a sum adds up.
+        # Less rounding per channel than eager, but a third of a rounding is biased, which accumulates in a sum.
         {"sum": temperature**2 * (n * c) ** 0.5, "batchmean": temperature**2 * c**0.5}.get(reduction, 1.0),
     )
 

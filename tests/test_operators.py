@@ -79,7 +79,7 @@ def test_opcheck(backend, name, layout, dtype):
 @each_kernel
 @each_operator
 def test_opcheck_of_dynamic_shapes(backend, name):
-    """Traced with symbolic sizes, the operator gives eager mode's numbers. One operator only, since it takes a
+    """Traced with symbolic sizes, the operator gives eager mode's numbers. One sample each, since it takes a
     second."""
     op = implemented(name, backend)
     if name == "isa":

@@ -1,4 +1,4 @@
-"""Numbers are checked where they enter: every one of the configuration and of the commands has its range, and --help shows it."""
+"""Every number of the configuration and of the commands is validated on input against a range that --help shows."""
 
 import argparse
 import dataclasses

@@ -157,7 +157,7 @@ void run(const Kd& a) {
                 store(loss + l, value * scale);
                 sum += value;
                 if constexpr (kGradient) {
-                    // p_s - p_t as (es - et * ratio) / sum_s: exactly 0 where student and teacher agree.
+                    // p_s - p_t as (es - et * ratio) / sum_s: exactly 0 if student and teacher are equal.
                     const Vec<Acc> ratio = sums.s / sums.t, f = slope * weight / sums.s;
                     const auto counts = load(valid + l) != 0;
                     for (int64_t r = 0; r < in.c; ++r) {

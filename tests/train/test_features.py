@@ -158,7 +158,7 @@ def test_a_tensor_that_is_not_overwritten_is_not_copied(net):
         assert taps["whole"] is output["out"]
     tapped.eval()
     tapped(x)
-    with torch.inference_mode():  # findings of the mode's first forward also apply here
+    with torch.inference_mode():  # uses what the first eval forward found about overwriting
         output, taps = tapped(x)
     assert taps["whole"] is output["out"]
 
