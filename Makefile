@@ -6,7 +6,7 @@ WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test test-all test-large test-tools bench lint docs wheel clean
+.PHONY: demo test test-all test-large test-tools test-errors test-fuzz test-asan test-tsan bench lint docs wheel clean
 
 # glibc returns large blocks to the system on free; keeping them avoids page faults in CPU training.
 demo: export MALLOC_MMAP_THRESHOLD_ = 33554432
@@ -32,18 +32,20 @@ test test-all: .venv/.built .venv/.emulated
 	$(PYTEST)
 	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(PYTEST) $$($(BIN)/python -m tests.suites interpreted)
 	CUDA_VISIBLE_DEVICES= FASTKD_CUDA_EMULATION=$$(cat .venv/.emulated) $(PYTEST) $$($(BIN)/python -m tests.suites emulated)
-	$(if $(filter test-all,$@),$(MAKE) test-large test-tools)
+	$(if $(filter test-all,$@),$(MAKE) test-large && $(MAKE) -j $(WORKERS) --output-sync test-tools)
 
 # Each takes most of the memory, so they run alone.
 test-large: .venv/.built
 	$(BIN)/python -m pytest -q -m large
 
 # The tools with a bounded run time. The others are in docs/promises.md: mutants, versions, valgrind.
-test-tools: .venv/.built
+test-tools: test-errors test-fuzz test-asan test-tsan
+test-errors: .venv/.built
 	$(BIN)/python -m tests.tools.errors
+test-fuzz: .venv/.built
 	$(BIN)/python -m tests.tools.fuzz --minutes 5
-	$(BIN)/python -m tests.tools.sanitize --tool asan
-	$(BIN)/python -m tests.tools.sanitize --tool tsan
+test-asan test-tsan: test-%: .venv/.built
+	$(BIN)/python -m tests.tools.sanitize --tool $*
 
 bench: .venv/.built
 	$(BIN)/python -m benchmarks
