@@ -160,7 +160,9 @@ def spoiled(x: Tensor, r: random.Random) -> Tensor:
     if x.dim() == 0 or r.random() < 0.3:
         return x.to(r.choice((*DTYPES, *LABELS)))
     d = r.randrange(x.dim())
-    return x.narrow(d, 1, x.size(d) - 1).contiguous() if r.random() < 0.5 else torch.cat([x, x.narrow(d, 0, 1)], d)
+    if r.random() < 0.5 and x.size(d):
+        return x.narrow(d, 1, x.size(d) - 1).contiguous()
+    return torch.cat([x, x.new_zeros([1 if i == d else n for i, n in enumerate(x.shape)])], d)
 
 
 def call(row: Operator, args: list[Any]) -> tuple[Tensor, ...]:
