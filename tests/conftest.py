@@ -8,6 +8,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture.engine import ConjectureRunner
 
+from . import interpreter
+
 settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -21,6 +23,8 @@ settings.register_profile("quick", settings.get_profile("default"), max_examples
 ConjectureRunner.generate_mutations_from = lambda self, data: None
 slow = os.environ.get("TRITON_INTERPRET") == "1" or "FASTKD_CUDA_EMULATION" in os.environ
 settings.load_profile("interpreter" if slow else "default")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.patch()
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; thread tests set the number themselves
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for processes started by tests

@@ -414,6 +414,9 @@ def stand_in(target: str) -> dict[str, Usage]:
     return out
 
 
+TILE, PIXELS = tiles.TILE, resized_cross_entropy.TILE
+
+
 def compile_case(case: str, target: str, tile: int | None = None, pixels: tuple[int, int] | None = None) -> list[Usage]:
     """Resources of the kernels that a case launches. Runs in a separate process, since it replaces ``launch`` and the
     driver.
@@ -422,14 +425,16 @@ def compile_case(case: str, target: str, tile: int | None = None, pixels: tuple[
     iteration in cross-entropy.
     """
     out = stand_in(target)
-    tiles.TILE = tile or tiles.TILE
-    resized_cross_entropy.TILE = pixels or resized_cross_entropy.TILE
+    tiles.TILE = tile or TILE
+    resized_cross_entropy.TILE = pixels or PIXELS
     CASES[case]()
     return list(out.values())
 
 
 def compile_all(jobs: list[tuple]) -> list[list[Usage]]:
     """:func:`compile_case` of every job, in fresh processes."""
+    most = max(map(len, jobs))
+    jobs = [(*job, *[None] * (most - len(job))) for job in jobs]
     workers = min(os.cpu_count() or 1, 8, len(jobs))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(compile_case, *zip(*jobs, strict=True), chunksize=4))
@@ -608,22 +613,26 @@ def test_a_first_call_compiles_in_seconds():
     assert now < 1.5 * FIRST_CALL
 
 
-def test_gate_fails_on_a_spill(monkeypatch):
-    """Tiles 8 times too large spill, while the table's kernel does not: under this Triton version and under another."""
+@pytest.fixture(scope="module")
+def spoilt() -> list[list[Usage]]:
+    """Tiles 8 times too large; few and many label pixels per lane."""
+    forward = ("resized-ce-150-forward", "sm_90", None)
+    return compile_all([("cwd-split", "sm_90", 8 * tiles.TILE), (*forward, (1, 4)), (*forward, (8, 9))])
+
+
+def test_gate_fails_on_a_spill(spoilt, monkeypatch):
+    """The table's kernel does not spill: under this Triton version and under another."""
     job = ("cwd-split", "sm_90")
-    (kernels,) = compile_all([(*job, 8 * tiles.TILE)])
-    spills = [text for text in complaints(*job, kernels) if "cwd._forward spills" in text]
+    spills = [text for text in complaints(*job, spoilt[0]) if "cwd._forward spills" in text]
     assert len(spills) == 1
     monkeypatch.setattr(triton, "__version__", "0.0")
-    assert spills[0] in complaints(*job, kernels)
+    assert spills[0] in complaints(*job, spoilt[0])
 
 
-@pytest.mark.parametrize(("pixels", "what"), [((1, 4), "loads for an exponential"), ((8, 9), "spills")])
-def test_gate_fails_on_other_parts_of_a_cell(pixels, what):
+def test_gate_fails_on_other_parts_of_a_cell(spoilt):
     """Few label pixels per lane mean too many loads per exponential; many exceed the registers."""
-    job = ("resized-ce-150-forward", "sm_90")
-    (kernels,) = compile_all([(*job, None, pixels)])
-    assert any(what in text for kernel in kernels for text in faults(kernel, job[0]))
+    for kernels, what in zip(spoilt[1:], ("loads for an exponential", "spills"), strict=True):
+        assert any(what in text for kernel in kernels for text in faults(kernel, "resized-ce-150-forward"))
 
 
 def test_gate_names_the_number_that_moved(monkeypatch):
