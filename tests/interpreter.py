@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter faster by a third; the numbers stay the same."""
+"""Makes Triton's interpreter faster. Results are the same."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def patch() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    if not hasattr(interpreter, "_patch_lang") or not hasattr(interpreter, "_get_np_dtype"):
+    if not all(hasattr(interpreter, name) for name in ("_patch_lang", "_LangPatchScope", "_get_np_dtype")):
         return
     patch_language, scope = interpreter._patch_lang, interpreter._LangPatchScope
     numpy_type, scalar_type = interpreter._get_np_dtype, cache(interpreter._get_np_dtype)
