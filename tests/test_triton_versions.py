@@ -28,7 +28,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 from fastkd.kernels import kd_sigmoid, resized_kd_sigmoid
 
-from .test_aot import (
+from .compilation import (
     F16,
     F32,
     F64,
