@@ -43,9 +43,10 @@ def divergence(inv_tau, total_s, total_t, cross):
     """KL(softmax(t / tau) || softmax(s / tau)); exactly 0 for equal s and t.
 
     Uses the logarithm of the ratio: a difference of logarithms near log(H*W) loses digits. Approximate division may
-    give x / x != 1.
+    give x / x != 1. The fused multiply-add is explicit, since ptxas otherwise fuses a division's last product in some of
+    the kernels only: a loss would then depend on whether its gradient is computed with it.
     """
-    return cross * inv_tau / total_t + tl.where(total_s == total_t, 0, tl.log(total_s / total_t))
+    return tl.fma(cross * inv_tau, 1 / total_t, tl.where(total_s == total_t, 0, tl.log(total_s / total_t)))
 
 
 @triton.jit

@@ -110,7 +110,11 @@ def test_bits_are_those_of_the_emulation(tmp_path):
 @each_layout
 @pytest.mark.parametrize("dims", ["hw", "nhw"])
 def test_the_host_waits_for_nothing(dims, layout):
-    """Steps with a changing loss scale, with every synchronisation an error; fp16 gradients keep their precision."""
+    """Steps with a changing loss scale, with every synchronisation an error; fp16 gradients keep their precision.
+
+    The yardstick is one rounding of the fp32 gradient. At weight 1 its elements are about 4e-6, where fp16 is spaced by
+    6e-8: that rounding alone is 4e-3 of the norm. An early gradient is rounded twice, once at its own scale.
+    """
     student, teacher = (x.cuda() for x in maps(torch.float16, layout))
     with fastkd.use_backend("cuda"):
         fastkd.nfd_loss(student.clone().requires_grad_(), teacher, dims=dims).backward()  # allocates
@@ -125,7 +129,8 @@ def test_the_host_waits_for_nothing(dims, layout):
                 torch.cuda.set_sync_debug_mode("default")
             grad = torch.full_like(loss, weight / loss.numel())
             want = torch.ops.fastkd_cuda.nfd_backward(grad, *args, stats)
-            assert (x.grad - want).norm() <= 2e-3 * want.norm()
+            error, rounding = (x.grad - want).norm().item(), (want.half() - want).norm().item()
+            assert error <= 2 * rounding, f"weight {weight}: error {error}, rounding {rounding}, norm {want.norm()}"
 
 
 @each_layout
