@@ -201,6 +201,6 @@ def difficulty_mask(
     """RDD's TSE mask (arXiv 2407.03719): valid pixels selected by ``select`` from the hard pixels of both networks."""
     hard = [
         hard_pixels(confidence(z, target, kind, ignore_index, align_corners), threshold, min_kept)
-        for z in (student, teacher)
+        for z in ((student,) if select == "student" else (student, teacher))
     ]
-    return select_pixels(hard[0], hard[1], select) & valid_pixels(target, student.shape[1], ignore_index)
+    return select_pixels(hard[0], hard[-1], select) & valid_pixels(target, student.shape[1], ignore_index)

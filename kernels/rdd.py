@@ -2,7 +2,7 @@
 its gradient from the same read; the mask of relatively difficult pixels; the exact k-th smallest for its threshold.
 
 Mask: one kernel per network, tiled as in :mod:`kernels.resize`, writes a confidence per label pixel, and the student's
-log-sum-exp if cross-entropy follows. A second kernel compares them.
+log-sum-exp if cross-entropy follows. A second kernel compares them. For "student" (OHEM) the teacher is not read.
 
 k-th smallest: a radix select of 11 bits per round; each round reads the maps once. The result is at most the threshold
 exactly if at least k confidences are. The confidence kernels count those, and then the rounds skip their reads. The
@@ -192,8 +192,8 @@ def _confidence(
 
 @triton.jit
 def _select(
-    maps,  # (2, pixels) ACC: confidences of student and teacher
-    limits,  # (2,) ACC: confidences up to this are hard; None: use the threshold
+    maps,  # (2, pixels) ACC: confidences of student and teacher; the student's alone for "student"
+    limits,  # (2,) or (1,) ACC: confidences up to this are hard; None: use the threshold
     labels,  # resize.Labels
     out,  # (pixels,) uint8: the mask; or ACC: log-sum-exps, set to NaN where the mask is False
     part,  # (2, programs) ACC: selected, valid
@@ -212,19 +212,20 @@ def _select(
     limit_s = tl.full((), threshold, tl.float64).to(ACC)
     limit_t = limit_s
     if limits is not None:
-        limit_s, limit_t = tl.load(limits), tl.load(limits + 1)
-    s = tl.load(maps + at, mask=inside, other=1) <= limit_s
-    t = tl.load(maps + size[1] + at, mask=inside, other=1) <= limit_t
-    if SELECT == "xor":
-        chosen = s != t
-    elif SELECT == "or":
-        chosen = s | t
-    elif SELECT == "and":
-        chosen = s & t
-    elif SELECT == "student":
-        chosen = s
-    else:
-        chosen = s & (t == 0)
+        limit_s = tl.load(limits)
+    chosen = tl.load(maps + at, mask=inside, other=1) <= limit_s
+    if SELECT != "student":
+        if limits is not None:
+            limit_t = tl.load(limits + 1)
+        t = tl.load(maps + size[1] + at, mask=inside, other=1) <= limit_t
+        if SELECT == "xor":
+            chosen = chosen != t
+        elif SELECT == "or":
+            chosen = chosen | t
+        elif SELECT == "and":
+            chosen = chosen & t
+        else:
+            chosen = chosen & (t == 0)
     chosen = valid & chosen
     if out.dtype.element_ty == tl.uint8:
         tl.store(out + at, chosen.to(tl.uint8), mask=inside)
@@ -255,18 +256,20 @@ def _difficulty(
     """
     acc, _ = accumulator(student, teacher)
     pixels, size = target.numel(), target.shape[1:]
-    maps = student.new_empty((2, pixels), dtype=acc)
+    networks = (student,) if select == "student" else (student, teacher)
+    maps = student.new_empty((len(networks), pixels), dtype=acc)
     lse = torch.empty_like(target, dtype=acc) if keep_lse else None
     labels = Labels(target, None, None, None, ignore_index)
-    cuts = [plan(logits, size, align_corners, TILE, 0, acc) for logits in (student, teacher)]
-    hard = student.new_zeros((2, max(fit.programs for fit in cuts)), dtype=torch.float64)
-    for i, (logits, fit) in enumerate(zip((student, teacher), cuts, strict=True)):
+    cuts = [plan(logits, size, align_corners, TILE, 0, acc) for logits in networks]
+    hard = student.new_zeros((len(networks), max(fit.programs for fit in cuts)), dtype=torch.float64)
+    for i, (logits, fit) in enumerate(zip(networks, cuts, strict=True)):
         (prepared,) = prepare(size, 1.0, logits)
         out = Maps(maps[i], lse, hard[i])
         launch(
             _confidence, (fit.programs,), logits, prepared, labels, fit.grid, out, threshold, int(i == 0),
             confidence == "label", fit.tile, num_warps=1, registers=168,
         )  # fmt: skip
+        del prepared  # its memory serves the next network's copy, or the k-th smallest
     k = min(min_kept, pixels)
     limits = kth_or_threshold(maps, k, gather_parts(hard), threshold) if k else None
     selected = torch.empty_like(target, dtype=torch.bool) if lse is None else lse
@@ -289,6 +292,7 @@ difficulty_lse = partial(_difficulty, keep_lse=True)
 DIGIT = tl.constexpr(11)  # bits per round; the last round takes the rest
 BINS = tl.constexpr(2048)
 HISTOGRAM_BLOCK = 4096  # elements per program and iteration
+HISTOGRAM_ITERATIONS = 2  # at least: a program writes 8 KiB
 HISTOGRAM_PROGRAMS = 256  # at most, per map
 COLUMNS = 32  # bins per program
 
@@ -417,7 +421,7 @@ def kth_or_threshold(x: Tensor, k: int, hard: Tensor | None, threshold: float | 
     maps, n = x.shape
     total_bits = 8 * x.element_size()
     block = min(HISTOGRAM_BLOCK, triton.next_power_of_2(n))
-    chunk = triton.cdiv(triton.cdiv(n, block), HISTOGRAM_PROGRAMS) * block
+    chunk = max(HISTOGRAM_ITERATIONS, triton.cdiv(triton.cdiv(n, block), HISTOGRAM_PROGRAMS)) * block
     programs = triton.cdiv(n, chunk)
     rounds = triton.cdiv(total_bits, DIGIT.value)
     state = x.new_empty((rounds, maps, 2), dtype=torch.int64)

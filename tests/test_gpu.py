@@ -56,13 +56,14 @@ LOSSES |= {name + IN_CUDA: loss for name, loss in LOSSES.items() if name not in 
 each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
-def run(name, student, *rest, backend=None):
-    """Uses Triton, or CUDA C++ if the name says so; ``backend`` overrides the name."""
-    if backend is None and name.endswith(IN_CUDA):
+def run(name, student, *rest):
+    """Uses Triton, or CUDA C++ if the name says so."""
+    backend = "triton"
+    if name.endswith(IN_CUDA):
         if reason := backends.why_not("cuda"):
             pytest.skip(reason)
         backend = "cuda"
-    with fastkd.use_backend(backend or "triton"):
+    with fastkd.use_backend(backend):
         loss = LOSSES[name](student, *rest)
     return loss.detach(), torch.autograd.grad(loss, student)[0]
 
@@ -154,21 +155,23 @@ def test_same_bits_every_time(name):
 @pytest.mark.promise("memory-maps")
 @each_loss
 def test_extra_memory(name):
-    """Beyond the gradient: at label resolution at most 3 % of plain PyTorch's memory, otherwise 1 % of the inputs."""
+    """Beyond the gradient: 1 % of the inputs; at label resolution 12 bytes a label pixel, 16 in RDD's TSE.
+
+    At this ratio, fp32 copies of the logits and of their gradient take about 6 of these bytes. A confidence, log-sum-exp or
+    resized weight of each label pixel takes 4. Plain PyTorch takes 76 for one copy of the resized logits.
+
+    Counts what is requested: the allocator's own count includes up to 1 MiB of the rest of a block that it does not split.
+    """
     given = inputs(scale=4)
-
-    def peak(backend=None):
-        run(name, *given, backend=backend)
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run(name, *given, backend=backend)
-        return torch.cuda.max_memory_allocated() - before - given[0].nbytes
-
-    ours, eager = peak(), peak("reference")
-    print(f"{name}: {ours} bytes, plain PyTorch {eager}")
+    run(name, *given)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    run(name, *given)
+    extra = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before - given[0].nbytes
     if name.startswith(("nfd", "kd", "cwd")):
-        assert ours <= 0.01 * 2 * given[0].nbytes + 2**20
+        most = 0.01 * 2 * given[0].nbytes + 2**20
     else:
-        assert ours <= 0.03 * eager
+        most = (16 if name.startswith("tse") else 12) * given[3].numel()
+    assert extra <= most, f"{extra} bytes, at most {most}; {extra / given[3].numel():.2f} bytes a label pixel"

@@ -86,6 +86,21 @@ def test_ties_at_the_threshold_are_hard(backend):
         assert kept.all()
 
 
+@each_kernel
+@pytest.mark.parametrize("min_kept", [0, 300])
+def test_student_alone(backend, min_kept):
+    """OHEM's mask depends on no logit of the teacher."""
+    student = 3 * torch.randn(2, 5, 4, 6, device=DEVICE)
+    target = labels((2, 13, 20), 5, 0.2, torch.uint8, 1)
+    options = {"min_kept": min_kept, "confidence": "label", "select": "student", "threshold": 0.3}
+    with fastkd.use_backend(backend):
+        mask = fastkd.difficulty_mask(student, torch.full_like(student, torch.nan), target, **options)
+    with fastkd.use_backend("reference"):
+        want = fastkd.difficulty_mask(student.double(), student.double(), target, **options)
+    assert want.any()
+    assert torch.equal(mask, want)
+
+
 ADVERSARIAL = {
     "all equal": torch.full((1000,), 0.3),
     "all 1": torch.ones(5_000 if INTERPRETER else 70_000),

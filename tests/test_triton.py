@@ -18,7 +18,7 @@ from .support import DEVICE, INTERPRETER
 if not INTERPRETER and DEVICE == "cpu":
     pytest.skip("Triton's kernels run in the job with TRITON_INTERPRET=1", allow_module_level=True)
 
-from fastkd.kernels import cwd, kd, nfd, tiles
+from fastkd.kernels import cwd, kd, nfd, rdd, tiles
 from fastkd.kernels.resize import planning
 
 from fastkd import backends, reference
@@ -253,6 +253,24 @@ def test_group_sums(dims):
         assert torch.equal(stats, same_stats)
         everywhere = run.backward(torch.full_like(terms, 1.7), *args, "none", 0.5, stats)
         assert torch.equal(run.backward(torch.tensor(1.7, device=DEVICE), *args, "sum", 0.5, stats), everywhere)
+
+
+@pytest.mark.parametrize("min_kept", [0, 30])
+def test_ohem_computes_one_confidence(min_kept, monkeypatch):
+    launch, names = rdd.launch, []
+
+    def counted(kernel, grid, *args, **constants):
+        names.append((kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__, grid))
+        launch(kernel, grid, *args, **constants)
+
+    monkeypatch.setattr(rdd, "launch", counted)
+    student, teacher = maps((1, 3, 4, 5))
+    target = torch.randint(0, 3, (1, 6, 9), device=DEVICE)
+    for select, expected in (("student", 1), ("xor", 2)):
+        names.clear()
+        rdd.difficulty_lse(student, teacher, target, 0.3, min_kept, "label", select, 255, False)
+        assert sum(name == "_confidence" for name, _ in names) == expected
+        assert {grid[1] for name, grid in names if name == "_histogram"} == ({expected} if min_kept else set())
 
 
 def test_nan_propagates():

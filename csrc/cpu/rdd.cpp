@@ -267,16 +267,15 @@ void mask(const DifficultyMask& a) {
     const int64_t pixels = a.student.n * a.height * a.width, chunks = ceil_div(a.height, kRowsAtATime),
                   items = a.student.n * chunks, k = min(a.min_kept, pixels);
     const bool keep = k > 0;
-    // Plain OHEM passes the same network as student and teacher.
-    const bool same = a.student.data == a.teacher.data && a.student.h == a.teacher.h && a.student.w == a.teacher.w;
+    const bool alone = a.select == Select::student;  // OHEM: the teacher is not read
     const Acc threshold = static_cast<Acc>(a.threshold);
-    const Scratch<Acc> student_map(keep ? pixels : 0), own_teacher_map(keep && !same ? pixels : 0);
-    Acc* const teacher_map = same ? static_cast<Acc*>(student_map) : static_cast<Acc*>(own_teacher_map);
+    const Scratch<Acc> student_map(keep ? pixels : 0), own_teacher_map(keep && !alone ? pixels : 0);
+    Acc* const teacher_map = alone ? static_cast<Acc*>(student_map) : static_cast<Acc*>(own_teacher_map);
     const Scratch<int64_t> valid(items), chosen(items), student_hard(items), teacher_hard(items);
     parallel_items(a.parallel_for, items, int64_t{1} << 40, [&](const Items& mine) {
         Confidence<Acc> student(a, a.student, student_columns), teacher(a, a.teacher, teacher_columns);
-        const Scratch<Acc> student_row(keep ? 0 : a.width), own_teacher_row(keep || same ? 0 : a.width);
-        Acc* const teacher_row = same ? static_cast<Acc*>(student_row) : static_cast<Acc*>(own_teacher_row);
+        const Scratch<Acc> student_row(keep ? 0 : a.width), own_teacher_row(keep || alone ? 0 : a.width);
+        Acc* const teacher_row = alone ? static_cast<Acc*>(student_row) : static_cast<Acc*>(own_teacher_row);
         for (const int64_t item : mine) {
             const int64_t n = item / chunks, first = item % chunks * kRowsAtATime;
             valid[item] = chosen[item] = student_hard[item] = teacher_hard[item] = 0;
@@ -285,7 +284,7 @@ void mask(const DifficultyMask& a) {
                 Acc *s = keep ? student_map + offset : student_row, *t = keep ? teacher_map + offset : teacher_row;
                 uint8_t* to = a.mask + offset;
                 valid[item] += static_cast<int64_t>(student.row(n, y, s));
-                if (!same) teacher.row(n, y, t);
+                if (!alone) teacher.row(n, y, t);
                 for (int64_t x = 0; x < a.width; ++x) to[x] = student.valid(x);
                 if (!keep) {
                     chosen[item] += select_row(a.select, s, t, threshold, threshold, a.width, to);
@@ -311,7 +310,7 @@ void mask(const DifficultyMask& a) {
             return smallest <= threshold ? threshold : smallest;  // a NaN is returned; no pixel is then hard
         };
         const Acc student_limit = limit(student_map, sum(student_hard));
-        const Acc teacher_limit = same ? student_limit : limit(teacher_map, sum(teacher_hard));
+        const Acc teacher_limit = alone ? student_limit : limit(teacher_map, sum(teacher_hard));
         const int64_t per_item = a.width * kRowsAtATime, each = ceil_div(pixels, per_item);
         const Scratch<int64_t> counts(each);
         parallel_items(a.parallel_for, each, per_item, [&](const Items& mine) {

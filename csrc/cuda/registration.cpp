@@ -545,25 +545,29 @@ Two run_difficulty(const Tensor& student, const Tensor& teacher, const Tensor& t
     gpu::Difficulty a{};
     std::optional<Tensor> confidences[2], limits[2];
     const Tensor* const maps[] = {&student, &teacher};
-    for (int side = 0; side < 2; ++side) {
-        AtLabels at(on, {maps[side]}, size, args.align_corners, false);
-        STD_TORCH_CHECK(at.acc == acc, "float64 goes with float64 only");
-        at.set_weights(std::nullopt, pixels, std::nullopt);
+    a.select = select_of(args.select);
+    const int last = a.select == Select::student ? 0 : 1;  // OHEM: the teacher is not read
+    for (int side = 0; side <= last; ++side) {
         confidences[side] = new_empty(student, sizes, acc);
-        at.a.terms = confidences[side]->mutable_data_ptr();
-        at.a.sums = lse && side == 0 ? first.mutable_data_ptr() : nullptr;
-        gpu::confidence(at.a, args.confidence == "label", on.stream);
+        {  // `at` releases its scratch memory before the k-th smallest needs some
+            AtLabels at(on, {maps[side]}, size, args.align_corners, false);
+            STD_TORCH_CHECK(at.acc == acc, "float64 goes with float64 only");
+            at.set_weights(std::nullopt, pixels, std::nullopt);
+            at.a.terms = confidences[side]->mutable_data_ptr();
+            at.a.sums = lse && side == 0 ? first.mutable_data_ptr() : nullptr;
+            gpu::confidence(at.a, args.confidence == "label", on.stream);
+            a.pixels = at.a.pixels;
+            a.classes = at.a.maps[0].c;
+        }
         if (args.min_kept > 0) limits[side] = run_kth(on, *confidences[side], args.min_kept);
         a.limits[side] = limits[side] ? limits[side]->const_data_ptr() : nullptr;
-        a.pixels = at.a.pixels;
-        a.classes = at.a.maps[0].c;
     }
     a.total = target.numel();
     a.wide = acc == ScalarType::Double;
     a.student = confidences[0]->const_data_ptr();
-    a.teacher = confidences[1]->const_data_ptr();
+    a.teacher = confidences[last]->const_data_ptr();
+    a.limits[1] = a.limits[last];
     a.threshold = args.threshold;
-    a.select = select_of(args.select);
     (lse ? a.lse : reinterpret_cast<void*&>(a.mask)) = first.mutable_data_ptr();
     const Doubles parts(student, 2 * gpu::count_blocks(a.total));
     a.parts = parts.data();
