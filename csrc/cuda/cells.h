@@ -19,6 +19,7 @@
 // A loss is a struct (losses.h) with
 //   A                accumulation type
 //   kSides, kGrids   number of maps, and of distinct map sizes: 2 if the teacher's size differs
+//   kWeighed         whether label pixels can have weights at all
 //   kOwn, kWeights   whether the labelled class is special, and whether the gradient keeps a weight per label pixel
 //   kWide            whether the gradient needs as many registers even without kWeights
 //   kManySums        whether the forward without gradient needs more than 168 registers for the sums of 32 label pixels
@@ -52,7 +53,7 @@ struct Cells {
     static constexpr bool kMakesGradient = kGradient;
     static constexpr bool kCentred = true;  // whether the maximum over classes is subtracted from the logits
     static constexpr bool kAddsClasses = false;
-    static constexpr bool kWeighs = !kGradient || !Loss::kOwn || Loss::kWeights;  // whether weights are possible
+    static constexpr bool kWeighs = Loss::kWeighed && (!kGradient || !Loss::kOwn || Loss::kWeights);  // whether weights are possible
     static constexpr bool kWeights = kGradient && Loss::kWeights;  // per pixel, in registers during the gradient
 
     CellsPlan plan;
@@ -105,10 +106,18 @@ struct Cells {
         // The loss, and the per-pixel factors of the gradient.
         double sum = 0;
         A slope[PY][PX], ratio[PY][PX], weight[PY][PX];
+        A told[PY][PX], lse[PY][PX];  // without gradient: the terms, and the log-sum-exps
         Shares spread;
+        Corners<A> top{};
+        if (Loss::kWritesSums && !kGradient && sums_of) top = peaks(at);
         FASTKD_UNROLL
         for (int j = 0; j < PX; ++j) {
-            const Between across = kWeighs && pixels.weight ? weight_column(at, j) : Between{};
+            A given_weight[PY];
+            if (kWeighs && pixels.weight) {
+                const Between across = weight_column(at, j);
+                FASTKD_UNROLL
+                for (int i = 0; i < PY; ++i) given_weight[i] = weight_at(at, weight_row(at, i), across);
+            }
             FASTKD_UNROLL
             for (int i = 0; i < PY; ++i) {
                 const bool here = (counts & ~far) >> (i * PX + j) & 1;
@@ -116,18 +125,17 @@ struct Cells {
                 if (here) {
                     if (kWeighs && Loss::kOwn) own = class_weight(label[i][j]);
                     if (kWeighs && pixels.weight) {
-                        all = weight_at(at, weight_row(at, i), across);
+                        all = given_weight[i];
                         own *= all;
                     }
                     term = own * loss.term(sums[i][j]);
                     if constexpr (Loss::kSpreads)
                         term += loss.rest(all * loss.even(), sums[i][j], linear, down[0][i], right[0][j]);
                     sum += static_cast<double>(term);
-                    if (Loss::kWritesSums && !kGradient && sums_of)
-                        sums_of[at.pixel(*this, i, j)] =
-                            (peak_of(at, down[0][i], right[0][j]) + log2_of(sums[i][j].sum)) * static_cast<A>(kLn2);
                 }
-                if (!kGradient && terms && i < at.rows() && j < at.columns()) terms[at.pixel(*this, i, j)] = term * scale;
+                if constexpr (!kGradient) told[i][j] = term * scale;
+                if constexpr (Loss::kWritesSums && !kGradient)
+                    lse[i][j] = (exact_value(top, down[0][i], right[0][j]) + log2_of(sums[i][j].sum)) * static_cast<A>(kLn2);
                 if constexpr (kGradient) {
                     weight[i][j] = own * factor * loss.gradient(sums[i][j]);
                     A whole = weight[i][j];
@@ -136,11 +144,15 @@ struct Cells {
                         whole += loss.whole(even, linear);
                         spread.add(even, right[0][j], down[0][i]);
                     }
-                    slope[i][j] = here ? whole / sums[i][j].sum : A(0);
+                    slope[i][j] = here ? fast_ratio(whole, sums[i][j].sum) : A(0);
                     ratio[i][j] = here ? loss.ratio(sums[i][j], at.n, label[i][j]) : A(0);
                     if (Loss::kOwn && !here) label[i][j] = -1;
                 }
             }
+        }
+        if constexpr (!kGradient) {
+            if (terms) write(terms, at, told);
+            if (Loss::kWritesSums && sums_of) write(sums_of, at, lse);  // of ignored pixels too, which nothing reads
         }
         if constexpr (kGradient)
             gradient(block, at, start, rows, counts != 0, right, down, label, weight, slope, ratio, spread, factor);
@@ -171,15 +183,15 @@ protected:
         const int group = plan.group(), cells = plan.columns.own.cells();
         at.lane = lane;
         at.part = lane / group;
-        at.set = static_cast<int>(warp % plan.sets);
-        at.group = warp / plan.sets;
+        at.group = quotient(warp, plan.sets);
+        at.set = static_cast<int>(warp - at.group * plan.sets);
         const int64_t cell = at.group * group + lane % group;
         at.exists = cell < lines * cells;
-        at.line = at.exists ? cell / cells : 0;
-        at.x = static_cast<int>(at.exists ? cell % cells : 0) + plan.columns.own.first_cell();
+        at.line = at.exists ? quotient(cell, cells) : 0;
+        at.x = static_cast<int>(at.exists ? cell - at.line * cells : 0) + plan.columns.own.first_cell();
         const int64_t line = first + at.line;
-        at.n = line / plan.rows.own.cells();
-        at.y = static_cast<int>(line % plan.rows.own.cells()) + plan.rows.own.first_cell();
+        at.n = plan.sample(line);
+        at.y = static_cast<int>(line - at.n * plan.rows.own.cells()) + plan.rows.own.first_cell();
         const int part = at.set * plan.team + at.part, wide = plan.columns.count();
         if (at.exists && part < plan.rows.count() * wide) {
             at.down = plan.rows.piece(at.y, part / wide);
@@ -208,21 +220,72 @@ protected:
             FASTKD_UNROLL
             for (int i = 0; i < PY; ++i) down[side][i] = i < at.rows() ? down_of(at, side, i) : A(0);
         }
+        with_targets(pixels, [&](const auto* target) { read_labels(at, target, label, counts); });
         unsigned rows = 0;
         FASTKD_UNROLL
+        for (int i = 0; i < PY; ++i)
+            if (block.any((counts >> (i * PX) & ((uint64_t{1} << PX) - 1)) != 0)) rows |= 1u << i;
+        return rows;
+    }
+    // All loads of a kind before the first use, without branches: pixels outside read the first element.
+    template <class Target>
+    FASTKD_DEVICE void read_labels(const Place& at, const Target* target, int (&label)[PY][PX], uint64_t& counts) const {
+        const int64_t start = at.pixel(*this, 0, 0);
+        const auto inside = [&](int i, int j) { return i < at.rows() && j < at.columns(); };
+        const auto each = [&](const auto& f) {
+            FASTKD_UNROLL
+            for (int i = 0; i < PY; ++i) {
+                const int64_t row = start + static_cast<int64_t>(i) * plan.columns.own.out;
+                FASTKD_UNROLL
+                for (int j = 0; j < PX; ++j) f(i, j, inside(i, j) ? row + j : 0);
+            }
+        };
+        Target of[PY][PX];
+        if (target) each([&](int i, int j, int64_t pixel) { of[i][j] = target[pixel]; });
+        FASTKD_UNROLL
         for (int i = 0; i < PY; ++i) {
-            bool any = false;
             FASTKD_UNROLL
             for (int j = 0; j < PX; ++j) {
-                label[i][j] = -1;
-                if (i >= at.rows() || j >= at.columns()) continue;
-                label[i][j] = label_of(pixels, known, plan.classes, at.pixel(*this, i, j));
-                any |= label[i][j] >= 0;
+                label[i][j] = !inside(i, j) ? -1 : target ? class_among(of[i][j], pixels.ignore_index, plan.classes) : 0;
                 if (label[i][j] >= 0) counts |= uint64_t{1} << (i * PX + j);
             }
-            if (block.any(any)) rows |= 1u << i;
         }
-        return rows;
+        if (pixels.mask || (Loss::kKnown && known)) {
+            uint64_t out = 0;
+            if (pixels.mask) each([&](int i, int j, int64_t pixel) { out |= uint64_t{!pixels.mask[pixel]} << (i * PX + j); });
+            if (Loss::kKnown && known)
+                each([&](int i, int j, int64_t pixel) { out |= uint64_t{known[pixel] != known[pixel]} << (i * PX + j); });
+            counts &= ~out;
+            if constexpr (Loss::kOwn) {
+                FASTKD_UNROLL
+                for (int i = 0; i < PY * PX; ++i)
+                    if (out >> i & 1) label[i / PX][i % PX] = -1;
+            }
+        }
+    }
+    // Writes a thread's pixels to a map (n, height, width), in 16-byte stores where possible.
+    FASTKD_DEVICE void write(A* map, const Place& at, const A (&value)[PY][PX]) const {
+        constexpr int V = 16 / sizeof(A);
+        A* to = map + at.pixel(*this, 0, 0);
+        const int64_t width = plan.columns.own.out;
+        const bool wide = PX % V == 0 && at.columns() == PX && width % V == 0 && reinterpret_cast<uintptr_t>(to) % 16 == 0;
+        FASTKD_UNROLL
+        for (int i = 0; i < PY; ++i) {
+            if (i >= at.rows()) continue;
+            if (wide) {
+                FASTKD_UNROLL
+                for (int j = 0; j + V <= PX; j += V) {
+                    A part[V];
+                    FASTKD_UNROLL
+                    for (int v = 0; v < V; ++v) part[v] = value[i][j + v];
+                    store<A, V>(to + i * width + j, part);
+                }
+            } else {
+                FASTKD_UNROLL
+                for (int j = 0; j < PX; ++j)
+                    if (j < at.columns()) to[i * width + j] = value[i][j];
+            }
+        }
     }
     FASTKD_DEVICE A right_of(const Place& at, int side, int j) const {
         const Axis& axis = side == 1 ? plan.columns.other : plan.columns.own;
@@ -283,7 +346,6 @@ protected:
         const A* bottom = top + below(0) * w;
         return {top[0], top[beside(0)], bottom[0], bottom[beside(0)]};
     }
-    FASTKD_DEVICE A peak_of(const Place& at, A down, A right) const { return exact_value(peaks(at), down, right); }
 
     FASTKD_DEVICE int step(int side) const {
         return (side == 1 && kGrids == 2 ? plan.columns.other.in : plan.columns.own.in) + 2;

@@ -16,7 +16,7 @@ struct EachLoss {
     static constexpr int kSides = sides, kGrids = grids;
     static constexpr int kFirstShapes = kFewShapes;
     static constexpr bool kGradient = true, kForward = true, kOwn = false, kWeights = false, kKnown = false;
-    static constexpr bool kWide = false, kManySums = false;
+    static constexpr bool kWide = false, kManySums = false, kWeighed = true;
 
     struct Sums {};
     struct Linear {};

@@ -21,7 +21,7 @@ void prepare(const Map& map, double scale, int64_t first, int64_t rows, A* out, 
             launch(body, body.blocks(), CellsPrepare<T, kCentred>::kShared);
         }
     };
-    map.type == DType::f64 ? run(Kind<double, 1>{}) : run(Kind<Any, 1>{});
+    with_dtype(map.type, run);
 }
 
 // Runs the chunks of a call; `body` is a loss's Cells. after(body) runs after the loops of each chunk.

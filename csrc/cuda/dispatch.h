@@ -20,4 +20,13 @@ void with_kind(const Pair& in, int vector, const F& f) {
     f(Kind<bf16, 8>{});
 }
 
+// Calls f(Kind<T, 1>) for the dtype of a map that is read one element at a time.
+template <class F>
+void with_dtype(DType type, const F& f) {
+    if (type == DType::f64) return f(Kind<double, 1>{});
+    if (type == DType::f32) return f(Kind<float, 1>{});
+    if (type == DType::f16) return f(Kind<f16, 1>{});
+    f(Kind<bf16, 1>{});
+}
+
 }  // namespace fastkd::gpu

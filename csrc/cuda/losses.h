@@ -22,7 +22,7 @@ struct SoftmaxLoss {
     static constexpr int kFirstShapes = kShapes;  // number of shapes it is compiled for
     static constexpr bool kGradient = true, kForward = true;
     static constexpr bool kOwn = false, kWeights = false, kKnown = false, kWritesSums = false, kSpreads = false;
-    static constexpr bool kWide = false, kManySums = false;
+    static constexpr bool kWide = false, kManySums = false, kWeighed = true;
 
     struct Class {};
     struct Linear {};
@@ -158,11 +158,14 @@ struct KdLoss : SoftmaxLoss<T, 2, kSame ? 1 : 2> {
         return sums.sum >= static_cast<A>(kNear) && sums.teacher >= static_cast<A>(kNear);
     }
     FASTKD_DEVICE A term(const Sums& sums) const {
-        const A kl = (sums.cross / sums.teacher + log2_of(sums.sum / sums.teacher)) * static_cast<A>(kLn2);
+        const A kl = (fast_ratio(sums.cross, sums.teacher) + log2_of(ratio(sums, 0, 0))) * static_cast<A>(kLn2);
         return (kl < 0 ? A(0) : kl) * (temperature * temperature);
     }
     FASTKD_DEVICE A gradient(const Sums&) const { return temperature; }
-    FASTKD_DEVICE static A ratio(const Sums& sums, int64_t, int) { return sums.sum / sums.teacher; }
+    // Exactly 1 for equal sums, which an approximate division may miss.
+    FASTKD_DEVICE static A ratio(const Sums& sums, int64_t, int) {
+        return sums.sum == sums.teacher ? A(1) : fast_ratio(sums.sum, sums.teacher);
+    }
     // Exactly 0 if student and teacher are equal: their sums are then identical.
     FASTKD_DEVICE static A share(const A (&power)[2], A slope, A ratio, const Class&) {
         return multiply_add(-power[1], ratio, power[0]) * slope;
@@ -174,7 +177,7 @@ template <class T, bool kLabel>
 struct Confidence : SoftmaxLoss<T, 1> {
     using A = T;
     using typename SoftmaxLoss<T, 1>::Class;
-    static constexpr bool kGradient = false, kOwn = kLabel, kWritesSums = true;
+    static constexpr bool kGradient = false, kOwn = kLabel, kWritesSums = true, kWeighed = false;
 
     struct Sums {
         A sum = 0, own = static_cast<A>(2 * kLow);
@@ -183,7 +186,7 @@ struct Confidence : SoftmaxLoss<T, 1> {
         sums.sum += power[0];
         if (kLabel ? own : value[0] > sums.own) sums.own = value[0];
     }
-    FASTKD_DEVICE A term(const Sums& sums) const { return exp2_of(sums.own) / sums.sum; }
+    FASTKD_DEVICE A term(const Sums& sums) const { return fast_ratio(exp2_of(sums.own), sums.sum); }
     FASTKD_DEVICE static A ignored() { return 1; }
 };
 

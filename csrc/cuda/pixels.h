@@ -27,9 +27,24 @@ FASTKD_DEVICE double exp2_of(double x) { return exp2(x); }
 FASTKD_DEVICE float log2_of(float x) { return log2f(x); }
 FASTKD_DEVICE double log2_of(double x) { return log2(x); }
 
+// a / b to two units in the last place, for b below 2^126: two instructions instead of ten.
+FASTKD_DEVICE float fast_ratio(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    return __fdividef(a, b);
+#else
+    return a / b;
+#endif
+}
+FASTKD_DEVICE double fast_ratio(double a, double b) { return a / b; }
+
 template <class A>
 FASTKD_DEVICE A largest(A a, A b) {
     return b > a ? b : a;
+}
+
+// A label's class, or -1 if it is ignored or out of range.
+FASTKD_DEVICE int class_among(int64_t label, int64_t ignore_index, int64_t classes) {
+    return label != ignore_index && label >= 0 && label < classes ? static_cast<int>(label) : -1;
 }
 
 // Class of a pixel (0 if there are no labels), or -1 if it is ignored or out of range.
@@ -42,15 +57,31 @@ FASTKD_DEVICE int class_of(const Pixels& pixels, int64_t classes, int64_t i) {
         case Label::i32: label = static_cast<const int32_t*>(pixels.target)[i]; break;
         default: label = static_cast<const int64_t*>(pixels.target)[i];
     }
-    return label != pixels.ignore_index && label >= 0 && label < classes ? static_cast<int>(label) : -1;
+    return class_among(label, pixels.ignore_index, classes);
 }
 
-// The same for a label pixel that a mask or a NaN in `known` can also exclude.
+// f(pointer to the labels in their dtype): outside a loop, so that the loads of several iterations can be in flight. Null
+// if there are no labels.
+template <class F>
+FASTKD_DEVICE void with_targets(const LabelPixels& pixels, const F& f) {
+    switch (pixels.label) {
+        case Label::none: return f(static_cast<const uint8_t*>(nullptr));
+        case Label::u8: return f(static_cast<const uint8_t*>(pixels.target));
+        case Label::i32: return f(static_cast<const int32_t*>(pixels.target));
+        default: return f(static_cast<const int64_t*>(pixels.target));
+    }
+}
+
+// Whether a mask or a NaN in `known` excludes a label pixel.
+template <class A>
+FASTKD_DEVICE bool excluded(const LabelPixels& pixels, const A* known, int64_t i) {
+    return (pixels.mask && !pixels.mask[i]) || (known && known[i] != known[i]);
+}
+
+// The class of a label pixel, or -1.
 template <class A>
 FASTKD_DEVICE int label_of(const LabelPixels& pixels, const A* known, int64_t classes, int64_t i) {
-    if (pixels.mask && !pixels.mask[i]) return -1;
-    if (known && known[i] != known[i]) return -1;
-    return class_of(pixels, classes, i);
+    return excluded(pixels, known, i) ? -1 : class_of(pixels, classes, i);
 }
 
 // Block reduction, result in every thread, fixed order; `warps` is shared memory for kWarps of X.
@@ -77,9 +108,15 @@ struct PartialSums {
 
     template <class Block>
     FASTKD_DEVICE void operator()(Block& block) const {
+        const int64_t step = static_cast<int64_t>(blocks) * kThreads;
         double sum = 0;
-        for (int64_t i = block.index() * kThreads + block.thread(); i < count; i += static_cast<int64_t>(blocks) * kThreads)
-            sum += static_cast<double>(terms[i]);
+        for (int64_t i = block.index() * kThreads + block.thread(); i < count; i += 4 * step) {
+            X term[4];
+            FASTKD_UNROLL
+            for (int u = 0; u < 4; ++u) term[u] = i + u * step < count ? terms[i + u * step] : X(0);
+            FASTKD_UNROLL
+            for (const X& x : term) sum += static_cast<double>(x);
+        }
         sum = sum_block(block, sum, block.template shared<double>(0));
         if (block.thread() == 0) parts[block.index()] = sum;
     }

@@ -361,14 +361,14 @@ struct CellsPlan {
 
     // The kernels' copy of a map has repeated borders: rows -1 to h, columns -1 to w. A row of cells reads two rows.
     FASTKD_ANYWHERE int64_t padded_row(int64_t line) const {
-        const int64_t cells = rows.own.cells();
-        return line / cells * (rows.own.in + 2) + line % cells + rows.own.first_cell() + 1;
+        // Sample `n` has in + 2 padded rows for its cells, so it starts (in + 2 - cells) * n rows later.
+        return line + sample(line) * (rows.own.in + 2 - rows.own.cells()) + rows.own.first_cell() + 1;
     }
     FASTKD_ANYWHERE int64_t padded_rows(int64_t first, int64_t lines) const {
         return padded_row(first + lines - 1) + 2 - padded_row(first);
     }
     // For a map of another size: whole samples.
-    FASTKD_ANYWHERE int64_t sample(int64_t line) const { return line / rows.own.cells(); }
+    FASTKD_ANYWHERE int64_t sample(int64_t line) const { return quotient(line, rows.own.cells()); }
     FASTKD_ANYWHERE int64_t samples(int64_t first, int64_t lines) const {
         return sample(first + lines - 1) + 1 - sample(first);
     }

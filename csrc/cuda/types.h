@@ -192,6 +192,10 @@ FASTKD_ANYWHERE std::common_type_t<X, Y> most(X a, Y b) {
     return a > b ? a : b;
 }
 FASTKD_ANYWHERE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// a / b for a >= 0 and b < 2^32, in 32 bits where they suffice: a 64-bit division takes a hundred instructions.
+FASTKD_ANYWHERE int64_t quotient(int64_t a, int64_t b) {
+    return a >> 32 ? a / b : static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b));
+}
 FASTKD_ANYWHERE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 }  // namespace fastkd::gpu
