@@ -103,7 +103,7 @@ FASTKD_DEVICE void add_columns(Moments<A> (&m)[V], const Source<T, V>& student, 
         }
         counted = n.total;
     };
-    constexpr int R = kTileRows<V>;
+    constexpr int R = V == 1 ? kTileRows<V> : 2 * kTileRows<V>;
     FASTKD_ROLLED
     for (; row + (R - 1) * slots < last; row += R * slots) add(Count<R>{});
     FASTKD_ROLLED

@@ -55,6 +55,7 @@ FASTKD_ANYWHERE Columns columns_of(Group group, bool channels_last, int64_t n, i
 constexpr int kTile = 16;            // elements of each map per thread and iteration, in 16-byte loads
 constexpr int kTileOfOnes = 8;       // the same for single-element loads
 constexpr int64_t kBlocks = 2048;    // groups are split until there are this many blocks, about three times a full GPU
+constexpr int64_t kColumnBlocks = 512;  // the same for columns, twice what fits an H100: merging a block's columns is expensive
 constexpr int64_t kChunk = 1 << 22;  // maximum elements per chunk: counts are exact in fp32, and indices fit 32 bits
 
 FASTKD_ANYWHERE int tile_of(int vector) { return vector == 1 ? kTileOfOnes : kTile; }
@@ -118,7 +119,7 @@ FASTKD_ANYWHERE ColumnCut cut(const Columns& columns, int vector) {
     const int lanes = strip_lanes(columns.inner, vector);
     const int64_t strips = ceil_div(columns.inner, static_cast<int64_t>(lanes) * vector);
     const int64_t tile = static_cast<int64_t>(kThreads / lanes) * (tile_of(vector) / vector);
-    int64_t chunks = least(ceil_div(columns.rows, tile), ceil_div(kBlocks, columns.outer * strips));
+    int64_t chunks = least(ceil_div(columns.rows, tile), ceil_div(kColumnBlocks, columns.outer * strips));
     chunks = most(chunks, ceil_div(columns.rows, kChunk));
     const int64_t chunk = round_up(ceil_div(columns.rows, chunks), tile);
     return {columns, vector, lanes, strips, chunk, ceil_div(columns.rows, chunk)};

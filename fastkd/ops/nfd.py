@@ -44,23 +44,39 @@ _FEWEST, _MOST = 8192, 8 * 28 * 4096
 
 
 def fits_cuda(student: Tensor, teacher: Tensor, dims: str) -> bool:
-    """Whether CUDA C++ reads each group once (csrc/cuda/plan.h): contiguous, and fits a cluster's shared memory.
+    """Whether CUDA C++ is the faster backend: for groups that it reads once, and for groups in columns.
 
-    Triton takes other calls, since CUDA C++ was measured to be faster only here. If forced, CUDA C++ reads the other
-    groups twice, and also maps not aligned to 16 bytes, which a traced call cannot detect.
+    Triton takes the others. If forced, CUDA C++ takes them too, and also maps not aligned to 16 bytes, which a traced
+    call cannot detect.
     """
     if student.dtype != teacher.dtype or student.dtype == torch.float64 or not _has_clusters(student.device):
         return False
-    n, c, h, w = student.shape
+    return _read_once(student, dims) or _in_columns(student, dims)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _read_once(x: Tensor, dims: str) -> bool:
+    """Whether a group is contiguous and fits the shared memory of a cluster (csrc/cuda/plan.h)."""
+    n, c, h, w = x.shape
     if dims == "chw":
         runs, length = 1, c * h * w
-    elif student.is_contiguous() or not student.is_contiguous(memory_format=torch.channels_last):
-        runs, length = {"hw": (1, h * w), "nhw": (n, h * w), "c": (0, 0)}[dims]
-    else:
+    elif _is_channels_last(x):
         runs, length = 1, c if dims == "c" else 0
-    size = student.element_size()
-    total = runs * length
+    else:
+        runs, length = {"hw": (1, h * w), "nhw": (n, h * w), "c": (0, 0)}[dims]
+    size, total = x.element_size(), runs * length
     return length * size % 16 == 0 and total >= _FEWEST and length >= _FEWEST // 16 and total * size <= _MOST
+
+
+def _in_columns(x: Tensor, dims: str) -> bool:
+    """Whether neighbours in memory belong to different groups, in whole 16-byte vectors."""
+    if dims == "chw" or _is_channels_last(x) == (dims == "c"):
+        return False
+    inner = x.shape[2] * x.shape[3] if dims == "c" else x.shape[1]
+    return inner * x.element_size() % 16 == 0
 
 
 def _has_clusters(device: torch.device) -> bool:
