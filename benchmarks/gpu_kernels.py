@@ -26,7 +26,9 @@ from . import harness
 from .cases import BF16, FEATURE_LOSSES, LOSSES, RECIPES
 
 COLUMNS = (*harness.WHERE[:4], "torch", "kernels", "recipe", "loss", "layout", "dtype", "backend", "kernel_us")
-BACKENDS = ("triton", "cuda", "eager")
+BACKENDS = ("auto", "triton", "cuda", "eager")
+COMPOSED = ("rdd_tse", "rdd_tfe", "resized_ohem_ce")
+"""Losses of several operators, measured also with the default backend of each."""
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -54,6 +56,8 @@ def calls(recipe: str, loss: str, layout: str) -> Iterator[tuple[str, object]]:
     rivals = case.rivals(harness.DEVICE, shape)
 
     for backend in BACKENDS:
+        if backend == "auto" and loss not in COMPOSED:
+            continue
         function = rivals["eager" if backend == "eager" else "ours"]
         if isinstance(function, str):
             continue
@@ -90,6 +94,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(), help="folder of kernels.txt")
     parser.add_argument("--resume", action="store_true", help="skip cases that kernels.txt has")
     parser.add_argument("--compile", action="store_true", help="only run every case once, in parallel processes")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS, help="only these")
     parser.add_argument("--only", type=int, help="with --compile: one case, in this process")
     args = parser.parse_args()
     if args.compile and args.only is None:
@@ -108,7 +113,7 @@ def main() -> int:
     for recipe, loss, layout in chosen:
         for backend, call in calls(recipe, loss, layout):
             # Eager compiles nothing, and its copies at label resolution would not fit in many processes.
-            if args.compile and backend == "eager":
+            if backend not in args.backends or (args.compile and backend == "eager"):
                 continue
             title = f"{recipe} {loss} {layout} {backend}"
             if f"{title}:" in known:
@@ -132,7 +137,9 @@ def main() -> int:
             record = {column: value for column, value in harness.where(harness.DEVICE).items() if column in COLUMNS}
             record |= {"recipe": recipe, "loss": loss, "layout": layout, "dtype": harness.dtype_name(BF16)}
             record |= {"backend": backend, "kernel_us": f"{sum(time for _, time in kernels):.1f}"}
-            record["kernels"] = {"cuda": "CUDA C++", "eager": ""}.get(backend, record["kernels"])
+            record["kernels"] = {"cuda": "CUDA C++", "auto": "Triton and CUDA C++", "eager": ""}.get(
+                backend, record["kernels"]
+            )
             harness.append([record], args.out / "cuda_kernels.csv", COLUMNS)
             print("\n".join(lines), flush=True)
     return 0

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import accumulator, launch
-from .softmax import LOG2E, START, difference, divergence, grow, grow_cross
+from .softmax import LOG2E, START, difference, divergence, grow, grow_cross, grow_lanes, merge_lanes
 from .tiles import block_of, cut, cut_parts, locate, tile_of
 from .total import scaled_sum
 
@@ -51,6 +51,7 @@ def _forward(
     tau: tl.float64,
     scale: tl.float64,
     plane,  # outer * chunks * inner
+    LANES: tl.constexpr,  # one softmax per element of the tile, merged at the end
     g,  # tiles.Tiles
 ):
     """Online softmax over one chunk."""
@@ -58,17 +59,28 @@ def _forward(
     first = at.chunk * g.chunk
     tau = tl.full((), tau, tl.float64)
     inv_tau = (1 / tau).to(g.ACC)
-    zero = tl.zeros([g.BLOCK_INNER], g.ACC)
-    peak_s, peak_t = zero + START, zero + START
-    total_s, total_t, cross = zero, zero, zero
-    for start in range(first, tl.minimum(first + g.chunk, at.length), g.BLOCK_REDUCED):
-        offset, mask = tile_of(g, at, start)
-        s = tl.load(student + offset, mask=mask, other=-float("inf")).to(g.ACC)
-        t = tl.load(teacher + offset, mask=mask, other=-float("inf")).to(g.ACC)
-        higher_s, total_s = grow(s, inv_tau, peak_s, total_s, 1)
-        higher_t, more_t = grow(t, inv_tau, peak_t, total_t, 1)
-        cross = grow_cross(s, t, inv_tau, cross, total_t, (peak_s, peak_t, higher_s, higher_t), 1)
-        peak_s, peak_t, total_t = higher_s, higher_t, more_t
+    last = tl.minimum(first + g.chunk, at.length)
+    if LANES:
+        zero = tl.zeros([g.BLOCK_INNER, g.BLOCK_REDUCED], g.ACC)
+        state = (zero + START, zero, zero + START, zero, zero)
+        for start in range(first, last, g.BLOCK_REDUCED):
+            offset, mask = tile_of(g, at, start)
+            s = tl.load(student + offset, mask=mask, other=-float("inf")).to(g.ACC)
+            t = tl.load(teacher + offset, mask=mask, other=-float("inf")).to(g.ACC)
+            state = grow_lanes(s, t, inv_tau, state)
+        peak_s, total_s, peak_t, total_t, cross = merge_lanes(state, inv_tau, 1)
+    else:
+        zero = tl.zeros([g.BLOCK_INNER], g.ACC)
+        peak_s, peak_t = zero + START, zero + START
+        total_s, total_t, cross = zero, zero, zero
+        for start in range(first, last, g.BLOCK_REDUCED):
+            offset, mask = tile_of(g, at, start)
+            s = tl.load(student + offset, mask=mask, other=-float("inf")).to(g.ACC)
+            t = tl.load(teacher + offset, mask=mask, other=-float("inf")).to(g.ACC)
+            higher_s, total_s = grow(s, inv_tau, peak_s, total_s, 1)
+            higher_t, more_t = grow(t, inv_tau, peak_t, total_t, 1)
+            cross = grow_cross(s, t, inv_tau, cross, total_t, (peak_s, peak_t, higher_s, higher_t), 1)
+            peak_s, peak_t, total_t = higher_s, higher_t, more_t
     if part is None:
         group = at.outer * g.inner + at.inner
         x = Softmaxes(peak_s, total_s, peak_t, total_t, cross)
@@ -175,7 +187,9 @@ def forward(
     """
     n, c = student.shape[:2]
     acc, ACC = accumulator(student)
-    tiled = cut(student, "pixels")
+    # In channels_last a reduction of every tile would cross warps; per-element softmaxes need registers, so smaller tiles.
+    lanes = not student.is_contiguous()
+    tiled = cut(student, "pixels", maps=3 if lanes else 2)
     terms = student.new_empty((n, c), dtype=acc)
     stats = student.new_empty((n, c, 4), dtype=acc)
     plane = n * tiled.chunks * c
@@ -183,7 +197,7 @@ def forward(
     inner_scale = scale if reduction == "none" else 1.0
     launch(
         _forward, (tiled.programs,), student, student, teacher, part, (terms, stats), temperature, inner_scale, plane,
-        tiled.tiles,
+        lanes, tiled.tiles,
     )  # fmt: skip
     if part is not None:
         blocks = cut_parts(c, tiled.chunks)

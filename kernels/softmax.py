@@ -39,6 +39,35 @@ def grow_cross(s, t, inv_tau, cross, total_t, peaks, AXIS: tl.constexpr):
 
 
 @triton.jit
+def grow_lanes(s, t, inv_tau, state):
+    """:func:`grow` of s and t and :func:`grow_cross` without a reduction: one softmax per element of the block.
+
+    ``state``: peak and sum of s, peak and sum of t, and the cross term, each shaped like the block.
+    """
+    peak_s, total_s, peak_t, total_t, cross = state
+    higher_s, higher_t = tl.maximum(peak_s, s), tl.maximum(peak_t, t)
+    scale_t = tl.exp((peak_t - higher_t) * inv_tau)
+    moved = (peak_t - higher_t) - (peak_s - higher_s)
+    from_s, from_t = s - higher_s, t - higher_t
+    e = tl.exp(from_t * inv_tau)
+    total_s = total_s * tl.exp((peak_s - higher_s) * inv_tau) + tl.exp(from_s * inv_tau)
+    cross = scale_t * (cross + total_t * moved) + tl.where(e == 0, 0, e * (from_t - from_s))
+    return higher_s, total_s, higher_t, total_t * scale_t + e, cross
+
+
+@triton.jit
+def merge_lanes(state, inv_tau, AXIS: tl.constexpr):
+    """The softmaxes over ``AXIS`` of those of :func:`grow_lanes`."""
+    peaks_s, totals_s, peaks_t, totals_t, crosses = state
+    peak_s, peak_t = tl.max(peaks_s, AXIS), tl.max(peaks_t, AXIS)
+    lower_s, lower_t = peaks_s - tl.expand_dims(peak_s, AXIS), peaks_t - tl.expand_dims(peak_t, AXIS)
+    scale_t = tl.exp(lower_t * inv_tau)
+    total_s = tl.sum(totals_s * tl.exp(lower_s * inv_tau), AXIS)
+    cross = tl.sum(tl.where(scale_t == 0, 0, scale_t * (crosses + totals_t * (lower_t - lower_s))), AXIS)
+    return peak_s, total_s, peak_t, tl.sum(totals_t * scale_t, AXIS), cross
+
+
+@triton.jit
 def divergence(inv_tau, total_s, total_t, cross):
     """KL(softmax(t / tau) || softmax(s / tau)); exactly 0 for equal s and t.
 
