@@ -437,16 +437,23 @@ protected:
         for (int i = 0; i < PY; ++i) {
             const A left = multiply_add(down[i], top.down_left, top.left);
             const A step_right = multiply_add(down[i], top.down_step, top.step);
+            const int64_t row = at.pixel(*this, i, 0);
+            A lse[PX];
+            Corners<A> corners[PX];
             FASTKD_UNROLL
-            for (int j = 0; j < PX; ++j) {
-                if (!(counts >> (i * PX + j) & 1)) continue;
+            for (int j = 0; j < PX; ++j) {  // the loads of a row before their first use, without branches
+                const bool counted = counts >> (i * PX + j) & 1;
                 Walk<A> own = start;
-                const int move = label[i][j] * step(0);
+                const int move = counted ? label[i][j] * step(0) : 0;
                 own.top += move;
                 own.bottom += move;
-                const Blend<A> value(own.next(0, beside(0)));
-                const A lse = known[at.pixel(*this, i, j)] * static_cast<A>(kLog2E);
-                sums[i][j] = {exp2_of(lse - multiply_add(right[j], step_right, left)),
+                lse[j] = known[counted ? row + j : 0];
+                corners[j] = own.next(0, beside(0));
+            }
+            FASTKD_UNROLL
+            for (int j = 0; j < PX; ++j) {
+                const Blend<A> value(corners[j]);
+                sums[i][j] = {exp2_of(lse[j] * static_cast<A>(kLog2E) - multiply_add(right[j], step_right, left)),
                               multiply_add(right[j], multiply_add(down[i], value.down_step, value.step),
                                            multiply_add(down[i], value.down_left, value.left))};
             }
