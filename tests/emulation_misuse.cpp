@@ -46,4 +46,11 @@ int main() {
         any[warp] = block.any(block.thread() == 5);
     });
     std::printf("any: %d %d\n", any[0], any[1]);
+    unsigned ballots[2] = {};
+    run("ballot", [&](Block& block) {
+        const int warp = block.thread() / kWarp;
+        const unsigned bits = block.ballot(block.thread() == 5 || block.thread() > 61);
+        if (block.thread() % kWarp == 7) ballots[warp] = bits;
+    });
+    std::printf("ballot: %u %u\n", ballots[0], ballots[1]);
 }

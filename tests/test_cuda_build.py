@@ -270,6 +270,8 @@ def test_vectors_are_16_bytes(arch):
         tiles = instructions(arch, f"KdTiles-{kind}")
         assert count(tiles, "LDGSTS.E.BYPASS.128") >= 4, "16-byte copies of S and T to shared memory, both layouts"
         assert count(tiles, "STG.E.128") >= 2, "16-byte stores of the gradient, for any unrolling"
+    for kernel in ("KthCount-fp32", "KthCount-fp64", "BinaryCodes"):
+        assert count(instructions(arch, kernel), "LDG.E.128") >= 4, f"{kernel}: loads in flight together"
 
 
 @pytest.mark.skipif("100" not in ARCHS, reason="FASTKD_CUDA_ARCHS is without 100")
@@ -286,10 +288,34 @@ def test_ptx_has_the_instructions_meant():
         "cp.async.cg.shared.global",
     ):
         assert instruction in ptx
-    atomics = set(re.findall(r"\b(?:atom|red)\.\S+", ptx))
-    assert all(".shared" in name and name.endswith("u32") for name in atomics), (
-        "atomic sums of values vary between runs, counts do not"
-    )
+    assert not atomic_faults(ptx)
+
+
+def atomic_faults(ptx: str) -> list[str]:
+    """Atomics other than additions of integers in the counts of the k-th smallest: sums of values would vary between
+    runs."""
+    return [
+        f"{kernel.split('(')[0]}: {name}"
+        for kernel in re.split(r"\.entry\s+", ptx)[1:]
+        for name in re.findall(r"\b(?:atom|red)\.\S+", kernel)
+        if "KthCount" not in kernel.split("(")[0] or not re.search(r"\.shared\.add\.u32$|\.global\.add\.u64$", name)
+    ]
+
+
+def test_atomics_on_values_are_seen():
+    def ptx(kernel: str, instruction: str) -> str:
+        return f".visible .entry {kernel}(\n.param .u64 p\n)\n{{\n{instruction} [%rd1], %r1;\nret;\n}}\n"
+
+    counts = ptx("run_KthCount", "red.shared.add.u32") + ptx("run_KthCount", "atom.global.add.u64 \t%rd2,")
+    assert atomic_faults(counts) == []
+    for kernel, instruction in (
+        ("run_KthCount", "red.global.add.f32"),
+        ("run_KthCount", "red.shared.add.f64"),
+        ("run_KthCount", "atom.global.cas.b64"),
+        ("run_Total", "red.shared.add.u32"),
+        ("run_Total", "atom.global.add.u64"),
+    ):
+        assert atomic_faults(counts + ptx(kernel, instruction)) == [f"{kernel}: {instruction}"]
 
 
 def count(code: Counter, prefix: str) -> int:

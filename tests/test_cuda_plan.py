@@ -613,6 +613,48 @@ def test_dice_of_pixels_far_below_their_bound(gpu, square):
     dice_is_the_formula(600 * logits, target, False, square, 5, tolerance=1e-4)
 
 
+def misaligned(x: Tensor) -> Tensor:
+    """A copy whose address is one element past a multiple of 16 bytes."""
+    out = torch.empty(x.numel() + 16, dtype=x.dtype)
+    first = -out.data_ptr() % 16 // x.element_size() + 1
+    return out[first : first + x.numel()].view(x.shape).copy_(x)
+
+
+def binary_terms(target: Tensor, ignore_index: int) -> None:
+    """Terms and count of constant logits, from one word of targets to the next."""
+    logits = torch.full((*target.shape[:2], 1, 2), 0.5)
+    args = (logits, target, None, None, ignore_index, False, "none", 1.0)
+    terms, count = torch.ops.fastkd_cuda.resized_binary_cross_entropy_forward(*args)
+    counted = ((target == 0) | (target == 1)) & (target != ignore_index)
+    want = torch.where(target == 1, math.log1p(math.exp(-0.5)), math.log1p(math.exp(0.5))) * counted
+    assert count == counted.sum()
+    torch.testing.assert_close(terms, want.float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_binary_targets_of_any_width(aligned, dtype):
+    g = torch.Generator().manual_seed(0)
+    ignored = itertools.cycle((255, 0, 1, 2))
+    for width in (1, 2, 15, 16, 17, 31, 32, 33, 48, 63, 64, 80, 131):
+        target = torch.randint(0, 4, (2, 2, 3, width), generator=g).to(dtype)
+        target[target == 3] = 255
+        if dtype != torch.uint8:
+            target[..., ::7] = torch.iinfo(dtype).max - 254  # its lowest byte is 1
+            target[..., 3::7] = -256
+        binary_terms(target if aligned else misaligned(target), next(ignored))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "words"), [(torch.uint8, 16, 290_000), (torch.uint8, 48, 140_000), (torch.int32, 1, 270_000)]
+)
+def test_binary_targets_of_many_words(dtype, width, words):
+    """More than the blocks pack at a time: each warp goes on to later rows."""
+    g = torch.Generator().manual_seed(1)
+    target = torch.randint(0, 3, (1, 1, words // -(-width // 32), width), generator=g).to(dtype)
+    binary_terms(target, 255)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_kd_of_equal_maps_has_no_gradient(dtype):
     student, _, _ = resized_inputs(7, (4, 5), (24, 30), dtype)
@@ -633,6 +675,7 @@ def test_difficulty_is_the_formula(select, confidence, min_kept):
     ops = torch.ops.fastkd_cuda
     student, _, target = resized_inputs(6, (4, 5), (24, 30), torch.float32)
     teacher = resized_inputs(6, (3, 7), (24, 30), torch.float32)[1]
+    target = target.to((torch.uint8, torch.int32, torch.int64)[len(select) % 3])
     args = (target, 0.4, min_kept, confidence, select, 255, True)
     mask, share = ops.difficulty_mask(student, teacher, *args)
     want = reference.difficulty_mask(student.double(), teacher.double(), *args)
@@ -695,6 +738,35 @@ def test_kth_smallest(dtype):
         torch.testing.assert_close(got, want[min(max(k, 1), 5000) - 1], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kth_smallest_of_any_number_and_alignment(dtype):
+    """Around the numbers that a block reads at a time, in vectors of 16 bytes or one by one; each of them counts."""
+    for n in (1, 2, 3, 5, 4095, 4096, 4099, 8192, 8195, 16387):
+        x = torch.arange(n, dtype=dtype).flip(0)
+        for y in (x, misaligned(x)):
+            for k in (1, n // 2 + 1, n):
+                assert torch.ops.fastkd_cuda.kth_smallest(y, k) == k - 1
+
+
+def test_kth_smallest_of_more_than_the_blocks_read_at_a_time():
+    x = torch.rand(2_300_001, generator=torch.Generator().manual_seed(0))
+    for y in (x, misaligned(x)):
+        assert torch.ops.fastkd_cuda.kth_smallest(y, 1_500_000) == x.kthvalue(1_500_000).values
+
+
+def test_mask_of_more_pixels_than_the_blocks_read_at_a_time():
+    target = (torch.arange(2_200_000) % 3).to(torch.uint8).view(1, 1100, 2000)
+    student, teacher = torch.tensor([[2.0, 0.0], [0.0, 1.0]])[:, None, :, None, None]
+    mask, share = torch.ops.fastkd_cuda.difficulty_mask(
+        student, teacher, target, 0.8, 0, "max", "student_only", 2, False
+    )
+    assert not mask.any()
+    assert share == 0
+    mask, share = torch.ops.fastkd_cuda.difficulty_mask(student, teacher, target, 0.8, 0, "label", "xor", 2, False)
+    assert torch.equal(mask, target == 0)
+    assert share == pytest.approx((target == 0).sum().item() / (target != 2).sum().item(), rel=1e-6)
+
+
 # Rescale
 
 
@@ -722,4 +794,5 @@ def test_the_emulation_sees_misuse_and_runs_under_a_fortified_libc(tmp_path):
         "half a warp: emulation: threads wait for each other for ever",
         "beyond the warp: emulation: an exchange with a lane beyond the warp",
         "any: 1 0",
+        "ballot: 32 3221225472",
     ]

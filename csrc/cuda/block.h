@@ -41,8 +41,23 @@ public:
         return exchange(x, [by](int word) { return __shfl_up_sync(0xffffffff, word, by); });
     }
     FASTKD_DEVICE bool any(bool x) { return __any_sync(0xffffffff, x); }
-    // Increments a counter in shared memory.
-    FASTKD_DEVICE void count(int* counter) { atomicAdd(counter, 1); }
+    // Bit i: x of lane i.
+    FASTKD_DEVICE uint32_t ballot(bool x) { return __ballot_sync(0xffffffff, x); }
+    // Increments a counter in shared memory if `counts`. In a branch, the address would be computed again for each count.
+    FASTKD_DEVICE void count(int* counter, bool counts) {
+        asm volatile(
+            "{\n"
+            ".reg .pred counts;\n"
+            "setp.ne.u32 counts, %1, 0;\n"
+            "@counts red.shared.add.u32 [%0], 1;\n"
+            "}" ::"r"(address(counter)),
+            "r"(static_cast<uint32_t>(counts))
+            : "memory");
+    }
+    // Adds to a counter in device memory. Integers: the sum does not depend on the order.
+    FASTKD_DEVICE void add(int64_t* counter, int64_t x) {
+        atomicAdd(reinterpret_cast<unsigned long long*>(counter), static_cast<unsigned long long>(x));
+    }
 
     // Clusters (sm_90)
 

@@ -209,10 +209,9 @@ private:
     }
 };
 
-// Reads the targets once: counts them and packs 32 per word. A warp reads 32 neighbours in a row at a time.
+// Reads the targets once: counts them and packs 32 per word. A warp packs 32 neighbouring words at a time, one per lane.
 struct BinaryCodes {
     static constexpr int kBlocksPerCores = 4;
-    static constexpr int kAtOnce = 4;  // words whose loads are in flight together
 
     LabelPixels pixels;
     int64_t rows, width;
@@ -222,26 +221,136 @@ struct BinaryCodes {
 
     template <class Block>
     FASTKD_DEVICE void operator()(Block& block) const {
-        const int lane = block.thread() % kWarp;
-        const int64_t words = code_words(width), total = rows * words, step = static_cast<int64_t>(blocks) * kWarps;
-        double n = 0;
-        for (int64_t first = block.index() * kWarps + block.thread() / kWarp; first < total; first += kAtOnce * step) {
-            uint64_t code[kAtOnce];
+        int64_t n = 0;
+        const bool vectors = width % kVector == 0 && reinterpret_cast<uintptr_t>(pixels.target) % kVector == 0;
+        const bool bytes = pixels.label == Label::u8 && vectors;
+        const int64_t start = block.index() * kThreads + (bytes ? block.thread() : block.thread() / kWarp * kWarp);
+        const Word word = word_at(start);
+        const Step step = step_of(static_cast<int64_t>(blocks) * kThreads);
+        if (bytes)
+            pack_bytes(start, word, step, n);
+        else
+            with_targets(pixels, [&](const auto* target) { pack(block, target, start, word, step, n); });
+        const double sum = sum_block(block, static_cast<double>(n), block.template shared<double>(0));
+        if (block.thread() == 0) parts[block.index()] = sum;
+    }
+
+private:
+    static constexpr int kVector = sizeof(Bits128);
+
+    // The targets of a word.
+    struct Word {
+        int64_t at;  // index of the first one
+        int left;    // from there to the end of the row
+    };
+    FASTKD_DEVICE Word word_at(int64_t word) const {
+        const int64_t words = code_words(width), row = word / words, x = word % words * kWarp;
+        return {row * width + x, static_cast<int>(width - x)};
+    }
+    // Moves by a fixed number of words, without a division per word.
+    struct Step {
+        int64_t words, at, wrap;
+        int across, row;
+
+        FASTKD_DEVICE void advance(Word& word) const {
+            word.at += at;
+            word.left -= across;
+            if (word.left > 0) return;
+            word.at -= wrap;
+            word.left += row;
+        }
+    };
+    FASTKD_DEVICE Step step_of(int64_t by) const {
+        const int64_t words = code_words(width), across = by % words * kWarp, row = words * kWarp;
+        return {by, by / words * width + across, row - width, static_cast<int>(across), static_cast<int>(row)};
+    }
+
+    // 16 targets per load, and each lane packs its own word. Rows are multiples of 16 targets.
+    FASTKD_DEVICE void pack_bytes(int64_t start, Word word, const Step& step, int64_t& n) const {
+        constexpr int kAtOnce = 2;  // words of a lane whose loads are in flight together
+        const auto* target = static_cast<const uint8_t*>(pixels.target);
+        const int64_t words = rows * code_words(width);
+        FASTKD_ROLLED
+        for (int64_t first = start; first < words; first += kAtOnce * step.words) {
+            Bits128 bits[kAtOnce][2];
             FASTKD_UNROLL
             for (int k = 0; k < kAtOnce; ++k) {
-                const int64_t word = first + k * step, x = word % words * kWarp + lane;
-                const int label = word < total && x < width ? class_of(pixels, 2, word / words * width + x) : -1;
-                n += label >= 0;
-                code[k] = (label == 1 ? uint64_t{1} << lane : 0) | (label >= 0 ? uint64_t{1} << (kWarp + lane) : 0);
+                const bool exists = first + k * step.words < words;
+                bits[k][0] = vector_of(target + word.at, exists);
+                bits[k][1] = vector_of(target + word.at + kVector, exists && word.left > kVector);
+                step.advance(word);
             }
             FASTKD_UNROLL
             for (int k = 0; k < kAtOnce; ++k) {
-                for (int bit = 1; bit < kWarp; bit *= 2) code[k] |= block.shuffle_xor(code[k], bit);
-                if (lane == 0 && first + k * step < total) codes[first + k * step] = code[k];
+                const uint64_t code = code_of(bits[k]);
+                n += count_bits(static_cast<uint32_t>(code >> kWarp));
+                if (first + k * step.words < words) codes[first + k * step.words] = code;
             }
         }
-        n = sum_block(block, n, block.template shared<double>(0));
-        if (block.thread() == 0) parts[block.index()] = n;
+    }
+    FASTKD_DEVICE static Bits128 vector_of(const uint8_t* from, bool exists) {
+        if (exists) return *reinterpret_cast<const Bits128*>(from);
+        Bits128 out;
+        memset(&out, 0xff, sizeof out);  // not counted
+        return out;
+    }
+    // Four targets at a time, in the high bits of the bytes of a register.
+    FASTKD_DEVICE uint64_t code_of(const Bits128 (&bits)[2]) const {
+        uint32_t four[2 * kVector / 4], zeros = 0, ones = 0;
+        memcpy(four, bits, sizeof four);
+        FASTKD_UNROLL
+        for (int i = 2 * kVector / 4 - 1; i >= 0; --i) {
+            const uint32_t lowest = four[i] << 7, others = ((four[i] & 0xfefefefeu) >> 1) + 0x7f7f7f7fu;
+            zeros = zeros << 4 | nibble(~others & ~lowest & 0x80808080u);
+            ones = ones << 4 | nibble(~others & lowest & 0x80808080u);
+        }
+        return code_of(zeros, ones);
+    }
+    // The word of 32 targets from the bits of zeros and ones, either of which may be ignored.
+    FASTKD_DEVICE uint64_t code_of(uint32_t zeros, uint32_t ones) const {
+        if (pixels.ignore_index == 0) zeros = 0;
+        if (pixels.ignore_index == 1) ones = 0;
+        return static_cast<uint64_t>(zeros | ones) << kWarp | ones;
+    }
+    // Bits 7, 15, 23 and 31 of x; the product has them in its highest bits, and nothing carries into those.
+    FASTKD_DEVICE static uint32_t nibble(uint32_t x) { return x * 0x00204081u >> 28; }
+
+    // For every dtype, width and alignment: the lanes read the targets of a word, then of the next one.
+    template <class L, class Block>
+    FASTKD_DEVICE void pack(Block& block, const L* target, int64_t start, Word word, const Step& step, int64_t& n) const {
+        constexpr int kAtOnce = sizeof(L) == 1 ? 16 : 8;  // words whose loads are in flight together
+        const int lane = block.thread() % kWarp;
+        const int64_t words = rows * code_words(width), total = rows * width;
+        FASTKD_ROLLED
+        for (int64_t first = start; first < words; first += step.words, step.advance(word)) {
+            const L* from = target + word.at + lane;
+            int end = static_cast<int>(least(total - word.at, kWarp * kWarp)) - lane, left = word.left;
+            uint32_t zeros = 0, ones = 0;
+            FASTKD_ROLLED
+            for (int batch = lane; batch > lane - kWarp; batch -= kAtOnce) {
+                L label[kAtOnce];
+                FASTKD_UNROLL
+                for (int k = 0; k < kAtOnce; ++k) {
+                    const int count = least(left, kWarp);
+                    label[k] = 2;  // not counted
+                    if (lane < count && end > 0) label[k] = *from;
+                    from += count;
+                    end -= count;
+                    left = left > kWarp ? left - kWarp : static_cast<int>(width);
+                }
+                FASTKD_UNROLL
+                for (int k = 0; k < kAtOnce; ++k) {
+                    const uint32_t zero = block.ballot(label[k] == 0), one = block.ballot(label[k] == 1);
+                    if (batch == k) {
+                        zeros = zero;
+                        ones = one;
+                    }
+                }
+            }
+            const uint64_t code = code_of(zeros, ones);
+            n += count_bits(static_cast<uint32_t>(code >> kWarp));
+            if (first + lane < words) codes[first + lane] = code;
+        }
     }
 };
 
@@ -274,7 +383,7 @@ void resized_binary_cross_entropy(const ResizedBinaryCrossEntropy& a, const Laun
         elements.target = a.target;
         elements.label = a.label;
         elements.ignore_index = a.ignore_index;
-        const int counters = count_blocks(rows * width);
+        const int counters = code_blocks(rows * code_words(width));
         launch(BinaryCodes{elements, rows, width, a.codes, a.on.count_parts, counters}, counters, kSumScratch);
         const auto make = [&](auto shape, auto gradient) {
             CellsBinary<A, decltype(shape)::rows, decltype(shape)::columns, decltype(gradient)::value> body{};

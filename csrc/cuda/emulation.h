@@ -71,13 +71,14 @@ struct EmulatedSharedMemory {
 };
 
 struct EmulatedBlock {
-    EmulatedBlock(int64_t shared_bytes, int threads) : shared(shared_bytes), threads(threads) {
+    EmulatedBlock(int64_t shared_bytes, int threads)
+        : shared(shared_bytes), warps(static_cast<size_t>(threads / kWarp)), threads(threads) {
         gate.members = running = threads;
         for (EmulatedWarp& warp : warps) warp.gate.members = kWarp;
     }
     EmulatedSharedMemory shared;
     Gate gate;
-    EmulatedWarp warps[kWarps];
+    std::vector<EmulatedWarp> warps;
     EmulatedBarrier barriers[16];
     int64_t index = 0;
     const int threads;
@@ -124,14 +125,10 @@ public:
         const int lane = self_.thread % kWarp;
         return exchange(x, lane < by ? lane : lane - by, 'u' + 256 * by);
     }
-    bool any(bool x) {
-        bool out = false;
-        exchange(x, 0, 'a');
-        const EmulatedWarp& warp = self_.block->warps[self_.thread / kWarp];
-        for (const auto& given : warp.given[1 - self_.parity]) out |= given[0] != 0;
-        return out;
-    }
-    void count(int* counter) { ++*counter; }
+    bool any(bool x) { return bits(x, 'a') != 0; }
+    uint32_t ballot(bool x) { return bits(x, 'b'); }
+    void count(int* counter, bool counts) { *counter += counts; }
+    void add(int64_t* counter, int64_t x) { *counter += x; }
 
     template <class X>
     const X* remote(const X* p, int rank) {
@@ -174,7 +171,7 @@ private:
     X exchange(const X& x, int from, int64_t kind) {
         static_assert(sizeof(X) <= 64);
         if (from < 0 || from >= kWarp) throw std::logic_error("emulation: an exchange with a lane beyond the warp");
-        EmulatedWarp& warp = self_.block->warps[self_.thread / kWarp];
+        EmulatedWarp& warp = self_.block->warps[static_cast<size_t>(self_.thread / kWarp)];
         const int lane = self_.thread % kWarp, parity = self_.parity;
         self_.parity = 1 - parity;
         memcpy(warp.given[parity][lane], &x, sizeof x);
@@ -185,6 +182,14 @@ private:
                 throw std::logic_error("emulation: lanes of a warp exchange values at different places");
         X out;
         memcpy(&out, warp.given[parity][from], sizeof out);
+        return out;
+    }
+    // Bit i: x of lane i.
+    uint32_t bits(bool x, int64_t kind) {
+        exchange(x, 0, kind);
+        const EmulatedWarp& warp = self_.block->warps[static_cast<size_t>(self_.thread / kWarp)];
+        uint32_t out = 0;
+        for (int lane = 0; lane < kWarp; ++lane) out |= uint32_t{warp.given[1 - self_.parity][lane][0] != 0} << lane;
         return out;
     }
     static void require_aligned(const void* to, const void* from) {

@@ -85,7 +85,7 @@ struct ResizedDice {
 
 // One sigmoid per class: the target and on.terms are (n, c, height, width).
 struct ResizedBinaryCrossEntropy {
-    Resized on;              // without pixels
+    Resized on;              // without pixels; count_parts: (code_blocks(n * c * height * code_words(width)),)
     const void* target;      // (n, c, height, width)
     Label label;
     int64_t ignore_index;
@@ -107,7 +107,7 @@ struct Difficulty {
     Select select;
     uint8_t* mask;           // null, or (n, height, width)
     void* lse;               // null, or acc (n, height, width): NaN where not selected
-    double* parts;           // (2, count_blocks(total))
+    double* parts;           // (2, selection_blocks(total))
     void* share;             // acc scalar: fraction of the valid pixels that is selected
 };
 
@@ -115,8 +115,7 @@ struct Kth {
     DType type;  // f32 or f64
     const void* x;
     int64_t n, k;
-    int* parts;      // (kth_blocks(n), kBins)
-    int64_t* bins;   // (kBins,)
+    int64_t* bins;   // (kth_bins(type),)
     int64_t* state;  // (4,)
     void* out;       // one number
 };

@@ -527,6 +527,9 @@ inline int64_t scratch_bytes(const CellsPlan& plan, int sides, bool gradient, bo
 // Words of 32 elements: one bit for a target of 1, one bit for a counted target.
 FASTKD_ANYWHERE int64_t code_words(int64_t width) { return ceil_div(width, kWarp); }
 
+// Blocks that pack them, one word per lane at a time. Each warp of the next kernel sums their counts.
+FASTKD_ANYWHERE int code_blocks(int64_t words) { return static_cast<int>(least(2 * kThreads, ceil_div(words, kThreads))); }
+
 // Sums and selections
 
 constexpr int64_t kFewParts = 1024;  // above this, many blocks compute partial sums first
@@ -534,13 +537,14 @@ constexpr int64_t kFewParts = 1024;  // above this, many blocks compute partial 
 // Room for `count` numbers and for the partial sums of the blocks that add them.
 FASTKD_ANYWHERE int64_t part_space(int64_t count) { return count > kFewParts ? count + kThreads : count; }
 
-constexpr int kDigit = 11, kBins = 1 << kDigit;  // for the radix select
+// Radix select. Two blocks per multiprocessor of an H100, whose threads have 64 bytes in flight each.
+constexpr int kDigit = 8, kBins = 1 << kDigit, kKthThreads = 512;
 
-FASTKD_ANYWHERE int kth_blocks(int64_t n) { return static_cast<int>(least(int64_t{264}, ceil_div(n, 4 * kThreads))); }
+FASTKD_ANYWHERE int64_t kth_bins(DType type) { return (type == DType::f64 ? 64 : 32) / kDigit * kBins; }
+FASTKD_ANYWHERE int kth_blocks(int64_t n) { return static_cast<int>(least(int64_t{264}, ceil_div(n, 16 * kKthThreads))); }
 
-struct KthSpace {
-    int64_t parts, bins = kBins;
-    explicit KthSpace(int64_t n) : parts(kth_blocks(n) * kBins) {}
-};
+FASTKD_ANYWHERE int selection_blocks(int64_t pixels) {
+    return static_cast<int>(least(int64_t{1024}, ceil_div(pixels, 8 * kThreads)));
+}
 
 }  // namespace fastkd::gpu

@@ -8,11 +8,11 @@ namespace fastkd::gpu {
 
 // K-th smallest
 //
-// Radix select with 11-bit digits from the highest. Per digit, many blocks count it among the numbers whose higher
-// digits match those of the k-th. A second kernel adds the counts of the blocks, one thread per bin. Every block of the
-// next pass then finds the digit of the k-th. Each digit costs one read of the numbers; nothing is sorted.
-
-constexpr int kBinBlocks = kBins / kThreads;
+// Radix select with 8-bit digits from the highest. Per digit, many blocks count it among the numbers whose higher digits
+// match those of the k-th, and add their counts to those of the pass: integers, whose sum does not depend on the order.
+// Every block of the next pass then finds the digit of the k-th. Each digit costs one read of the numbers; nothing is
+// sorted. A lane of a warp has its own bins in its own bank of shared memory: in most passes the numbers crowd in a few
+// bins.
 
 template <class A>
 struct Key {
@@ -51,99 +51,132 @@ struct Found {
     int64_t k;
 };
 
-// The digit of the k-th from the counts of the previous pass; `scratch` is shared memory for kThreads + 2 numbers.
+constexpr int64_t kFindScratch = (kBins / kWarp + 2) * 8;  // bytes of shared memory for find
+
+// The digit of the k-th from the counts of the previous pass, one bin per thread.
 template <class A, class Block>
-FASTKD_DEVICE Found<A> find(Block& block, const int64_t* bins, const Found<A>& before, int bits, int64_t* scratch) {
-    constexpr int each = kBins / kThreads;
-    int64_t mine = 0;
-    for (int i = 0; i < each; ++i) mine += bins[block.thread() * each + i];
-    scratch[block.thread()] = mine;
-    block.sync();
-    if (block.thread() == 0) {
-        int64_t below = 0;
-        int owner = 0;
-        while (owner < kThreads - 1 && below + scratch[owner] < before.k) below += scratch[owner++];
-        int bin = owner * each;
-        while (bin < owner * each + each - 1 && below + bins[bin] < before.k) below += bins[bin++];
-        scratch[kThreads] = bin;
-        scratch[kThreads + 1] = before.k - below;
+FASTKD_DEVICE Found<A> find(Block& block, const int64_t* bins, const Found<A>& before, int64_t* scratch) {
+    const int bin = block.thread(), lane = bin % kWarp, warp = bin / kWarp;
+    int64_t* const out = scratch + kBins / kWarp;
+    int64_t mine = 0, below = 0;
+    if (bin < kBins) {
+        mine = below = bins[bin];
+        for (int by = 1; by < kWarp; by *= 2) {
+            const int64_t other = block.shuffle_up(below, by);
+            if (lane >= by) below += other;
+        }
+        if (lane == kWarp - 1) scratch[warp] = below;
+        below -= mine;
     }
     block.sync();
-    const Found<A> out{static_cast<typename Key<A>::type>(before.prefix << bits | static_cast<uint64_t>(scratch[kThreads])),
-                       scratch[kThreads + 1]};
+    if (bin < kBins) {
+        for (int w = 0; w < warp; ++w) below += scratch[w];
+        if (below < before.k && before.k <= below + mine) {
+            out[0] = bin;
+            out[1] = before.k - below;
+        }
+    }
     block.sync();
-    return out;
+    return {static_cast<typename Key<A>::type>(before.prefix << kDigit | static_cast<typename Key<A>::type>(out[0])), out[1]};
 }
 
 template <class A>
 struct KthState {
-    int64_t* state;  // (2, 2): prefix and k before the last digit, and before the current one
-    int64_t first;   // k
-    int pass, bits;  // of the previous digit
+    int64_t* state;       // (2, 2): prefix and k before the last digit, and before the current one
+    const int64_t* bins;  // (passes, kBins)
+    int64_t first;        // k
+    int pass;
 
     // Result of the previous passes.
     template <class Block>
-    FASTKD_DEVICE Found<A> found(Block& block, const int64_t* bins, int64_t* scratch) const {
+    FASTKD_DEVICE Found<A> found(Block& block, int64_t* scratch) const {
         if (pass == 0) return {0, first};
         Found<A> before{0, first};
         if (pass > 1) {
             const int64_t* from = state + 2 * ((pass - 1) % 2);
             before = {static_cast<typename Key<A>::type>(from[0]), from[1]};
         }
-        return find<A>(block, bins, before, bits, scratch);
+        return find<A>(block, bins + (pass - 1) * kBins, before, scratch);
+    }
+};
+
+struct KthClear {
+    static constexpr int kBlocksPerCores = 1;
+
+    int64_t* bins;
+    int64_t count;
+
+    template <class Block>
+    FASTKD_DEVICE void operator()(Block& block) const {
+        for (int64_t i = block.thread(); i < count; i += kThreads) bins[i] = 0;
     }
 };
 
 template <class A>
 struct KthCount {
-    static constexpr int kBlocksPerCores = 4;
-    static constexpr int64_t kShared = kBins * 4 + (kThreads + 2) * 8;
+    static constexpr int kBlocksPerCores = 2, kThreadsOfBlock = kKthThreads;
+    static constexpr int64_t kCounts = kBins * kWarp * 4, kShared = kCounts + kFindScratch;
+    using K = typename Key<A>::type;
 
     const A* x;
     int64_t n;
     KthState<A> known;
-    const int64_t* bins;  // (kBins,): counts of the previous pass
-    int above, shift;     // the digit is bits [shift, above)
-    int* parts;           // (blocks, kBins)
+    int64_t* bins;  // (kBins,): counts of this pass
     int blocks;
 
     template <class Block>
     FASTKD_DEVICE void operator()(Block& block) const {
-        using K = typename Key<A>::type;
-        int* counts = block.template shared<int>(0);
-        const Found<A> found = known.found(block, bins, block.template shared<int64_t>(kBins * 4));
+        int* counts = block.template shared<int>(0);  // (kBins, kWarp)
+        const int lane = block.thread() % kWarp;
+        const Found<A> found = known.found(block, block.template shared<int64_t>(kCounts));
         if (block.index() == 0 && block.thread() == 0) {
             known.state[2 * (known.pass % 2)] = static_cast<int64_t>(found.prefix);
             known.state[2 * (known.pass % 2) + 1] = found.k;
         }
-        for (int i = block.thread(); i < kBins; i += kThreads) counts[i] = 0;
+        for (int i = block.thread(); i < kBins * kWarp; i += kThreadsOfBlock) counts[i] = 0;
         block.sync();
-        constexpr int whole = 8 * sizeof(K);
-        for (int64_t i = block.index() * kThreads + block.thread(); i < n; i += static_cast<int64_t>(blocks) * kThreads) {
-            const K key = key_of(x[i]);
-            if (above < whole && key >> above != found.prefix) continue;
-            block.count(counts + (key >> shift & ((K{1} << (above - shift)) - 1)));
-        }
+        // Bits of the higher digits, none in the first pass.
+        const int shift = 8 * sizeof(K) - kDigit * (known.pass + 1);
+        const K higher = known.pass == 0 ? K{} : ~K{} << kDigit << shift;
+        const K wanted = known.pass == 0 ? K{} : found.prefix << kDigit << shift;
+        const auto count = [&](A value) {
+            const K key = key_of(value);
+            block.count(counts + (key >> shift & (kBins - 1)) * kWarp + lane, ((key ^ wanted) & higher) == 0);
+        };
+        if (reinterpret_cast<uintptr_t>(x) % sizeof(Bits128) == 0)
+            each<sizeof(Bits128) / sizeof(A), 4>(block, count);
+        else
+            each<1, 8>(block, count);
         block.sync();
-        for (int i = block.thread(); i < kBins; i += kThreads) parts[block.index() * kBins + i] = counts[i];
-    }
-};
-
-// Adds the counts of the blocks: one thread per bin.
-struct KthAdd {
-    static constexpr int kBlocksPerCores = 4;
-
-    const int* parts;  // (blocks, kBins)
-    int blocks;
-    int64_t* bins;
-
-    template <class Block>
-    FASTKD_DEVICE void operator()(Block& block) const {
-        const int64_t bin = block.index() * kThreads + block.thread();
+        if (block.thread() >= kBins) return;
         int64_t sum = 0;
-        FASTKD_UNROLL_BY(8)
-        for (int i = 0; i < blocks; ++i) sum += parts[static_cast<int64_t>(i) * kBins + bin];
-        bins[bin] = sum;
+        for (int i = 0; i < kWarp; ++i) sum += counts[block.thread() * kWarp + (i + lane) % kWarp];
+        if (sum != 0) block.add(bins + block.thread(), sum);
+    }
+
+private:
+    // Calls f(number) for the numbers of this thread. The loads of `kAtOnce` vectors are in flight together.
+    template <int V, int kAtOnce, class Block, class F>
+    FASTKD_DEVICE void each(const Block& block, const F& f) const {
+        constexpr int kTileOfBlock = kAtOnce * kThreadsOfBlock;
+        const int64_t vectors = n / V;
+        FASTKD_ROLLED
+        for (int64_t tile = block.index() * kTileOfBlock; tile < vectors; tile += blocks * int64_t{kTileOfBlock}) {
+            const int left = static_cast<int>(least(vectors - tile, kTileOfBlock)) - block.thread();
+            const A* from = x + (tile + block.thread()) * V;
+            A value[kAtOnce][V];
+            FASTKD_UNROLL
+            for (int k = 0; k < kAtOnce; ++k)
+                if (k * kThreadsOfBlock < left) load<A, V>(from + k * kThreadsOfBlock * V, value[k]);
+            FASTKD_UNROLL
+            for (int k = 0; k < kAtOnce; ++k) {
+                if (k * kThreadsOfBlock >= left) break;
+                FASTKD_UNROLL
+                for (int i = 0; i < V; ++i) f(value[k][i]);
+            }
+        }
+        const int64_t rest = vectors * V + block.thread();
+        if (block.index() == 0 && rest < n) f(x[rest]);
     }
 };
 
@@ -152,12 +185,11 @@ struct KthFind {
     static constexpr int kBlocksPerCores = 1;
 
     KthState<A> known;
-    const int64_t* bins;
     A* out;
 
     template <class Block>
     FASTKD_DEVICE void operator()(Block& block) const {
-        const Found<A> found = known.found(block, bins, block.template shared<int64_t>(0));
+        const Found<A> found = known.found(block, block.template shared<int64_t>(0));
         if (block.thread() == 0) *out = number_of<A>(found.prefix);
     }
 };
@@ -165,17 +197,13 @@ struct KthFind {
 template <class A, class Launch>
 void kth_smallest_of(const Kth& a, const Launch& launch) {
     const int blocks = kth_blocks(a.n);
-    KthState<A> known{a.state, most(int64_t{1}, least(a.k, a.n)), 0, 0};
-    for (int above = 8 * sizeof(A); above > 0;) {
-        const int shift = most(above - kDigit, 0);
-        launch(KthCount<A>{static_cast<const A*>(a.x), a.n, known, a.bins, above, shift, a.parts, blocks}, blocks,
+    const int64_t bins = kth_bins(a.type);
+    KthState<A> known{a.state, a.bins, most(int64_t{1}, least(a.k, a.n)), 0};
+    launch(KthClear{a.bins, bins}, 1, 0);
+    for (; known.pass < bins / kBins; ++known.pass)
+        launch(KthCount<A>{static_cast<const A*>(a.x), a.n, known, a.bins + known.pass * kBins, blocks}, blocks,
                KthCount<A>::kShared);
-        launch(KthAdd{a.parts, blocks, a.bins}, kBinBlocks, 0);
-        ++known.pass;
-        known.bits = above - shift;
-        above = shift;
-    }
-    launch(KthFind<A>{known, a.bins, static_cast<A*>(a.out)}, 1, (kThreads + 2) * 8);
+    launch(KthFind<A>{known, static_cast<A*>(a.out)}, 1, kFindScratch);
 }
 
 template <class Launch>
@@ -202,24 +230,48 @@ struct Selection {
 
     template <class Block>
     FASTKD_DEVICE void operator()(Block& block) const {
-        const A student_most = limit(student_limit), teacher_most = limit(teacher_limit);
-        double selected = 0, valid = 0;
-        for (int64_t i = block.index() * kThreads + block.thread(); i < total; i += static_cast<int64_t>(blocks) * kThreads) {
-            const bool counts = class_of(pixels, classes, i) >= 0;
-            const bool taken = counts && combined(student[i] <= student_most, teacher[i] <= teacher_most);
-            valid += counts;
-            selected += taken;
-            if (mask) mask[i] = taken;
-            if (lse && !taken) lse[i] = static_cast<A>(__builtin_nanf(""));
-        }
-        selected = sum_block(block, selected, block.template shared<double>(0));
-        valid = sum_block(block, valid, block.template shared<double>(0));
+        int selected = 0, valid = 0;
+        with_targets(pixels, [&](const auto* target) { choose(block, target, selected, valid); });
+        const double selections = sum_block(block, static_cast<double>(selected), block.template shared<double>(0));
+        const double valids = sum_block(block, static_cast<double>(valid), block.template shared<double>(0));
         if (block.thread() != 0) return;
-        parts[block.index()] = selected;
-        parts[blocks + block.index()] = valid;
+        parts[block.index()] = selections;
+        parts[blocks + block.index()] = valids;
     }
 
 private:
+    static constexpr int kAtOnce = 32 / sizeof(A);  // pixels of a thread whose loads are in flight together
+
+    template <class L, class Block>
+    FASTKD_DEVICE void choose(const Block& block, const L* target, int& selected, int& valid) const {
+        constexpr int kTileOfBlock = kAtOnce * kThreads;
+        const A student_most = limit(student_limit), teacher_most = limit(teacher_limit);
+        FASTKD_ROLLED
+        for (int64_t tile = block.index() * kTileOfBlock; tile < total; tile += static_cast<int64_t>(blocks) * kTileOfBlock) {
+            const int left = static_cast<int>(least(total - tile, kTileOfBlock)) - block.thread();
+            const int64_t first = tile + block.thread();
+            A s[kAtOnce], t[kAtOnce];
+            L label[kAtOnce];
+            FASTKD_UNROLL
+            for (int k = 0; k < kAtOnce; ++k) {
+                if (k * kThreads >= left) break;
+                s[k] = student[first + k * kThreads];
+                t[k] = teacher[first + k * kThreads];
+                label[k] = target[first + k * kThreads];
+            }
+            FASTKD_UNROLL
+            for (int k = 0; k < kAtOnce; ++k) {
+                if (k * kThreads >= left) break;
+                const int64_t i = first + k * kThreads, c = label[k];
+                const bool counts = c != pixels.ignore_index && c >= 0 && c < classes;
+                const bool taken = counts && combined(s[k] <= student_most, t[k] <= teacher_most);
+                valid += counts;
+                selected += taken;
+                if (mask) mask[i] = taken;
+                if (lse && !taken) lse[i] = static_cast<A>(__builtin_nanf(""));
+            }
+        }
+    }
     FASTKD_DEVICE A limit(const A* kth) const { return kth && *kth > threshold ? *kth : threshold; }
     FASTKD_DEVICE bool combined(bool s, bool t) const {
         switch (select) {
@@ -236,7 +288,7 @@ template <class Launch>
 void difficulty(const Difficulty& a, const Launch& launch) {
     const auto run = [&](auto zero) {
         using A = decltype(zero);
-        const int blocks = count_blocks(a.total);
+        const int blocks = selection_blocks(a.total);
         launch(Selection<A>{a.pixels, a.classes, a.total, static_cast<const A*>(a.student), static_cast<const A*>(a.teacher),
                             static_cast<const A*>(a.limits[0]), static_cast<const A*>(a.limits[1]),
                             static_cast<A>(a.threshold), a.select, a.mask, static_cast<A*>(a.lse), a.parts, blocks},

@@ -431,9 +431,10 @@ Two run_binary_cross_entropy(const Tensor& logits, const Tensor& target, const B
     }
     const bool none = at.a.reduce == Reduce::none;
     Tensor loss = new_empty(logits, none ? Sizes{n, c, height, width} : Sizes{}, at.acc), count = new_empty(logits, Sizes{}, at.acc);
-    Tensor codes = new_empty(logits, Sizes{n * c * height * gpu::code_words(width)}, ScalarType::Long);
+    const int64_t words = n * c * height * gpu::code_words(width);
+    Tensor codes = new_empty(logits, Sizes{words}, ScalarType::Long);
     const Doubles parts(logits, none ? 0 : gpu::part_space(gpu::total_warps(at.a.choice.plan)));
-    const Doubles counted(logits, gpu::count_blocks(target.numel()));
+    const Doubles counted(logits, gpu::code_blocks(words));
     (none ? at.a.terms : at.a.loss) = loss.mutable_data_ptr();
     at.a.count = count.mutable_data_ptr();
     at.a.parts = parts.data();
@@ -504,13 +505,10 @@ Tensor run_kth(const On& on, const Tensor& x, int64_t k) {
     const DType type = dtype_of(x, "x");
     STD_TORCH_CHECK(type == DType::f32 || type == DType::f64, "x must be float32 or float64");
     STD_TORCH_CHECK(x.is_contiguous() && x.numel() > 0, "x must be contiguous and not empty");
-    const gpu::KthSpace space(x.numel());
     Tensor out = new_empty(x, Sizes{}, x.scalar_type());
-    Tensor parts = new_empty(x, Sizes{space.parts}, ScalarType::Int), bins = new_empty(x, Sizes{space.bins}, ScalarType::Long);
-    Tensor state = new_empty(x, Sizes{4}, ScalarType::Long);
-    gpu::kth_smallest({type, x.const_data_ptr(), x.numel(), k, static_cast<int*>(parts.mutable_data_ptr()),
-                       static_cast<int64_t*>(bins.mutable_data_ptr()), static_cast<int64_t*>(state.mutable_data_ptr()),
-                       out.mutable_data_ptr()},
+    Tensor bins = new_empty(x, Sizes{gpu::kth_bins(type)}, ScalarType::Long), state = new_empty(x, Sizes{4}, ScalarType::Long);
+    gpu::kth_smallest({type, x.const_data_ptr(), x.numel(), k, static_cast<int64_t*>(bins.mutable_data_ptr()),
+                       static_cast<int64_t*>(state.mutable_data_ptr()), out.mutable_data_ptr()},
                       on.stream);
     return out;
 }
@@ -569,7 +567,7 @@ Two run_difficulty(const Tensor& student, const Tensor& teacher, const Tensor& t
     a.limits[1] = a.limits[last];
     a.threshold = args.threshold;
     (lse ? a.lse : reinterpret_cast<void*&>(a.mask)) = first.mutable_data_ptr();
-    const Doubles parts(student, 2 * gpu::count_blocks(a.total));
+    const Doubles parts(student, 2 * gpu::selection_blocks(a.total));
     a.parts = parts.data();
     a.share = share.mutable_data_ptr();
     gpu::difficulty(a, on.stream);

@@ -89,6 +89,15 @@ FASTKD_DEVICE double multiply_add(double a, double b, double c) {
 #endif
 }
 
+// Number of bits that are set.
+FASTKD_DEVICE int count_bits(uint32_t x) {
+#if defined(__CUDA_ARCH__)
+    return __popc(x);
+#else
+    return __builtin_popcount(x);
+#endif
+}
+
 #if defined(__CUDACC__)
 using Bits128 = uint4;
 #else
