@@ -246,6 +246,7 @@ private:
     FASTKD_DEVICE void choose(const Block& block, const L* target, int& selected, int& valid) const {
         constexpr int kTileOfBlock = kAtOnce * kThreads;
         const A student_most = limit(student_limit), teacher_most = limit(teacher_limit);
+        const unsigned table = truth_table();
         FASTKD_ROLLED
         for (int64_t tile = block.index() * kTileOfBlock; tile < total; tile += static_cast<int64_t>(blocks) * kTileOfBlock) {
             const int left = static_cast<int>(least(total - tile, kTileOfBlock)) - block.thread();
@@ -264,7 +265,7 @@ private:
                 if (k * kThreads >= left) break;
                 const int64_t i = first + k * kThreads, c = label[k];
                 const bool counts = c != pixels.ignore_index && c >= 0 && c < classes;
-                const bool taken = counts && combined(s[k] <= student_most, t[k] <= teacher_most);
+                const bool taken = counts && table >> (2 * (s[k] <= student_most) + (t[k] <= teacher_most)) & 1;
                 valid += counts;
                 selected += taken;
                 if (mask) mask[i] = taken;
@@ -273,13 +274,14 @@ private:
         }
     }
     FASTKD_DEVICE A limit(const A* kth) const { return kth && *kth > threshold ? *kth : threshold; }
-    FASTKD_DEVICE bool combined(bool s, bool t) const {
+    // Bit 2 s + t: whether a pixel is selected that is hard for the student (s) and for the teacher (t).
+    FASTKD_DEVICE unsigned truth_table() const {
         switch (select) {
-            case Select::exclusive: return s != t;
-            case Select::either: return s || t;
-            case Select::both: return s && t;
-            case Select::student: return s;
-            default: return s && !t;
+            case Select::exclusive: return 0b0110;
+            case Select::either: return 0b1110;
+            case Select::both: return 0b1000;
+            case Select::student: return 0b1100;
+            default: return 0b0100;
         }
     }
 };
