@@ -263,8 +263,8 @@ private:
             FASTKD_UNROLL
             for (int k = 0; k < kAtOnce; ++k) {
                 if (k * kThreads >= left) break;
-                const int64_t i = first + k * kThreads, c = label[k];
-                const bool counts = c != pixels.ignore_index && c >= 0 && c < classes;
+                const int64_t i = first + k * kThreads;
+                const bool counts = class_among(label[k], pixels.ignore_index, classes) >= 0;
                 const bool taken = counts && table >> (2 * (s[k] <= student_most) + (t[k] <= teacher_most)) & 1;
                 valid += counts;
                 selected += taken;
