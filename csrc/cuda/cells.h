@@ -48,7 +48,7 @@ struct Cells {
     // Launch bounds: at most 255, 168 or 128 registers per thread, enough to avoid spills.
     static constexpr int kBlocksPerCores =
         PY * PX > 32 || sizeof(A) == 8 || (PY * PX > 16 && (kGradient ? Loss::kWeights || Loss::kWide : Loss::kManySums)) ? 4
-        : PY * PX > 16 || (PY * PX == 16 && kGradient && (kGrids == 2 || Loss::kWide))                   ? 6
+        : PY * PX > 16 || (PY * PX == 16 && (kGradient ? kGrids == 2 || Loss::kWide : Loss::kKnown))      ? 6
                                                                                                          : 8;
     static constexpr bool kMakesGradient = kGradient;
     static constexpr bool kCentred = true;  // whether the maximum over classes is subtracted from the logits

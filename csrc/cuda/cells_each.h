@@ -105,6 +105,7 @@ struct CellsKdSigmoid : CellsEach<T, 2, kSame ? 1 : 2, PY, PX, kGradient> {
     using Base = CellsEach<T, 2, kSame ? 1 : 2, PY, PX, kGradient>;
     using A = T;
     static constexpr int kGrids = kSame ? 1 : 2;
+    static constexpr int kBlocksPerCores = kSame && kGradient && PY * PX > 16 && sizeof(A) == 4 ? 5 : Base::kBlocksPerCores;
 
     A temperature;
 
