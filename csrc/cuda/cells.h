@@ -95,7 +95,7 @@ struct Cells {
         typename Loss::Sums sums[PY][PX] = {};
         typename Loss::Linear linear;
         if (Loss::kKnown && known)
-            take_known(at, start[0], right[0], down[0], label, counts, sums);
+            take_known(at, start[0], rows, right[0], down[0], label, counts, sums);
         else if (rows != 0)
             add_up(at, start, rows, right, down, label, sums, linear);
         uint64_t far = 0;
@@ -430,32 +430,40 @@ protected:
     }
 
     // The log-sum-exps are given; only the labelled class is read.
-    FASTKD_DEVICE void take_known(const Place& at, const Walk<A>& start, const A (&right)[PX], const A (&down)[PY],
+    FASTKD_DEVICE void take_known(const Place& at, const Walk<A>& start, unsigned rows, const A (&right)[PX], const A (&down)[PY],
                                   const int (&label)[PY][PX], uint64_t counts, typename Loss::Sums (&sums)[PY][PX]) const {
         const Blend<A> top(peaks(at));
         FASTKD_UNROLL
         for (int i = 0; i < PY; ++i) {
+            if (!(rows >> i & 1)) continue;
             const A left = multiply_add(down[i], top.down_left, top.left);
             const A step_right = multiply_add(down[i], top.down_step, top.step);
             const int64_t row = at.pixel(*this, i, 0);
-            A lse[PX];
-            Corners<A> corners[PX];
+            constexpr int kAtOnce = PX % 4 == 0 ? 4 : PX == 9 && !kWeights ? 3 : 1;
             FASTKD_UNROLL
-            for (int j = 0; j < PX; ++j) {  // the loads of a row before their first use, without branches
-                const bool counted = counts >> (i * PX + j) & 1;
-                Walk<A> own = start;
-                const int move = counted ? label[i][j] * step(0) : 0;
-                own.top += move;
-                own.bottom += move;
-                lse[j] = known[counted ? row + j : 0];
-                corners[j] = own.next(0, beside(0));
-            }
-            FASTKD_UNROLL
-            for (int j = 0; j < PX; ++j) {
-                const Blend<A> value(corners[j]);
-                sums[i][j] = {exp2_of(lse[j] * static_cast<A>(kLog2E) - multiply_add(right[j], step_right, left)),
-                              multiply_add(right[j], multiply_add(down[i], value.down_step, value.step),
-                                           multiply_add(down[i], value.down_left, value.left))};
+            for (int first = 0; first < PX; first += kAtOnce) {
+                // A branch also keeps the compiler from loading for all pixels first, which would need too many registers.
+                if (!(counts >> (i * PX + first) & ((uint64_t{1} << kAtOnce) - 1))) continue;
+                A lse[kAtOnce];
+                Corners<A> corners[kAtOnce];
+                FASTKD_UNROLL
+                for (int k = 0; k < kAtOnce; ++k) {  // all loads before their first use, without branches
+                    const bool counted = counts >> (i * PX + first + k) & 1;
+                    Walk<A> own = start;
+                    const int move = counted ? label[i][first + k] * step(0) : 0;
+                    own.top += move;
+                    own.bottom += move;
+                    lse[k] = known[counted ? row + first + k : 0];
+                    corners[k] = own.next(0, beside(0));
+                }
+                FASTKD_UNROLL
+                for (int k = 0; k < kAtOnce; ++k) {
+                    const Blend<A> value(corners[k]);
+                    const A x = right[first + k];
+                    sums[i][first + k] = {exp2_of(lse[k] * static_cast<A>(kLog2E) - multiply_add(x, step_right, left)),
+                                          multiply_add(x, multiply_add(down[i], value.down_step, value.step),
+                                                       multiply_add(down[i], value.down_left, value.left))};
+                }
             }
         }
     }

@@ -105,7 +105,6 @@ struct CellsKdSigmoid : CellsEach<T, 2, kSame ? 1 : 2, PY, PX, kGradient> {
     using Base = CellsEach<T, 2, kSame ? 1 : 2, PY, PX, kGradient>;
     using A = T;
     static constexpr int kGrids = kSame ? 1 : 2;
-    static constexpr int kBlocksPerCores = kSame && kGradient && PY * PX > 16 && sizeof(A) == 4 ? 5 : Base::kBlocksPerCores;
 
     A temperature;
 
@@ -120,8 +119,8 @@ struct CellsKdSigmoid : CellsEach<T, 2, kSame ? 1 : 2, PY, PX, kGradient> {
         int label[PY][PX];
         uint64_t counts = 0;
         const unsigned rows = this->setup(block, at, right, down, label, counts);
-        Walk<A> start[2] = {this->walk(at, 0), this->walk(at, 1)};
         this->weigh(at, at.n, counts, weight);
+        Walk<A> start[2] = {this->walk(at, 0), this->walk(at, 1)};
         this->each_gradient(block, at, start, counts, factor, [&](int, const Corners<A>(&corners)[2]) {
             return Base::shares_of(corners, rows, right, down, [&](int i, int j, const A(&value)[2]) {
                 const Bernoulli<A> of(value[0], value[1]);
