@@ -10,7 +10,7 @@ Steps, the most informative first: Triton's kernels are compiled in parallel, th
 eager in both layouts with kernel times, then the other rivals and the training step.
 
 A second run with the same DIR and checkout resumes: it skips finished steps, and the benchmarks skip the cases they
-have. DIR holds log.txt, summary.md, cuda.csv, cuda_steps.csv, kernels.txt and losses-cuda.png.
+have. DIR holds log.txt, summary.md, cuda*.csv, kernels.txt and losses-cuda.png.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def steps(out: Path) -> list[Step]:
             ("pytest", "hypothesis", "numpy"),
         ),
         Step("kernels", 120, [PYTHON, "-m", "benchmarks.gpu_kernels", "--resume", "--out", str(out)]),
-        Step("losses", 280, [PYTHON, "-m", "benchmarks", "--resume", "--out", str(out)]),
+        Step("host", 30, [PYTHON, "-m", "benchmarks.host", "--rounds", "1000", "--out", str(out)]),
+        Step("losses", 250, [PYTHON, "-m", "benchmarks", "--resume", "--out", str(out)]),
         Step("step", 80, [PYTHON, "-m", "benchmarks.bench_step", "--resume", "--out", str(out)], ("torchvision",)),
         Step("numbers", 20, [PYTHON, "-m", "benchmarks.publish", "--gpu", str(out)], ("matplotlib",)),
     ]

@@ -3,15 +3,19 @@
 All losses and their rival, ``F.cross_entropy(F.interpolate(x, ...), y)``, take turns in one process, so that caches are
 as cold as in a training step. On a GPU this is the time until the calls return, forward and backward separately.
 
-    python -m benchmarks.host [--rounds 2000]
+    python -m benchmarks.host [--rounds 2000] [--out DIR]     # DIR: appends to DIR/{cpu,cuda}_host.csv
+
+`FASTKD_BACKEND=triton` measures another backend than the default.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +23,9 @@ from torch import Tensor
 
 import fastkd
 
+from . import harness
+
+COLUMNS = (*harness.WHERE[:4], "torch", "kernels", "backend", "loss", "forward_us", "backward_us")
 RIVAL = "F.cross_entropy(F.interpolate(x))"
 
 
@@ -67,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="folder of the CSV file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device(args.device)
@@ -77,6 +85,14 @@ def main() -> None:
     for name, (forward, backward) in table.items():
         both = forward + backward
         print(f"{name:36} {forward:8.1f} {backward:8.1f} {both:8.1f} {both / rival:8.2f}")
+    if args.out:
+        here = {column: value for column, value in harness.where(device.type).items() if column in COLUMNS}
+        here["backend"] = os.environ.get("FASTKD_BACKEND", "default")
+        rows = [
+            here | {"loss": name, "forward_us": f"{forward:.1f}", "backward_us": f"{backward:.1f}"}
+            for name, (forward, backward) in table.items()
+        ]
+        harness.append(rows, args.out / f"{device.type}_host.csv", COLUMNS)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,24 @@ from typing import NamedTuple
 
 import torch
 
-from . import bench_step, full_resolution, gpu_kernels, training
-from .cases import cpu_cases, gpu_cases
+from fastkd import backends
+from fastkd.ops import nfd
+
+from . import bench_step, full_resolution, gpu_kernels, host, training
+from .cases import BF16, FEATURE_LOSSES, LOSSES, RECIPES, cpu_cases, gpu_cases
 from .harness import COLUMNS, RESULTS, Case, Record, Row, append, newest, read, rows
-from .report import PREDICTION, losses_share, losses_table, origin, plot, predictions_table, steps_table
-from .roofline import GPUS, PER_CLOCK
+from .report import (
+    PREDICTION,
+    host_table,
+    kernels_table,
+    losses_share,
+    losses_table,
+    origin,
+    plot,
+    predictions_table,
+    steps_table,
+)
+from .roofline import GPUS, PER_CLOCK, special_function_rate
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
@@ -26,15 +39,20 @@ FILES = {
     "cpu_steps.csv": bench_step.COLUMNS,
     "cuda_steps.csv": bench_step.COLUMNS,
     "cuda_kernels.csv": gpu_kernels.COLUMNS,
+    "cuda_host.csv": host.COLUMNS,
     "full_resolution.csv": full_resolution.COLUMNS,
 }
 NOT_RUN = "not yet run"
-# Commit of GPU rows -> what has changed since. Removed together with its rows.
-REPLACED_SINCE = {
-    "36b6442": "**Measured at commit 36b6442.** The kernels at label resolution (resized CE, resized KD, RDD), Triton's KD "
-    "and the Python of a call were rewritten since, and have not been measured on a GPU. NFD and KD in CUDA C++ and CWD "
-    "compute as they did.",
-}
+# Operators of csrc and kernels behind a measured loss, if there is more than one backend to choose from.
+OPERATORS = {
+    "nfd": "nfd", "kd": "kd", "kd_sigmoid": "kd_sigmoid", "cwd": "cwd", "resized_ce": "resized_cross_entropy",
+    "resized_kd": "resized_kd", "resized_kd_sigmoid": "resized_kd_sigmoid", "resized_bce": "resized_binary_cross_entropy",
+    "resized_smooth_ce": "resized_shaped_cross_entropy", "resized_focal_ce": "resized_shaped_cross_entropy",
+    "resized_dice": "resized_dice", "resized_ce_dice": "resized_dice",
+}  # fmt: skip
+FIRST_RUN = "36b6442"
+"""Its kernels for these losses have been replaced; their rows stay in the CSV and are on no page."""
+REPLACED = ("resized CE", "resized KD", "RDD TFE", "RDD TSE", "KD")
 
 
 class Target(NamedTuple):
@@ -113,7 +131,8 @@ def targets_table(found: Mapping[tuple[str, ...], Row], steps: list[Record]) -> 
 def pages(results: Path = RESULTS) -> dict[Path, str]:
     """Path -> text of every page generated from the CSV files."""
     records = {name: read(results / name) for name in FILES}
-    cpu, cuda = newest(rows(records["cpu.csv"])), rows(records["cuda.csv"])
+    cpu = newest(rows(records["cpu.csv"]))
+    cuda = rows(r for r in records["cuda.csv"] if (r["commit"], r["op"] in REPLACED) != (FIRST_RUN, True))
     parts = [
         "# Numbers",
         "Made from `benchmarks/results/*.csv` by `python -m benchmarks.publish`; do not edit. What is measured and how: "
@@ -134,10 +153,24 @@ def pages(results: Path = RESULTS) -> dict[Path, str]:
         ]
     parts += ["### A training step on the CPU", *_steps(records["cpu_steps.csv"])]
     parts += ["## GPU", *gpu_section(cuda, records["cuda_steps.csv"])]
+    parts += [
+        "### Kernel times",
+        "From the profiler, without host time: forward and backward, bf16, µs. `default`: the backend that is chosen. The floor "
+        "is that of the prediction below, at the datasheet's rates. `python -m benchmarks.gpu_kernels`; "
+        f"{kernel_origins(records['cuda_kernels.csv'])}.",
+        kernels_table(*kernel_times(records["cuda_kernels.csv"])),
+        "### Host time of a call",
+        "Forward and backward of a loss on 16 numbers, where kernels take no time. `python -m benchmarks.host`; "
+        + "; ".join(dict.fromkeys(map(origin_of_host, records["cuda_host.csv"])))
+        + ".",
+        host_table(records["cuda_host.csv"]),
+    ]
     readme = (ROOT / "README.md").read_text()
     for name, table in (("cpu", readme_cpu(cpu)), ("gpu", readme_gpu(newest(cuda)))):
         readme = between_markers(readme, name, table)
+    cells = ROOT / "docs" / "full-resolution.md"
     made = {ROOT / "docs" / "numbers.md": "\n\n".join(parts) + "\n", ROOT / "README.md": readme}
+    made[cells] = between_markers(cells.read_text(), "cells", cells_table(records["cuda_kernels.csv"]))
     for page, tables in training.tables(results).items():
         path = ROOT / "docs" / f"{page}.md"
         made[path] = path.read_text()
@@ -146,9 +179,94 @@ def pages(results: Path = RESULTS) -> dict[Path, str]:
     return made
 
 
+def default_backend(recipe: str, loss: str, layout: str) -> str:
+    """The column of cuda_kernels.csv that has the default backend's time."""
+    if loss in gpu_kernels.COMPOSED:
+        return "auto"
+    first, *others = backends.CHOICE[OPERATORS[loss]]["cuda"]
+    if loss == "nfd":
+        x = torch.empty(RECIPES[recipe].features, dtype=BF16, device="meta")
+        x = x.to(memory_format=gpu_kernels.LAYOUTS[layout])
+        return first if nfd.fits_cuda(x, x, "hw") else others[0]
+    return first
+
+
+def newest_kernels(records: Sequence[Record]) -> dict[tuple[str, str, str, str], Record]:
+    """{(recipe, loss, layout, backend): bf16 row}: ours of the last commit, eager's newest."""
+    commit = [r["commit"] for r in records if r["backend"] != "eager"][-1]
+    return {
+        (r["recipe"], r["loss"], r["layout"], r["backend"]): r
+        for r in records
+        if r["dtype"] == "bfloat16" and (r["backend"] == "eager" or r["commit"] == commit)
+    }
+
+
+def kernel_origins(records: Sequence[Record]) -> str:
+    found = newest_kernels(records).values()
+    ours, eager = (
+        sorted({r["commit"] for r in found if (r["backend"] == "eager") == is_eager}) for is_eager in (False, True)
+    )
+    (device,) = {f"{r['device']}, driver {r['driver']}, torch {r['torch']}" for r in found}
+    (version,) = {r["kernels"] for r in found if r["backend"] == "triton"}
+    return f"{device}, {version}; ours at {' and '.join(ours)}, eager at {' and '.join(eager)}"
+
+
+def cells_table(records: Sequence[Record]) -> str:
+    """The losses at label resolution in the first run and in the last, NCHW."""
+    first = {
+        (r["recipe"], r["loss"], r["backend"]): float(r["kernel_us"])
+        for r in records
+        if (r["commit"], r["dtype"], r["layout"]) == (FIRST_RUN, "bfloat16", "NCHW")
+    }
+    times, floors = kernel_times(records)
+    lines = [
+        f"| | {FIRST_RUN}: Triton | CUDA C++ | now: Triton | CUDA C++ | default | floor | eager |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for recipe in ("ADE20K", "Cityscapes", "Cityscapes, full"):
+        for loss in ("resized_ce", "resized_kd", "rdd_tfe", "rdd_tse"):
+            name = _name(loss)
+            if (now := times.get((recipe, name, "NCHW"))) is None:
+                continue
+            numbers = [first.get((recipe, loss, by)) for by in ("triton", "cuda")]
+            numbers += [now.get(by) for by in ("triton", "cuda", "default")] + [floors[recipe, name], now.get("eager")]
+            cells = ["–" if x is None else f"{x:,.0f}" for x in numbers]
+            lines.append(f"| {recipe}, {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def origin_of_host(record: Record) -> str:
+    return (
+        f"{record['device']}, torch {record['torch']}, {record['kernels']}, commit {record['commit']}, {record['date']}"
+    )
+
+
+def kernel_times(
+    records: Sequence[Record],
+) -> tuple[dict[tuple[str, str, str], dict[str, float]], dict[tuple[str, str], float]]:
+    """Arguments of :func:`report.kernels_table`."""
+    times: dict[tuple[str, str, str], dict[str, float]] = {}
+    floors: dict[tuple[str, str], float] = {}
+    found = newest_kernels(records)
+    for (recipe, loss, layout, backend), record in found.items():
+        of = times.setdefault((recipe, _name(loss), layout), {})
+        of[backend] = float(record["kernel_us"])
+        if backend == default_backend(recipe, loss, layout):
+            of["default"] = of[backend]
+        sizes, gpu = RECIPES[recipe], GPUS["H100"]
+        case = LOSSES[loss](sizes.features if loss in FEATURE_LOSSES else sizes.logits, sizes.crop, BF16)
+        rate = special_function_rate(record["device"])
+        floors[recipe, _name(loss)] = case.work.seconds(gpu.bandwidth, rate) * 1e6
+    return times, floors
+
+
+def _name(loss: str) -> str:
+    sizes = RECIPES["CamVid"]
+    return LOSSES[loss](sizes.features if loss in FEATURE_LOSSES else sizes.logits, sizes.crop, BF16).op
+
+
 def gpu_section(cuda: Mapping[tuple[str, ...], Row], steps: list[Record]) -> list[str]:
     """Targets, measurements, and the prediction."""
-    commits = {record["commit"] for row in cuda.values() for record in row.rivals.values()}
     if cuda:
         parts = [*_sections(cuda, {}), "![times on the GPU](images/losses-cuda.png)"]
     else:
@@ -159,7 +277,6 @@ def gpu_section(cuda: Mapping[tuple[str, ...], Row], steps: list[Record]) -> lis
         for name, gpu in GPUS.items()
     ]
     return [
-        *(text for commit, text in REPLACED_SINCE.items() if commit in commits),
         "### Targets",
         targets_table(cuda, steps),
         "### Losses on a GPU",

@@ -83,6 +83,43 @@ def losses_share(record: Record) -> float:
     return float(record["losses_ms"]) / float(record["median_ms"])
 
 
+def kernels_table(
+    times: Mapping[tuple[str, str, str], Mapping[str, float]], floors: Mapping[tuple[str, str], float]
+) -> str:
+    """One line per recipe and loss: kernel times in microseconds.
+
+    Args:
+        times: {(recipe, loss, layout): {"default", "triton", "cuda" or "eager": µs}}.
+        floors: {(recipe, loss): µs}.
+    """
+    lines = [
+        "| recipe | loss | default | Triton | CUDA C++ | eager | eager ÷ default | default ÷ floor | channels_last: default | eager |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for recipe, loss in dict.fromkeys(key[:2] for key in times):
+        nchw, last = (times.get((recipe, loss, layout), {}) for layout in ("NCHW", "channels_last"))
+        default, eager = nchw.get("default"), nchw.get("eager")
+        ratio = f"{eager / default:.0f}×" if default and eager else "–"
+        over = f"{default / floors[recipe, loss]:.1f}×" if default else "–"
+        cells = [_micro(nchw.get(name)) for name in ("default", "triton", "cuda", "eager")]
+        cells += [ratio, over, _micro(last.get("default")), _micro(last.get("eager"))]
+        lines.append(f"| {recipe} | {loss} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def host_table(records: Sequence[Record]) -> str:
+    """One line per loss: host time of forward and backward on the default backend and on Triton."""
+    found = {(r["loss"], r["backend"]): float(r["forward_us"]) + float(r["backward_us"]) for r in records}
+    lines = ["| loss | default, µs | Triton, µs |", "|---|---:|---:|"]
+    for loss in dict.fromkeys(r["loss"] for r in records):
+        lines.append(f"| `{loss}` | {_micro(found.get((loss, 'default')))} | {_micro(found.get((loss, 'triton')))} |")
+    return "\n".join(lines)
+
+
+def _micro(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
 def predictions_table(cases: Iterable[Case], measured: Mapping[tuple[str, ...], Row]) -> str:
     """The roofline's predictions for every case and GPU, and measurements.
 
