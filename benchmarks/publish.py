@@ -156,7 +156,7 @@ def pages(results: Path = RESULTS) -> dict[Path, str]:
     parts += [
         "### Kernel times",
         "From the profiler, without host time: forward and backward, bf16, µs. `default`: the backend that is chosen. The floor "
-        "is that of the prediction below, at the datasheet's rates. `python -m benchmarks.gpu_kernels`; "
+        "is that of the prediction above, at the datasheet's rates. `python -m benchmarks.gpu_kernels`; "
         f"{kernel_origins(records['cuda_kernels.csv'])}.",
         kernels_table(*kernel_times(records["cuda_kernels.csv"])),
         "### Host time of a call",

@@ -95,7 +95,6 @@ def kernels_table(
     lines = [
         "| recipe | loss | default | Triton | CUDA C++ | eager | eager ÷ default | default ÷ floor "
         "| channels_last: default | eager |",
-        "| channels_last: default | eager |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for recipe, loss in dict.fromkeys(key[:2] for key in times):
