@@ -132,7 +132,7 @@ def pages(results: Path = RESULTS) -> dict[Path, str]:
     """Path -> text of every page generated from the CSV files."""
     records = {name: read(results / name) for name in FILES}
     cpu = newest(rows(records["cpu.csv"]))
-    cuda = rows(r for r in records["cuda.csv"] if (r["commit"], r["op"] in REPLACED) != (FIRST_RUN, True))
+    cuda = present(records["cuda.csv"])
     parts = [
         "# Numbers",
         "Made from `benchmarks/results/*.csv` by `python -m benchmarks.publish`; do not edit. What is measured and how: "
@@ -177,6 +177,11 @@ def pages(results: Path = RESULTS) -> dict[Path, str]:
         for name, table in tables.items():
             made[path] = between_markers(made[path], name, table)
     return made
+
+
+def present(records: Sequence[Record]) -> dict[tuple[str, ...], Row]:
+    """Rows without those of kernels that have been replaced."""
+    return rows(r for r in records if r["commit"] != FIRST_RUN or r["op"] not in REPLACED)
 
 
 def default_backend(recipe: str, loss: str, layout: str) -> str:
@@ -374,7 +379,7 @@ def publish() -> None:
         path.write_text(text)
         print(f"wrote {path.relative_to(ROOT)}")
     for device in ("cpu", "cuda"):
-        if found := newest(rows(read(RESULTS / f"{device}.csv"))):
+        if found := newest(present(read(RESULTS / f"{device}.csv"))):
             plot(found, IMAGES / f"losses-{device}.png")
     if records := read(RESULTS / "full_resolution.csv"):
         full_resolution.plot(full_resolution.newest(records), IMAGES / "full-resolution.png")
