@@ -9,6 +9,7 @@ needs it.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import threading
 import warnings
@@ -85,10 +86,20 @@ def define(backend: str) -> torch.library.Library:
     return library
 
 
+def _not_installed() -> str | None:
+    """The reason if this is a clone's source tree, which Python started there imports instead of an installation."""
+    if importlib.util.find_spec(KERNELS) is not None:
+        return None
+    return (
+        f"{Path(__file__).parent} is the source tree, which has no built kernels and hides an installation; start Python "
+        "in another folder, or run `pip install --no-build-isolation -e .`"
+    )
+
+
 def _load_cpu() -> str | None:
     path = Path(__file__).with_name(_LIBRARY)
     if not path.is_file():
-        return (
+        return _not_installed() or (
             "the C++ kernels were not built with this installation (no C++ compiler or no torch at build time); "
             "run `pip install --no-build-isolation .` where both are present"
         )
@@ -108,6 +119,8 @@ def _load_triton() -> str | None:
     interpreter = bool(triton.knobs.runtime.interpret)
     if not interpreter and not torch.cuda.is_available():
         return "torch finds no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter)"
+    if reason := _not_installed():
+        return reason
     importlib.import_module(KERNELS).register(define("triton"))
     return None
 
@@ -117,7 +130,7 @@ def _load_cuda() -> str | None:
     emulation = os.environ.get("FASTKD_CUDA_EMULATION")
     path = Path(emulation) if emulation else Path(__file__).with_name(_CUDA_LIBRARY)
     if not path.is_file():
-        return (
+        return _not_installed() or (
             "the CUDA C++ kernels were not built with this installation (no nvcc at build time, or FASTKD_CUDA=0); "
             "run `pip install --no-build-isolation .` where nvcc and a CUDA build of torch are present"
         )

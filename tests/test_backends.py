@@ -1,9 +1,12 @@
 """Selecting, forcing and describing backends; a light import; a complete build."""
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,6 +158,23 @@ print([str(w.message) for w in caught])
     out = python(code).stdout
     assert out.count("no cpu kernels for cpu tensors, using plain PyTorch instead") == 1
     assert "were not built" in out
+
+
+@pytest.mark.promise("pure-python")
+def test_the_source_tree_says_that_it_is_not_installed(tmp_path):
+    """Python started in a clone imports the clone, which has neither compiled kernels nor the package fastkd.kernels."""
+    built = shutil.ignore_patterns("*.so", "kernels", "benchmarks", "__pycache__")
+    shutil.copytree(Path(fastkd.__file__).parent, tmp_path / "fastkd", ignore=built)
+    code = f"""
+import sys
+sys.meta_path = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
+sys.path.insert(0, {str(tmp_path)!r})
+import fastkd
+print(*(backend["reason"] for backend in fastkd.backend_info()["backends"].values()), sep="\\n")
+"""
+    out = python(code, TRITON_INTERPRET="1")
+    expected = 2 + (importlib.util.find_spec("triton") is not None)
+    assert out.stdout.count(f"{tmp_path / 'fastkd'} is the source tree") == expected, out.stderr
 
 
 @pytest.mark.promise("callers")

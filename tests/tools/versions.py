@@ -63,11 +63,14 @@ def check(folder: Path, wheel: Path, python: str, torch: str, keep: bool) -> tup
             shutil.rmtree(environment)
             return False, "not installed: " + " ".join(re.findall("ERROR: (.*)", installed.stderr)[:1])
     inside = str(environment / "bin" / "python")
-    call([inside, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", str(wheel)])
-    found = call(
-        [inside, "-c", "import fastkd, torch; print(torch.__version__, fastkd.backend_info()['backends']['cpu'])"]
-    )
+    installed = call([inside, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", str(wheel.resolve())])
+    if installed.returncode:
+        return False, f"{wheel.name} not installed: {installed.stderr[-500:]}"
     passed, said = tests_of(inside, folder / "elsewhere" / "tests", wheel.name.endswith("-none-any.whl"))
+    found = call(
+        [inside, "-c", "import fastkd, torch; print(torch.__version__, fastkd.backend_info()['backends']['cpu'])"],
+        cwd=folder / "elsewhere",  # in the checkout, `import fastkd` would import that
+    )
     if not keep:
         shutil.rmtree(environment)
     return passed, found.stdout.strip() + found.stderr.strip()[-500:] + "\n" + said
