@@ -499,7 +499,7 @@ def commit() -> str:
         out = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
         if out.returncode == 0:
             return out.stdout.strip()
-    return os.environ.get("FASTKD_COMMIT", f"version {fastkd.__version__}")
+    return os.environ.get("FASTKD_COMMIT", f"of version {fastkd.__version__}")
 
 
 @functools.cache
