@@ -1,30 +1,29 @@
 """A self-contained page about runs: numbers, curves, pictures, configurations, and conclusions.
 
-`report.html` is a single file (template: `report.html.j2`). Runs that differ only in the seed share a row, mean ±
-standard deviation. Truncated and damaged runs are shown as such.
+`report.html` is a single file. Runs that differ only in the seed share a row, mean ± standard deviation. Truncated and
+damaged runs are shown as such. The texts around the tables are in `report.html.j2` and `table.md.j2`.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from jinja2 import Environment, FileSystemLoader, select_autoescape
 from PIL import Image
 
 from fastkd.train.curves import as_svg, charts, charts_of_terms, write_png
 from fastkd.train.files import write_text, write_whole
 from fastkd.train.log import duration
-from fastkd.train.runs import Group, as_number, grouped, load_runs, verdict
+from fastkd.train.runs import Group, Run, grouped, load_runs, verdict, with_deviation
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
 MISSING = "\N{EN DASH}"  # for a missing number
 MOST_BYTES = 300_000  # of a PNG picture in the page; larger ones become JPEG
 
-Panel = Any  # a Pillow picture, its path, or (caption, either)
+Panel = tuple[str, Image.Image | Path]  # caption and picture
 
 
 class Row(NamedTuple):
@@ -59,30 +58,31 @@ def write_report(
 
     runs: run directories with `log.jsonl`, `result.json` and `config.yaml`; any may be missing or truncated.
     notes: plain text under the title, with empty lines between paragraphs.
-    panels: Pillow images or files, each alone or as (caption, picture).
 
     Raises ValueError without runs.
     """
-    from jinja2 import Environment
-    from markupsafe import Markup
-
     if not runs:
         raise ValueError("a report needs at least one run directory, got none")
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     groups = grouped(load_runs(runs))
-    lines, found = verdict(groups), charts(groups)
+    found = charts(groups)
     write_whole(out / "curves.png", lambda beside: write_png(found, beside))
-    tables = [table for table in (_runs(groups), _seeds(groups), _costs(groups), _classes(groups)) if table.rows]
-    write_text(out / "table.md", _markdown(tables, groups, title, lines))
-    figures = [*found, *(charts_of_terms(groups[0]) if len(groups) == 1 else ())]
-    page = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    html = page.render(
-        title=title, notes=(notes or "").split("\n\n"), verdict=lines, tables=tables, groups=groups,
-        figures=[Markup(as_svg(chart)) for chart in figures],
-        names=[chart.name for chart in figures], pictures=[_picture(panel) for panel in panels],
-    )  # fmt: skip
-    write_text(out / "report.html", html)
+    contents = {
+        "title": title,
+        "notes": (notes or "").split("\n\n"),
+        "verdict": verdict(groups),
+        "tables": [table for table in (_runs(groups), _seeds(groups), _costs(groups), _classes(groups)) if table.rows],
+        "groups": groups,
+        "figures": {
+            chart.name: as_svg(chart) for chart in found + (charts_of_terms(groups[0]) if len(groups) == 1 else [])
+        },
+        "pictures": [_picture(panel) for panel in panels],
+    }
+    folder, escaped = FileSystemLoader(Path(__file__).parent), select_autoescape(["html.j2"])
+    templates = Environment(loader=folder, autoescape=escaped, trim_blocks=True)
+    for name in ("table.md", "report.html"):
+        write_text(out / name, templates.get_template(f"{name}.j2").render(contents))
     return out / "report.html"
 
 
@@ -109,18 +109,18 @@ CAPTION = (
 def _cells(group: Group) -> list[str]:
     """The cells of `COLUMNS`."""
     first, steps, seconds = group.first, group.first.number("steps"), group.mean("seconds")
-    scores = []
-    for key in ("miou", "pixel_accuracy"):
-        deviation = group.spread(key)
-        scores.append(_number(group.mean(key), factor=100))
-        scores[-1] += "" if deviation is None else f" ± {100 * deviation:.1f}"
+    scores = [[100 * value for value in group.numbers(key)] for key in ("miou", "pixel_accuracy")]
     return [
-        group.name + (f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else ""), group.method, *scores,
-        _number(group.mean("seconds_per_step"), ".3g"), _number(group.mean("loss_share"), factor=100),
+        group.name + (f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else ""),
+        group.method,
+        *(with_deviation(values) if values else MISSING for values in scores),
+        _number(group.mean("seconds_per_step"), ".3g"),
+        _number(group.mean("loss_share"), factor=100),
         _scaled(group.mean("params"), {"G": 1e9, "M": 1e6, "k": 1e3, "": 1}, ".2f"),
         f"{first.step} (stopped)" if steps is None and first.step is not None else _number(steps, ".0f"),
-        first.counts("images") or MISSING, MISSING if seconds is None else duration(seconds),
-    ]  # fmt: skip
+        first.counts("images") or MISSING,
+        MISSING if seconds is None else duration(seconds),
+    ]
 
 
 def _runs(groups: Sequence[Group]) -> Table:
@@ -155,68 +155,51 @@ def _costs(groups: Sequence[Group]) -> Table:
     for group in groups:
         if not (losses := group.first.result.get("losses")):
             continue
-        ours, eager = (side if isinstance(side := losses.get(name), dict) else {} for name in ("ours", "eager"))
-        names, cells = losses.get("backends"), []
-        star = "*" if eager.get("images") != ours.get("images") else ""
-        for key in ("seconds", "bytes"):
-            left, right = as_number(ours.get(key)), as_number(eager.get(key))
-            ratio = right / left if left and right else None
-            texts = [
-                _number(value, ".3g", 1000)
-                if key == "seconds"
-                else _scaled(value, {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10})
-                for value in (left, right)
-            ]
-            texts[1] += star if right is not None else ""
-            cells += [*texts, MISSING if ratio is None else f"{ratio:.{int(ratio < 10)}f}×"]
+        names = losses.get("backends")
         kernels = ", ".join(map(str, names)) if isinstance(names, list) else MISSING
-        rows.append(Row([group.name, kernels, _number(group.first.number("loss_share"), factor=100), *cells], group))
+        cells = [group.name, kernels, _number(group.first.number("loss_share"), factor=100)]
+        cells += _compared(group.first, "seconds", lambda value: _number(value, ".3g", 1000))
+        cells += _compared(
+            group.first, "bytes", lambda value: _scaled(value, {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10})
+        )
+        rows.append(Row(cells, group))
         captions += [f"{group.name}: {losses['note']}."] if losses.get("note") else []
     return Table("What the losses cost", COST_COLUMNS, rows, captions)
 
 
+def _compared(run: Run, key: str, text: Callable[[float | None], str]) -> list[str]:
+    """What the losses cost with the kernels, in plain PyTorch, and the ratio."""
+    ours, plain = (run.number("losses", side, key) for side in ("ours", "eager"))
+    images = {run.number("losses", side, "images") for side in ("ours", "eager")}
+    star = "*" if plain is not None and len(images) > 1 else ""
+    ratio = plain / ours if ours and plain else None
+    return [text(ours), text(plain) + star, MISSING if ratio is None else f"{ratio:.{int(ratio < 10)}f}×"]
+
+
 def _classes(groups: Sequence[Group]) -> Table:
     """IoU of each class, averaged over a group's runs; the best students, as printed, are marked."""
-    having = [(g, found) for g in groups if any(found := [run.result.get("class_iou", {}) for run in g.runs])]
+    having = [group for group in groups if any(run.result.get("class_iou") for run in group.runs)]
     rows = []
-    for name in dict.fromkeys(name for _, found in having for table in found for name in table):
-        cells = [name]
-        for _, found in having:
-            values = [v for table in found if (v := as_number(table.get(name))) is not None]
-            cells.append(_number(fmean(values), factor=100) if values else MISSING)
-        students = [i for i, (g, _) in enumerate(having, 1) if g.role != "teacher" and cells[i] != MISSING]
+    for name in dict.fromkeys(name for g in having for run in g.runs for name in run.result.get("class_iou", {})):
+        cells = [name, *(_number(group.mean("class_iou", name), factor=100) for group in having)]
+        students = [i for i, g in enumerate(having, 1) if g.role != "teacher" and cells[i] != MISSING]
         top = max((float(cells[i]) for i in students), default=0.0)
         rows.append(Row(cells, best=[i for i in students if float(cells[i]) == top > 0 and len(students) > 1]))
     marked = " The best of the students is marked." if len(having) > 1 else ""
     caption = f"Per cent.{marked} A dash: neither labelled nor predicted."
-    return Table("IoU per class", ["class", *(group.name for group, _ in having)], rows, [caption], words=1)
-
-
-def _markdown(tables: Sequence[Table], groups: Sequence[Group], title: str, lines: Sequence[str]) -> str:
-    def row(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-    text = [f"# {title}", ""]
-    for table in tables:
-        rule = "|" + "---|" * table.words + "---:|" * (len(table.columns) - table.words)
-        text += [f"## {table.title}", "", row(table.columns), rule]
-        text += [row([f"**{c}**" if i in best else c for i, c in enumerate(cells)]) for cells, _, _, best in table.rows]
-        text += ["", *table.captions, ""]
-    text += [f"- {line}" for line in lines]
-    text += [f"- {run.name}: {problem}." for group in groups for run in group.runs for problem in run.problems]
-    return "\n".join(text) + "\n"
+    return Table("IoU per class", ["class", *(group.name for group in having)], rows, [caption], words=1)
 
 
 def _picture(panel: Panel) -> tuple[str, str]:
     """Caption and data URL, or the reason why there is none; PNG, or JPEG if that is large."""
-    caption, picture = panel if isinstance(panel, (tuple, list)) else ("", panel)
+    caption, picture = panel
     try:
         picture = (picture if isinstance(picture, Image.Image) else Image.open(picture)).convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
-        return str(caption), f"picture left out: {error}"
+        return caption, f"picture left out: {error}"
     for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 90})):
         buffer = io.BytesIO()
         picture.save(buffer, format=kind, **options)
         if buffer.tell() < MOST_BYTES:
             break
-    return str(caption), f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    return caption, f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,9 @@ from fastkd.train.config import seeds_apart
 NO_CLEAR_CHANGE = 0.5  # points of mIoU: smaller differences are noise
 TEACHER_COLOUR, PLAIN_COLOUR = "#2b3138", "#8b939d"
 COLOURS = ("#0b6bb3", "#d1580b", "#12876a", "#b14a8b", "#b98a00", "#4aa3d6", "#7a5cc0", "#8c5a3c")
-PLAIN = ("none", "plain")  # names for "no distillation"
-TEXTS, TABLES = (
-    ("name", "method", "model"),
-    ("class_iou", "images", "losses", "versions"),
-)  # text in result.json; others are numbers
+UNDISTILLED = ("none", "?")  # methods; "?": unknown
+TYPES: dict[str, type] = dict.fromkeys(("name", "method", "model"), str)  # in result.json; others are numbers
+TYPES |= dict.fromkeys(("class_iou", "images", "losses", "versions"), dict)
 
 Points = list[tuple[float, float]]  # (step, value)
 
@@ -62,9 +60,9 @@ class Run:
 
     def counts(self, what: str) -> str:
         """Number of labelled + unlabelled training "images" or "crops"; "" if unknown."""
-        kinds = [self.result.get("images", {}).get(kind) for kind in ("labelled", "unlabelled")]
-        numbers = [as_number(kind.get(what)) for kind in kinds if isinstance(kind, dict)]
-        return " + ".join(f"{n:.0f}" for i, n in enumerate(numbers) if n is not None and (n or i == 0))
+        labelled, unlabelled = (self.number("images", kind, what) for kind in ("labelled", "unlabelled"))
+        numbers = [] if labelled is None else [labelled, *([unlabelled] if unlabelled else [])]
+        return " + ".join(f"{number:.0f}" for number in numbers)
 
     @property
     def about(self) -> str:
@@ -78,10 +76,13 @@ class Run:
     def versions(self) -> str:
         return ", ".join(f"{k} {v}" for k, v in self.result.get("versions", {}).items())
 
-    def number(self, key: str) -> float | None:
-        """A number of result.json; for scores, falls back to the last validation in the log."""
-        logged: Points = self.curves.get(f"val/{key}", [(0, math.nan)])
-        return as_number(self.result.get(key, logged[-1][1]))
+    def number(self, *keys: str) -> float | None:
+        """A number of result.json, by its keys; for scores, falls back to the last validation in the log."""
+        value: Any = self.result
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        logged = self.curves.get(f"val/{'/'.join(keys)}", [(0, None)])
+        return as_number(logged[-1][1] if value is None else value)
 
 
 @dataclass
@@ -117,11 +118,11 @@ class Group:
     def finished(self) -> bool:
         return all(run.finished for run in self.runs)
 
-    def numbers(self, key: str) -> list[float]:
-        return [value for run in self.runs if (value := run.number(key)) is not None]
+    def numbers(self, *keys: str) -> list[float]:
+        return [value for run in self.runs if (value := run.number(*keys)) is not None]
 
-    def mean(self, key: str) -> float | None:
-        return statistics.fmean(values) if (values := self.numbers(key)) else None
+    def mean(self, *keys: str) -> float | None:
+        return statistics.fmean(values) if (values := self.numbers(*keys)) else None
 
     def spread(self, key: str) -> float | None:
         """Standard deviation over the seeds (n − 1); None for one seed."""
@@ -151,12 +152,11 @@ def read_run(path: Path) -> Run:
         return run
     try:
         result = json.loads((path / "result.json").read_text(encoding="utf-8"))
-        if isinstance(result, dict):
-            run.result = {key: value for key, value in result.items() if _fits(key, value)}
-        else:
-            run.problems.append("result.json does not hold an object")
+        run.result = {key: value for key, value in result.items() if _fits(key, value)}
     except FileNotFoundError:
         run.problems.append("no result.json: the run did not finish")
+    except AttributeError:
+        run.problems.append("result.json does not hold an object")
     except (OSError, ValueError) as error:
         run.problems.append(f"result.json cannot be read ({error})")
     run.name = run.result.get("name") or run.name
@@ -190,9 +190,7 @@ def read_run(path: Path) -> Run:
 
 
 def _fits(key: str, value: Any) -> bool:
-    if key in TEXTS or key in TABLES:
-        return isinstance(value, str if key in TEXTS else dict)
-    return as_number(value) is not None
+    return isinstance(value, TYPES[key]) if key in TYPES else as_number(value) is not None
 
 
 def as_number(value: Any) -> float | None:
@@ -208,18 +206,17 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     """
     found: list[list[Run]] = []
     for run in runs:
-        same = next((members for members in found if all(_seeds_apart(member, run) for member in members)), None)
-        if same is None:
-            found.append([run])
-        else:
-            same.append(run)
+        members = next((members for members in found if all(_seeds_apart(member, run) for member in members)), None)
+        if members is None:
+            found.append(members := [])
+        members.append(run)
     groups = [Group(_common_name(members), members) for members in found]
-    students = {group.model for group in groups if group.method not in (*PLAIN, "?")}
+    students = {group.model for group in groups if group.method not in UNDISTILLED}
     colours, fixed = iter(COLOURS * len(groups)), {"teacher": TEACHER_COLOUR, "plain": PLAIN_COLOUR}
     for group in groups:
-        if group.method not in (*PLAIN, "?"):
+        if group.method not in UNDISTILLED:
             group.role = "distilled"
-        elif group.method != "?" and students and any(run.finished for run in group.runs):
+        elif group.method == "none" and students and any(run.finished for run in group.runs):
             group.role = "plain" if group.model in students else "teacher"
         group.colour = fixed.pop(group.role, "") or next(colours)  # a second plain student gets its own colour
     return groups
@@ -240,30 +237,22 @@ def _common_name(runs: Sequence[Run]) -> str:
 
 def verdict(groups: Sequence[Group]) -> list[str]:
     """The conclusions that the finished runs' mIoU supports, as sentences."""
-    whole = [group for group in groups if group.scores()]
     if len(groups) == 1:
         return [_alone(groups[0])]
+    whole = [group for group in groups if group.scores()]
     if not whole:
         return ["No run finished: there is nothing to compare."]
     lines: list[str] = []
-    plain = {group.model: group for group in reversed(whole) if group.role == "plain"}
     teachers = [group for group in whole if group.role == "teacher"]
     distilled = [group for group in whole if group.role == "distilled"]
-    for model, base in plain.items():
-        gap = _score(teachers[0]) - _score(base) if len(teachers) == 1 else 0.0
-        if gap:
-            lines.append(
-                f"The teacher ({teachers[0].name}) reaches {_said(teachers[0])} mIoU, the plain student ({base.name}) "
-                f"{_said(base)}."
-            )
-            poor = "The teacher is no better than the plain student, so these runs say little about distillation."
-            lines[-1] += f" The gap is {gap:.1f} points." if gap > 0 else f" {poor}"
-        else:
-            lines.append(f"The plain student ({base.name}) reaches {_said(base)} mIoU.")
-        for other in (group for group in whole if group.role == "plain" and group.model == model):
-            against = "the plain student" if other is base else f"{other.name} ({_said(other)})"
-            found = [group for group in distilled if group.model == model]
-            lines += _changes(other, found, against, gap if other is base else 0.0)
+    plain: dict[str, Group] = {}  # the first plain student of each model
+    for base in (group for group in whole if group.role == "plain"):
+        first = base is plain.setdefault(base.model, base)
+        gap = _score(teachers[0]) - _score(base) if first and len(teachers) == 1 else 0.0
+        if first:
+            lines.append(_start(base, teachers[0] if gap else None, gap))
+        against = "the plain student" if first else f"{base.name} ({_said(base)})"
+        lines += _changes(base, [group for group in distilled if group.model == base.model], against, gap)
     if alone := [group.name for group in distilled if group.model not in plain]:
         lines.append(f"No plain student of the same model was finished, so nothing can be said of {', '.join(alone)}.")
     elif not plain:
@@ -286,53 +275,55 @@ def _alone(group: Group) -> str:
         at = f"; it stopped at step {group.first.step}" if group.first.step is not None else ""
         return f"{group.name} did not finish, or cannot be read{at}."
     seeds = f" over {len(group.runs)} seeds" if len(group.runs) > 1 else ""
-    return f"{group.name} reaches {_said(group)} mIoU{seeds} after {group.first.number('steps'):.0f} steps."
+    steps = group.first.number("steps")
+    return f"{group.name} reaches {_said(group)} mIoU{seeds}" + ("." if steps is None else f" after {steps:.0f} steps.")
+
+
+def _start(plain: Group, teacher: Group | None, gap: float) -> str:
+    if teacher is None:
+        return f"The plain student ({plain.name}) reaches {_said(plain)} mIoU."
+    poor = "The teacher is no better than the plain student, so these runs say little about distillation."
+    return (
+        f"The teacher ({teacher.name}) reaches {_said(teacher)} mIoU, the plain student ({plain.name}) {_said(plain)}. "
+        + (f"The gap is {gap:.1f} points." if gap > 0 else poor)
+    )
 
 
 def _changes(base: Group, distilled: Sequence[Group], against: str, gap: float) -> list[str]:
     """Differences of the distilled groups from a plain student, sorted by certainty."""
     titles = {
-        f"Gained over {against}, in points of mIoU": lambda change, clear: clear and change > 0,
-        f"Lost against {against}": lambda change, clear: clear and change < 0,
-        f"No clear difference from {against}": lambda change, clear: not clear,
+        1: f"Gained over {against}, in points of mIoU",
+        -1: f"Lost against {against}",
+        0: f"No clear difference from {against}",
     }
-    said: list[tuple[str, float, bool]] = []
-    for group in distilled:
-        shared, change, error = _difference(group, base)
-        text = f"{group.name} ({change:+.1f}"
-        if len(shared) > 1:
-            text += f" ± {error * math.sqrt(len(shared)):.1f} over {len(shared)} seeds"
-        elif shared and len(group.scores()) + len(base.scores()) > 2:
-            text += f" with seed {shared[0]}"
-        if gap > NO_CLEAR_CHANGE and change > NO_CLEAR_CHANGE:
-            text += f", {100 * change / gap:.0f} % of the gap"
-        ours, theirs = (
-            {"steps": g.first.result.get("steps"), "seed": ", ".join(map(str, g.scores()))} for g in (group, base)
-        )
-        taken, before = group.mean("seconds"), base.mean("seconds")
-        if taken and before and (ours["steps"] != theirs["steps"] or not 0.9 < taken / before < 1.1):
-            text += f", in {taken / before:.1f} times the time"
-        unlike = [
-            f"{k} {v} instead of {theirs[k]}"
-            for k, v in ours.items()
-            if v != theirs[k] and not (k == "seed" and shared)
-        ]
-        text += ")" + (f" [not like for like: {', '.join(unlike)}]" if unlike else "")
-        said.append((text, change, abs(change) >= NO_CLEAR_CHANGE and abs(change) > 2 * error))
-    lines = ((title, [text for text, change, clear in said if fits(change, clear)]) for title, fits in titles.items())
+    said = [_change(group, base, gap) for group in distilled]
+    lines = ((title, [text for sign, text in said if sign == kind]) for kind, title in titles.items())
     return [f"{title}: {'; '.join(texts)}." for title, texts in lines if texts]
 
 
-def _difference(group: Group, base: Group) -> tuple[list[Any], float, float]:
-    """The common seeds, the mean change in points over them, and its standard error (0: unknown).
-
-    Without common seeds, the change of the means.
-    """
+def _change(group: Group, base: Group, gap: float) -> tuple[int, str]:
+    """The sign of the difference (0: not clear), and the difference in words, paired by seed where seeds are common."""
     ours, theirs = group.scores(), base.scores()
     shared = [seed for seed in ours if seed in theirs]
     changes = [ours[seed] - theirs[seed] for seed in shared] or [_score(group) - _score(base)]
-    error = statistics.stdev(changes) / math.sqrt(len(shared)) if len(shared) > 1 else 0.0
-    return shared, statistics.fmean(changes), error
+    change, spread = statistics.fmean(changes), statistics.stdev(changes) if len(changes) > 1 else 0.0
+    clear = abs(change) >= NO_CLEAR_CHANGE and abs(change) > 2 * spread / math.sqrt(len(changes))
+    text = f"{group.name} ({change:+.1f}"
+    if len(shared) > 1:
+        text += f" ± {spread:.1f} over {len(shared)} seeds"
+    elif shared and len(ours) + len(theirs) > 2:
+        text += f" with seed {shared[0]}"
+    if gap > NO_CLEAR_CHANGE and change > NO_CLEAR_CHANGE:
+        text += f", {100 * change / gap:.0f} % of the gap"
+    steps, base_steps = (g.first.result.get("steps") for g in (group, base))
+    taken, before = group.mean("seconds"), base.mean("seconds")
+    if taken and before and (steps != base_steps or not 0.9 < taken / before < 1.1):
+        text += f", in {taken / before:.1f} times the time"
+    unlike = [f"steps {steps} instead of {base_steps}"] if steps != base_steps else []
+    if not shared:
+        unlike.append(f"seed {', '.join(map(str, ours))} instead of {', '.join(map(str, theirs))}")
+    text += ")" + (f" [not like for like: {', '.join(unlike)}]" if unlike else "")
+    return (0 if not clear else 1 if change > 0 else -1), text
 
 
 def _score(group: Group) -> float:
@@ -340,6 +331,10 @@ def _score(group: Group) -> float:
 
 
 def _said(group: Group) -> str:
-    values = list(group.scores().values())
+    return f"{with_deviation(group.scores().values())} %"
+
+
+def with_deviation(values: Collection[float]) -> str:
+    """Mean ± standard deviation (n − 1), the latter for several values."""
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{spread} %"
+    return f"{statistics.fmean(values):.1f}{spread}"
