@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from PIL.Image import Image
+
 from fastkd.train import checkpoint
 from fastkd.train.config import Config
 from fastkd.train.data import evaluation_set
@@ -39,27 +41,29 @@ def compare(
         ValueError: the runs have different classes.
     """
     shown = _shown(runs)
-    pictures = []
+    pictures: dict[str, tuple[str, Image]] = {}
     if shown:
-        data, how = shown[0][1].data, shown[0][1].eval
-        scenes = evaluation_set(data, root=root)
+        networks = {name: network for name, (_, network) in shown.items()}
+        first, _ = next(iter(shown.values()))
+        scenes = evaluation_set(first.data, root=root)
         samples = sample(scenes, count)
-        seen = predictions({name: network for name, _, network in shown}, samples, scenes, how)
-        pictures.append(("predictions", "Predictions on validation images.", seen))
-        teachers = [network for _, _, network in shown if network.has_aux]
-        students = [(name, network) for name, config, network in shown if config.teacher]
+        seen = predictions(networks, samples, scenes, first.eval)
+        pictures["predictions.png"] = "Predictions on validation images.", seen
+        teachers = [network for network in networks.values() if network.has_aux]
+        students = [name for name, (config, _) in shown.items() if config.teacher]
         if teachers and students:
-            name, student = students[-1]
-            maps = difficulty(teachers[0], student, samples, scenes, how, name=name)
-            pictures.append(("difficulty", MAPS.format(name), maps))
-    for name, _, picture in pictures:
-        write_whole(out / f"{name}.png", partial(picture.save, format="PNG"))
-    return write_report(out, list(runs), title=title, notes=notes, panels=[picture[1:] for picture in pictures])
+            name = students[-1]
+            maps = difficulty(teachers[0], networks[name], samples, scenes, first.eval, name=name)
+            pictures["difficulty.png"] = MAPS.format(name), maps
+    for file, (_, picture) in pictures.items():
+        write_whole(out / file, partial(picture.save, format="PNG"))
+    panels = [(caption, out / file) for file, (caption, _) in pictures.items()]
+    return write_report(out, runs, title=title, notes=notes, panels=panels)
 
 
-def _shown(runs: Sequence[Path]) -> list[tuple[str, Config, SegmentationModel]]:
-    """The first run of each group that has a checkpoint, under unique names."""
-    found: dict[str, tuple[str, Config, SegmentationModel]] = {}
+def _shown(runs: Sequence[Path]) -> dict[str, tuple[Config, SegmentationModel]]:
+    """The first run of each group that has a checkpoint, by the group's name, or its path if that name is taken."""
+    found: dict[str, tuple[Config, SegmentationModel]] = {}
     classes: dict[str, Path] = {}
     for group in grouped(load_runs(runs)):
         path = group.first.path
@@ -70,7 +74,6 @@ def _shown(runs: Sequence[Path]) -> list[tuple[str, Config, SegmentationModel]]:
         if len(classes) > 1:
             raise ValueError("; ".join(f"{where} is on the classes {names}" for names, where in classes.items()))
         network, _ = checkpoint.load_network(path, state)
-        plain = ["plain student"] if group.role == "plain" else []
-        name = next(n for n in (*plain, group.name, str(path)) if n not in found)
-        found[name] = name, checkpoint.config_of(state, path), network
-    return list(found.values())
+        name = str(path) if group.name in found else group.name
+        found[name] = checkpoint.config_of(state, path), network
+    return found

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fastkd.train.runs import COLOURS, Group
 
 MOST_POINTS = 120
 LOOK: Any = {
-    "font.size": 9.5, "axes.labelcolor": "#2b3138", "axes.edgecolor": "#b6bcc4", "svg.fonttype": "path",
+    "font.size": 9.5, "axes.labelcolor": "#2b3138", "axes.edgecolor": "#b6bcc4", "lines.linewidth": 1.7, "lines.markersize": 3.2,
     "legend.frameon": False, "legend.fontsize": 9, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e6e8eb", "axes.axisbelow": True,
 }  # fmt: skip
@@ -46,10 +49,10 @@ def charts(groups: Sequence[Group]) -> list[Chart]:
         ("loss", "train/loss", "training loss"),
         ("cosine", "train/grad_cosine", "cosine of task and distillation gradients"),
     ):
-        drawn = [(group, points) for group in groups if (points := group.curve(curve))]
         lines = [
             Line(g.name + ("" if g.finished else " (unfinished)"), g.colour, points, not g.finished)
-            for g, points in drawn
+            for g in groups
+            if (points := g.curve(curve))
         ]
         if lines or name != "cosine":
             found.append(Chart(name, ylabel, lines))
@@ -61,19 +64,14 @@ def charts_of_terms(group: Group) -> list[Chart]:
     found = []
     for name, ylabel in (("loss", "weighted loss"), ("grad", "norm of the gradient at the outputs")):
         terms = sorted({key for run in group.runs for key in run.curves if key.startswith(f"train/{name}/")})
-        if terms:
-            lines = [
-                Line(key.split("/")[2], colour, group.curve(key))
-                for key, colour in zip(terms, COLOURS * 2, strict=False)
-            ]
+        coloured = zip(terms, COLOURS * 2, strict=False)
+        if lines := [Line(key.split("/")[2], colour, group.curve(key)) for key, colour in coloured]:
             found.append(Chart(f"{name}-terms", ylabel, lines, legend=True))
     return found
 
 
 def as_svg(chart: Chart) -> str:
     """Self-contained SVG without a fixed size, deterministic."""
-    from matplotlib import rc_context
-
     buffer = io.StringIO()
     with rc_context(LOOK | {"svg.hashsalt": chart.name}):
         figure = _figure([chart])
@@ -87,37 +85,28 @@ def as_svg(chart: Chart) -> str:
     return re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
 
 
+@rc_context(LOOK)
 def write_png(found: Sequence[Chart], path: Path) -> None:
     """The charts side by side, with one legend."""
-    from matplotlib import rc_context
-
-    with rc_context(LOOK):
-        figure = _figure(found)
-        handles = {
-            label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
-        if handles:
-            figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(5, len(handles)))
-        figure.savefig(path, format="png", dpi=130)
+    figure = _figure(found)
+    labelled = (zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes)
+    if handles := {label: line for pairs in labelled for line, label in pairs}:
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(5, len(handles)))
+    figure.savefig(path, format="png", dpi=130)
 
 
-def _figure(found: Sequence[Chart]) -> Any:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
+def _figure(found: Sequence[Chart]) -> Figure:
     figure = Figure(figsize=(5.6 * len(found), 3.7), layout="constrained")
     for axes, chart in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
-        values = []
         for line in chart.lines:
             x, mean, low, high = _thin(line.points)
-            values += list(mean)
-            style: Any = {"linestyle": (0, (4, 2)) if line.dashed else "-", "linewidth": 1.7, "label": line.label}
-            if chart.name == "miou" or len(x) == 1:  # few points: mark each
-                style |= {"marker": "o", "markersize": 3.2}
-            axes.plot(x, mean, color=line.colour, **style)
+            style = (0, (4, 2)) if line.dashed else "-"
+            marker = "o" if chart.name == "miou" or len(x) == 1 else ""  # few points: mark each
+            axes.plot(x, mean, color=line.colour, label=line.label, linestyle=style, marker=marker)
             if (low < high).any():
                 axes.fill_between(x, low, high, color=line.colour, alpha=0.15, linewidth=0)
         axes.set(xlabel="step", ylabel=chart.ylabel)
+        values = [value for line in axes.lines for value in line.get_ydata()]
         if chart.name == "miou":
             axes.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))  # integer percents
             axes.yaxis.set_major_formatter("{x:.0%}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from fastkd.train.config import EvalConfig
-from fastkd.train.models import SegmentationModel, refused
+from fastkd.train.models import Output, SegmentationModel, refused
 
 
 class SegmentationSet(Protocol):
@@ -53,7 +53,7 @@ def scores(matrix: Tensor, classes: Sequence[str]) -> Scores:
 
 @torch.no_grad()
 def predict_logits(
-    model: nn.Module,
+    model: Callable[[Tensor], Output],
     images: Tensor,
     size: tuple[int, int],
     *,
@@ -81,7 +81,7 @@ def predict_logits(
     return F.interpolate(logits, size, mode="bilinear", align_corners=align_corners)
 
 
-def _logits(model: nn.Module, images: Tensor, size_divisor: int) -> Tensor:
+def _logits(model: Callable[[Tensor], Output], images: Tensor, size_divisor: int) -> Tensor:
     try:
         return model(images).logits.float()
     except (RuntimeError, AssertionError, ValueError) as error:  # raised by the network's library

@@ -7,13 +7,12 @@ damaged runs are shown as such. The texts around the tables are in `report.html.
 from __future__ import annotations
 
 import base64
-import io
+import mimetypes
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
-from PIL import Image
 
 from fastkd.train.curves import as_svg, charts, charts_of_terms, write_png
 from fastkd.train.files import write_text, write_whole
@@ -21,9 +20,6 @@ from fastkd.train.log import duration
 from fastkd.train.runs import Group, Run, grouped, load_runs, verdict, with_deviation
 
 MISSING = "\N{EN DASH}"  # for a missing number
-MOST_BYTES = 300_000  # of a PNG picture in the page; larger ones become JPEG
-
-Panel = tuple[str, Image.Image | Path]  # caption and picture
 
 
 class Row(NamedTuple):
@@ -52,32 +48,31 @@ def write_report(
     *,
     title: str,
     notes: str | None = None,
-    panels: Sequence[Panel] = (),
+    panels: Sequence[tuple[str, Path]] = (),
 ) -> Path:
     """Writes `report.html`, `table.md` and `curves.png` into `out_dir`; returns the page's path.
 
     runs: run directories with `log.jsonl`, `result.json` and `config.yaml`; any may be missing or truncated.
     notes: plain text under the title, with empty lines between paragraphs.
+    panels: captions and picture files, which the page embeds as they are.
 
     Raises ValueError without runs.
     """
     if not runs:
         raise ValueError("a report needs at least one run directory, got none")
     out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
     groups = grouped(load_runs(runs))
-    found = charts(groups)
+    found, terms = charts(groups), charts_of_terms(groups[0]) if len(groups) == 1 else []
     write_whole(out / "curves.png", lambda beside: write_png(found, beside))
+    tables = _runs(groups), _seeds(groups), _costs(groups), _classes(groups)
     contents = {
         "title": title,
         "notes": (notes or "").split("\n\n"),
         "verdict": verdict(groups),
-        "tables": [table for table in (_runs(groups), _seeds(groups), _costs(groups), _classes(groups)) if table.rows],
+        "tables": [table for table in tables if table.rows],
         "groups": groups,
-        "figures": {
-            chart.name: as_svg(chart) for chart in found + (charts_of_terms(groups[0]) if len(groups) == 1 else [])
-        },
-        "pictures": [_picture(panel) for panel in panels],
+        "figures": {chart.name: as_svg(chart) for chart in found + terms},
+        "pictures": [_picture(*panel) for panel in panels],
     }
     folder, escaped = FileSystemLoader(Path(__file__).parent), select_autoescape(["html.j2"])
     templates = Environment(loader=folder, autoescape=escaped, trim_blocks=True)
@@ -136,9 +131,11 @@ def _runs(groups: Sequence[Group]) -> Table:
 
 
 def _seeds(groups: Sequence[Group]) -> Table:
-    several = [(group, run) for group in groups if len(group.runs) > 1 for run in group.runs]
-    cells = [(group, run, _cells(Group(run.name, [run]))) for group, run in several]
-    rows = [Row([own[0], str(run.seed), *own[2:]], group) for group, run, own in cells]
+    rows = []
+    for group in (group for group in groups if len(group.runs) > 1):
+        for run in group.runs:
+            name, _, *cells = _cells(Group(run.name, [run]))
+            rows.append(Row([name, str(run.seed), *cells], group))
     return Table("Each seed", ("run", "seed", *COLUMNS[2:]), rows, folded=True)
 
 
@@ -190,16 +187,10 @@ def _classes(groups: Sequence[Group]) -> Table:
     return Table("IoU per class", ["class", *(group.name for group in having)], rows, [caption], words=1)
 
 
-def _picture(panel: Panel) -> tuple[str, str]:
-    """Caption and data URL, or the reason why there is none; PNG, or JPEG if that is large."""
-    caption, picture = panel
+def _picture(caption: str, file: Path) -> tuple[str, str]:
+    """Caption and data URL, or the reason why there is none."""
     try:
-        picture = (picture if isinstance(picture, Image.Image) else Image.open(picture)).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+        data = base64.b64encode(file.read_bytes()).decode("ascii")
+    except OSError as error:
         return caption, f"picture left out: {error}"
-    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 90})):
-        buffer = io.BytesIO()
-        picture.save(buffer, format=kind, **options)
-        if buffer.tell() < MOST_BYTES:
-            break
-    return caption, f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    return caption, f"data:{mimetypes.guess_type(file.name)[0]};base64,{data}"

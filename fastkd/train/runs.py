@@ -72,10 +72,6 @@ class Run:
         images = images and f"{images} images, {self.counts('crops')} crops"
         return " · ".join(word for word in (f"seed {self.seed}", self.result.get("model"), images) if word)
 
-    @property
-    def versions(self) -> str:
-        return ", ".join(f"{k} {v}" for k, v in self.result.get("versions", {}).items())
-
     def number(self, *keys: str) -> float | None:
         """A number of result.json, by its keys; for scores, falls back to the last validation in the log."""
         value: Any = self.result
