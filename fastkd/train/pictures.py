@@ -59,8 +59,10 @@ def panel(
     if any(len(row) != len(titles) for row in rows):
         raise ValueError(f"every row needs {len(titles)} pictures, one a title")
     ratios = [max(x.shape[0] / x.shape[1] for x in row) for row in rows]
-    lines = -(-len(legend) // (2 * len(titles)))
-    size = 2.7 * len(titles), 2.65 * sum(ratios) + 0.35 + 0.2 * lines
+    text = max(1.0, len(titles) / 6)  # legible where a page shrinks a wide panel to its own width
+    across, longest = int(2 * len(titles) / text), int(34 / text)
+    lines = -(-len(legend) // across)
+    size = 2.7 * len(titles), 2.65 * sum(ratios) + (0.35 + 0.2 * lines) * text
     figure = Figure(size, dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0))
     grid = figure.subplots(len(rows), len(titles), squeeze=False, height_ratios=ratios)
     for axes, row in zip(grid, rows, strict=True):
@@ -68,11 +70,11 @@ def panel(
             place.imshow(picture)
             place.axis("off")
     for place, title in zip(grid[0], titles, strict=True):
-        place.set_title(title if len(title) < 34 else title[:32] + "…", fontsize=10)
+        place.set_title(title if len(title) < longest else title[: longest - 2] + "…", fontsize=10 * text)
     if legend:
         colours = np.asarray(palette) / 255
         handles = [Patch(color=colour, label=name) for name, colour in zip(legend, colours, strict=False)]
-        figure.legend(handles=handles, loc="outside lower center", ncols=2 * len(titles), fontsize=8, frameon=False)
+        figure.legend(handles=handles, loc="outside lower center", ncols=across, fontsize=8 * text, frameon=False)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

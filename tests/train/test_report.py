@@ -297,6 +297,19 @@ def test_verdict_without_distillation(tmp_path):
     assert "no distilled run to judge. The best run is q with 60.0 % mIoU" in text
 
 
+def test_verdict_on_two_networks_is_in_the_order_of_the_page(tmp_path):
+    kinds = [(model, *kind) for model in "ab" for kind in (("none", 0.5), ("kd", 0.6))]
+    text = judged([make_run(tmp_path, f"{model} {method}", method, miou, model=model) for model, method, miou in kinds])
+    assert text.index("The plain student (a none)") < text.index("a kd (+10.0)")
+    assert text.index("a kd (+10.0)") < text.index("The plain student (b none)") < text.index("b kd (+10.0)")
+
+
+def test_verdict_on_a_result_without_steps(tmp_path):
+    path = make_run(tmp_path, "p", "none", 0.5)
+    (path / "result.json").write_text('{"method": "none", "miou": 0.5}')
+    assert judged([path]) == "p reaches 50.0 % mIoU."
+
+
 def test_unfinished_run_is_shown_as_such(runs, tmp_path):
     cut = make_run(tmp_path, "stopped", "kd", 0.9, finished=False)
     log = cut / "log.jsonl"
