@@ -17,6 +17,7 @@ from fastkd import backends
 from . import test_gpu
 from .support import needs_cpu
 
+CUDA = Path(fastkd.__file__).with_name("_cuda.so")
 S, T = torch.randn(2, 2, 4, 6, 6)
 
 
@@ -30,6 +31,23 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess:
 def test_cpu_kernels_are_built():
     """Other tests skip without the kernels, so this one must fail."""
     assert backends.why_not("cpu") is None
+
+
+@pytest.mark.promise("stable-abi")
+@pytest.mark.skipif(not (CUDA.is_file() and torch.version.cuda), reason="no CUDA kernels, or torch is not a CUDA build")
+def test_cuda_library_loads_without_a_gpu():
+    """The library of any CUDA version loads into this torch and has a kernel for every operator."""
+    code = f"""
+import torch
+from fastkd import backends
+torch.ops.load_library({str(CUDA)!r})
+backends.define("cuda")
+operators = [f"fastkd_cuda::{{operator.name}}" for operator in backends.OPERATORS if "cuda" in operator.backends]
+print(len(operators), [name for name in operators if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")])
+"""
+    out = python(code)
+    count, missing = out.stdout.split(maxsplit=1)
+    assert (int(count) > 20, missing.strip()) == (True, "[]"), out.stderr
 
 
 @pytest.mark.promise("light-import")
