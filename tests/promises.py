@@ -207,7 +207,8 @@ BY_HAND = (
         "FASTKD_CUDA=1 FASTKD_CUDA_ARCHS=90 make wheel",
         "2026-11-27",
         "1e9e8d0",
-        "Excludes torch's and CUDA's libraries. Without a GPU, Python 3.10 with torch 2.10.0 loads it, with a kernel for every operator.",
+        "Contains no library of torch or CUDA. Without a GPU, Python 3.10 with torch 2.10.0 loads it, with a kernel for "
+        "every operator.",
     ),
     Run(
         "Package",
