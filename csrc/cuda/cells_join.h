@@ -64,8 +64,8 @@ struct CellsJoin {
 private:
     // One of the planes at a place, from class 0 on; null if there are no cells on that side.
     struct Side {
-        const A *plane, *edge;  // edge: what the warp before left for its last cell's right corners, or null
-        bool once;              // a single set: the carry
+        const A *plane, *edge;  // edge: right-corner gradient of the previous warp's last cell, or null
+        bool once;              // whether it is the carry, which has a single set
     };
     struct Place {
         bool exists, carries;
