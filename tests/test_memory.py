@@ -24,8 +24,11 @@ for label, name, shape, size in json.loads(sys.argv[1]):
             student.grad = None
             LOSSES[name](student, teacher, target).backward()
         step()
-        student.grad = None  # else the memory it gives back would hide as much of the new one
-        extra = peak_memory(step) - student.nbytes
+        peaks = []
+        for _ in range(2):  # other pages of the process that become resident meanwhile only add: the smaller counts
+            student.grad = None  # else the memory it gives back would hide as much of the new one
+            peaks.append(peak_memory(step))
+        extra = min(peaks) - student.nbytes
         used[f"{label} {dtype}"] = extra / (student.nbytes + teacher.nbytes), extra / target.numel()
 print(json.dumps(used))
 """
@@ -56,7 +59,7 @@ def test_extra_memory():
             ("cwd", "cwd", (1, 512, 128, 256), (1, 1)),
         ]
     )
-    assert all(share < 0.01 for share, _ in used.values()), used
+    assert not {name: share for name, (share, _) in used.items() if share >= 0.01}
 
 
 @pytest.mark.promise("memory-labels")
@@ -69,4 +72,4 @@ def test_extra_memory_at_label_resolution():
             for name in ("resized_ce", "resized_ce_dice", "resized_focal_ce", "resized_kd", "rdd_tfe", "rdd_tse")
         ]
     )
-    assert all(size <= (16 if name.startswith("rdd_tse") else 8) for name, (_, size) in used.items()), used
+    assert not {name: size for name, (_, size) in used.items() if size > (16 if name.startswith("rdd_tse") else 8)}
